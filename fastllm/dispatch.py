@@ -1,0 +1,174 @@
+"""Which implementation runs a call, and the record of why.
+
+PyTorch's dispatcher does the work: every op is one schema `fastllm::<op>`, with a C++ kernel for CPU tensors (csrc/), a
+Python kernel for CUDA tensors that calls the Triton launcher of the same name (kernels/), and a fake kernel for tracing.
+What no kernel can do goes to `fastllm.reference`, is said by `fastllm.explain`, and is an error under FASTLLM_STRICT=1.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+library = torch.library.Library("fastllm", "DEF")  # noqa: TOR901, the definitions live as long as the process
+
+_folder = Path(__file__).parent
+
+
+def _load_extension():
+    """The C++ module and None, or None and the reason. A binary that exists but does not load is an error."""
+    if not any(_folder.glob("_C.*")):
+        build = build_info()
+        return None, build.get("reason", "the C++ extension has not been built (make build)")
+    try:
+        from fastllm import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fastllm: the C++ extension exists but does not load: {error}. It was built against another PyTorch or "
+            "Python; rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        ) from error
+    _C.select(os.environ.get("FASTLLM_CPU", ""))
+    return _C, None
+
+
+def build_info() -> dict:
+    """What setup.py wrote down: compiler, instruction sets, or why there is no extension."""
+    path = _folder / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+extension, missing_extension = _load_extension()
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """Why Triton cannot be used, or None."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op, as `explain` reports it."""
+
+    op: str
+    backend: str
+    kernel: str
+    shape: tuple
+    dtype: str
+    reason: str
+
+
+_forced: str | None = None
+_calls: list | None = None
+_strict = os.environ.get("FASTLLM_STRICT", "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Force one implementation inside the `with` block: "reference", "cpu", "triton" or "cuda".
+
+    Process-wide, like torch.backends switches. A backward pass runs on the implementation its forward pass ran on.
+    Raises ValueError for another name; a call that the forced implementation cannot do raises RuntimeError.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def recording(calls: list):
+    """Append a `Call` to `calls` for every op that runs inside the `with` block."""
+    global _calls
+    before, _calls = _calls, calls
+    try:
+        yield calls
+    finally:
+        _calls = before
+
+
+@functools.cache
+def _warn_once(reason: str):
+    warnings.warn(f"fastllm runs on plain PyTorch here: {reason}", stacklevel=4)
+
+
+def choose(op: str, x: torch.Tensor, unsupported=None) -> str:
+    """The backend for one call of `op` on tensors like `x`.
+
+    `unsupported(backend)` returns the reason why that backend's kernel cannot do this call, or None; None instead of
+    a function means that every kernel can.
+    """
+    if _forced is None and _calls is None and unsupported is None:
+        if x.device.type == "cpu" and extension is not None:
+            return "cpu"
+    return _choose(op, x, unsupported)
+
+
+def _choose(op, x, unsupported):
+    native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
+    name = _forced or native
+    reason = _why_not(name, x) or (unsupported(name) if unsupported and name != "reference" else None) or ""
+    if native == "reference" and not _forced:
+        reason = f"no kernels for {x.device.type} tensors"
+    if reason:
+        if _forced:
+            raise RuntimeError(f"{op}: backend {name!r} was forced, but {reason}")
+        if _strict:
+            raise RuntimeError(f"{op}: FASTLLM_STRICT is set and there is no kernel for this call: {reason}")
+        if extension is None and name == "cpu":
+            _warn_once(reason)
+        name = "reference"
+    if _calls is not None:
+        kernel = {"cpu": lambda: f"C++ {extension.selected()}", "triton": lambda: "Triton"}.get(
+            name, lambda: "PyTorch"
+        )()
+        _calls.append(Call(op, name, kernel, tuple(x.shape), str(x.dtype).removeprefix("torch."), reason))
+    return name
+
+
+def _why_not(name: str, x: torch.Tensor) -> str | None:
+    if name == "cpu":
+        return missing_extension if x.device.type == "cpu" else f"the tensors are on {x.device}"
+    if name == "triton":
+        if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"the tensors are on {x.device} (TRITON_INTERPRET=1 would interpret the kernels)"
+        return missing_triton()
+    if name == "cuda":
+        return "the CUDA C++ kernels are not built"
+    return None
+
+
+class Op:
+    """One dispatcher op `fastllm::<name>` and the ways to call it."""
+
+    def __init__(self, schema: str, module: str, fake):
+        self.name, self.module = schema.partition("(")[0], module
+        library.define(schema)
+        torch.library.register_fake(f"fastllm::{self.name}", fake, lib=library)
+        library.impl(self.name, self.triton, "CUDA")
+        self.dispatched = getattr(torch.ops.fastllm, self.name).default
+
+    def triton(self, *args):
+        return getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)(*args)
+
+    def __call__(self, backend: str, *args):
+        """Run on `backend`, as `choose` named it. Interpreted Triton is reached past the dispatcher, which sees CPU tensors."""
+        if backend == "triton" and not args[0].is_cuda:
+            return self.triton(*args)
+        return self.dispatched(*args)

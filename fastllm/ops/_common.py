@@ -1,0 +1,46 @@
+"""What the op files share: argument checks and the second derivative."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(op: str, name: str, x, *, like=None, dtypes=FLOATS):
+    """`x` is a tensor of one of `dtypes`, on the device (and, where `like` is given, of the dtype) of `like`."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must be one of {names}, got {str(x.dtype).removeprefix('torch.')}")
+    if like is not None:
+        if x.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device} like the first input, got {x.device}")
+        if dtypes is FLOATS and x.dtype != like.dtype:
+            raise TypeError(f"{op}: {name} must be {like.dtype} like the first input, got {x.dtype}")
+
+
+def check_broadcast(op: str, name: str, x: torch.Tensor, shape):
+    """`x` can be expanded to `shape`."""
+    fits = x.ndim <= len(shape) and all(n in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False))
+    if not fits:
+        raise ValueError(f"{op}: {name} must broadcast to {list(shape)}, got {list(x.shape)}")
+
+
+def as_4d(x: torch.Tensor) -> torch.Tensor:
+    """A view of `x` with leading dimensions of size 1."""
+    return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
+
+
+def gradients_through(function, inputs, grads):
+    """Gradients of `function(*inputs)` that can be differentiated again; None for an input that is None or needs none."""
+    # Fresh aliases, so that a tensor given twice (attention(x, x, x)) gets a gradient for each of its roles.
+    aliases = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    wanted = [a for a in aliases if isinstance(a, torch.Tensor) and a.requires_grad]
+    outputs = function(*aliases)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    found = iter(found)
+    return tuple(next(found) if isinstance(a, torch.Tensor) and a.requires_grad else None for a in aliases)

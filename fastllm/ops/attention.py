@@ -1,0 +1,218 @@
+"""Attention, forward and backward."""
+
+import math
+
+import torch
+
+from fastllm import reference
+from fastllm.dispatch import Op, choose
+from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through
+
+
+def _heads_like(x, D):
+    """An empty [B, H, T, D] with the memory order of x: heads inside a position where x is a view of [B, T, H, D]."""
+    B, H, T, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty(B, H, T, D)
+
+
+def _fwd_fake(q, k, v, mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, left, right, dropout_p):
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _heads_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _bwd_fake(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, *rest):
+    return (
+        _heads_like(q, q.shape[-1]),
+        _heads_like(k, k.shape[-1]),
+        _heads_like(v, v.shape[-1]),
+        q.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        q.new_empty(0) if sink is None else sink.new_empty(sink.shape),
+    )
+
+
+_OPTIONS = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? seed, float scale, float softcap,"
+    " SymInt q_offset, SymInt window_left, SymInt window_right, float dropout_p"
+)
+attention_fwd = Op(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    "attention",
+    _fwd_fake,
+)
+attention_bwd = Op(
+    f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
+    "attention",
+    _bwd_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, alibi_slopes, sink, seed, options, backend):
+        o, lse = attention_fwd(backend, q, k, v, mask, bias, alibi_slopes, sink, seed, *options)
+        ctx.save_for_backward(q, k, v, o, lse, mask, bias, alibi_slopes, sink, seed)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, *extra = ctx.saved_tensors
+        mask, bias, alibi_slopes, sink, seed = extra
+        if torch.is_grad_enabled():
+            scale, softcap, q_offset, left, right, dropout_p = ctx.options
+
+            def function(q, k, v, bias, sink):
+                return reference.attention(
+                    q,
+                    k,
+                    v,
+                    scale=scale,
+                    softcap=softcap,
+                    mask=mask,
+                    bias=bias,
+                    alibi_slopes=alibi_slopes,
+                    sink=sink,
+                    q_offset=q_offset,
+                    window_left=left,
+                    window_right=right,
+                    dropout_p=dropout_p,
+                )
+
+            dq, dk, dv, dbias, dsink = gradients_through(function, (q, k, v, bias, sink), (do, dlse))
+        else:
+            do = torch.zeros_like(o) if do is None else do
+            dq, dk, dv, dbias, dsink = attention_bwd(ctx.backend, do, dlse, q, k, v, o, lse, *extra, *ctx.options)
+            dbias = None if bias is None else dbias
+            dsink = None if sink is None else dsink
+        return dq, dk, dv, None, dbias, None, dsink, None, None, None
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window=None,
+    q_offset=None,
+    scale=None,
+    softcap=0.0,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    dropout_p=0.0,
+    return_lse=False,
+):
+    """o = softmax(s) v with s = softcap(scale * q k^T) + bias - slope * |i + q_offset - j|, over the visible keys.
+
+    q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; H is a multiple of Hkv and the keys are never repeated in memory
+    (GQA, MQA). One dtype of fp32, bf16, fp16, fp64; any strides. Returns o [B, H, T, Dv] in the memory order of q, or
+    (o, lse) with lse [B, H, T] in fp32 (fp64 for fp64), the natural log-sum-exp of s, differentiable.
+
+    Query i stands at key position i + q_offset; the default S - T aligns the last query with the last key (as
+    flash-attn), 0 the first with the first (as torch). causal: keys at positions up to the query's. window=(left, right):
+    from `left` before to `right` after it, inclusive, None or -1 for unbounded; causal caps right at 0.
+    scale defaults to D^-0.5; softcap c > 0 makes scores c * tanh(s / c). mask: boolean, True = attend, broadcasts to
+    [B, H, T, S]. bias: additive, broadcasts the same way. alibi_slopes [H] or [B, H]. sink [H]: one more score per
+    head that takes probability and has no value. dropout_p drops probabilities; lse does not see it.
+    A query that sees no key gives o = 0, lse = -inf, gradients 0.
+
+    Scores, probabilities and sums are in fp32 (fp64 for fp64). Saves q, k, v, o and lse: nothing of size T x S.
+    Raises TypeError for dtypes (a float mask is told about bias=), ValueError for shapes, devices and ranges.
+    Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_attention.py).
+    Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
+    """
+    if torch.is_autocast_enabled(q.device.type if isinstance(q, torch.Tensor) else "cpu"):
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
+    _check(q, k, v)
+    (B, H, T, D), S = q.shape, k.shape[2]
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap < 0 or not math.isfinite(softcap):
+        raise ValueError(f"attention: softcap must be 0 (off) or positive, got {softcap}")
+    left, right = _window(window)
+    right = 0 if causal and right < 0 else min(right, 0) if causal else right
+    if mask is not None:
+        if isinstance(mask, torch.Tensor) and mask.dtype in FLOATS:
+            raise TypeError(
+                f"attention: mask must be bool (True = attend), got {mask.dtype}: give additive scores as bias="
+            )
+        check_tensor("attention", "mask", mask, like=q, dtypes=(torch.bool,))
+        check_broadcast("attention", "mask", mask, (B, H, T, S))
+        mask = as_4d(mask)
+    options = dict(
+        scale=D**-0.5 if scale is None else float(scale),
+        softcap=float(softcap),
+        q_offset=S - T if q_offset is None else q_offset,
+        window_left=left,
+        window_right=right,
+        dropout_p=float(dropout_p),
+    )
+    scores = _check_scores(q, B, H, T, S, bias, alibi_slopes, sink)
+    needs = any(x is not None for x in scores) or softcap or dropout_p
+    backend = choose("attention", q, _unsupported(*scores, softcap, dropout_p) if needs else None)
+    bias, alibi_slopes, sink = scores
+    if backend == "reference":
+        o, lse = reference.attention(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, **options)
+    else:
+        o, lse = _Attention.apply(q, k, v, mask, bias, alibi_slopes, sink, None, tuple(options.values()), backend)
+    return (o, lse) if return_lse else o
+
+
+def _unsupported(bias, alibi_slopes, sink, softcap, dropout_p):
+    given = dict(bias=bias, alibi_slopes=alibi_slopes, sink=sink, softcap=softcap or None, dropout_p=dropout_p or None)
+    names = ", ".join(name for name, value in given.items() if value is not None)
+    return lambda backend: f"{names}: no {backend} kernel has this option yet"
+
+
+def _check(q, k, v):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor("attention", name, x, like=None if name == "q" else q)
+        if x.ndim != 4:
+            raise ValueError(f"attention: {name} must be [B, H, T, D], got {list(x.shape)}")
+    (B, H, _, D), (Bk, Hkv, S, Dk), (Bv, Hv, Sv, Dv) = q.shape, k.shape, v.shape
+    if (Bk, Bv) != (B, B) or Hkv != Hv or S != Sv:
+        raise ValueError(
+            "attention: k and v must agree in [B, Hkv, S] and have q's B, "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if D != Dk or D == 0 or Dv == 0:
+        raise ValueError(f"attention: q and k must have one head size D >= 1, got {D} and {Dk} (v has {Dv})")
+    if H and (Hkv == 0 or H % Hkv):
+        raise ValueError(f"attention: q's {H} heads must be a multiple of k's {Hkv} heads")
+
+
+def _window(window):
+    """(left, right) with -1 for unbounded."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"attention: window must be (left, right), got {window!r}")
+    sides = tuple(-1 if side is None else side for side in window)
+    if any(not isinstance(side, (int, torch.SymInt)) or side < -1 for side in sides):
+        raise ValueError(f"attention: window sides must be integers >= 0, or -1 or None for unbounded, got {window!r}")
+    return sides
+
+
+def _check_scores(q, B, H, T, S, bias, alibi_slopes, sink):
+    if bias is not None:
+        check_tensor("attention", "bias", bias)
+        if bias.device != q.device:
+            raise ValueError(f"attention: bias must be on {q.device} like q, got {bias.device}")
+        check_broadcast("attention", "bias", bias, (B, H, T, S))
+        bias = as_4d(bias)
+    for name, x, shapes in (("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("sink", sink, [(H,)])):
+        if x is not None:
+            check_tensor("attention", name, x)
+            if x.device != q.device:
+                raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
+            if tuple(x.shape) not in shapes:
+                wanted = " or ".join(str(list(s)) for s in shapes)
+                raise ValueError(f"attention: {name} must be {wanted}, got {list(x.shape)}")
+    return bias, alibi_slopes, sink

@@ -1,0 +1,147 @@
+"""What every op means, in plain PyTorch: the oracle of the tests, the fallback, and the documentation.
+
+Nothing here is tuned. Each function is differentiable by PyTorch, any number of times, and takes any float dtype.
+"""
+
+import math
+
+import torch
+
+
+def attention_scores(
+    q,
+    k,
+    *,
+    scale,
+    softcap=0.0,
+    bias=None,
+    alibi_slopes=None,
+    mask=None,
+    q_offset=0,
+    window_left=-1,
+    window_right=-1,
+):
+    """s[b, h, i, j] before the softmax, -inf where key j is not visible to query i: scale, soft-cap, bias, ALiBi, mask.
+
+    Query i stands at key position i + q_offset and sees keys from window_left before to window_right after it; -1 is unbounded.
+    """
+    (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+    s = (q.reshape(B, Hkv, H // Hkv * T, D) @ k.mT).reshape(
+        B, H, T, S
+    )  # the H / Hkv query heads of a key head, stacked
+    s = (s.float() if s.dtype != torch.float64 else s) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    i = torch.arange(T, device=q.device)[:, None] + q_offset
+    j = torch.arange(S, device=q.device)[None, :]
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(s.dtype).view(-1, H, 1, 1) * (i - j).abs()
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if window_left >= 0:
+        visible = visible & (j >= i - window_left)
+    if window_right >= 0:
+        visible = visible & (j <= i + window_right)
+    if mask is not None:
+        visible = visible & mask
+    return s.masked_fill(~visible, -math.inf)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    scale,
+    softcap=0.0,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    q_offset=0,
+    window_left=-1,
+    window_right=-1,
+    dropout_p=0.0,
+):
+    """o = softmax(scores) v and lse = log sum exp(scores), the sink being one more score with no value.
+
+    A query that sees nothing gives o = 0 and lse = -inf.
+    """
+    (B, H, T, _), (_, Hkv, S, Dv) = q.shape, v.shape
+    s = attention_scores(
+        q,
+        k,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+        q_offset=q_offset,
+        window_left=window_left,
+        window_right=window_right,
+    )
+    m = s.detach().amax(-1, keepdim=True) if S else s.new_full((B, H, T, 1), -math.inf)
+    if sink is not None:
+        sink = sink.to(s.dtype).view(1, H, 1, 1)
+        m = torch.maximum(m, sink.detach())
+    m = m.clamp(min=torch.finfo(s.dtype).min)
+    p = torch.exp(s - m)
+    l = p.sum(-1, keepdim=True)
+    if sink is not None:
+        l = l + torch.exp(sink - m)
+    empty = l == 0
+    l = l.masked_fill(empty, 1.0)
+    lse = (m + torch.log(l)).masked_fill(empty, -math.inf).squeeze(-1)
+    p = p / l
+    if dropout_p:
+        p = torch.dropout(p, dropout_p, True)
+    o = (p.to(v.dtype).reshape(B, Hkv, H // Hkv * T, S) @ v).reshape(B, H, T, Dv)
+    return o, lse
+
+
+def softmax(x, *, scale=1.0, mask=None, causal=False, log=False):
+    """softmax(scale * x) over the last dimension of x [..., T, S], over what `mask` (True = keep) and `causal` leave.
+
+    Causal is aligned bottom-right: row i sees columns up to i + S - T. A row that sees nothing gives 0, or -inf for the logarithm.
+    """
+    s = (x if x.dtype == torch.float64 else x.float()) * scale
+    visible = torch.ones((), dtype=torch.bool, device=x.device)
+    if causal:
+        T, S = x.shape[-2:]
+        visible = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+    if mask is not None:
+        visible = visible & mask
+    s = s.masked_fill(~visible, -math.inf)
+    if not s.shape[-1]:
+        return s.to(x.dtype)
+    m = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
+    p = torch.exp(s - m)
+    l = p.sum(-1, keepdim=True)
+    l = l.masked_fill(l == 0, 1.0)
+    return (s - m - torch.log(l) if log else p / l).to(x.dtype)
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
+    """y = (h - mean) / sqrt(var + eps) * weight + bias over the last dimension, h = x + residual; returns y, or (y, h)."""
+    h = x if residual is None else x + residual
+    c = h if h.dtype == torch.float64 else h.float()
+    c = c - c.mean(-1, keepdim=True)
+    y = c * torch.rsqrt((c * c).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    y = y.to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
+    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset), h = x + residual; returns y, or (y, h)."""
+    h = x if residual is None else x + residual
+    c = h if h.dtype == torch.float64 else h.float()
+    y = c * torch.rsqrt((c * c).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(y.dtype) + weight_offset)
+    y = y.to(h.dtype)
+    return y if residual is None else (y, h)

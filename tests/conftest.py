@@ -1,0 +1,51 @@
+"""Every test of a kernel runs once per backend: each C++ instruction set, and Triton (interpreted where there is no GPU)."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import fastllm
+from fastllm import dispatch
+
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison_fresh_memory():
+    """torch.empty returns NaN in tests, so an output element that no kernel wrote cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Runs the test once per backend; its value is the device that the test's tensors should be on."""
+    name, _, isa = request.param.partition("-")
+    if name == "cpu":
+        if dispatch.extension is None:
+            pytest.skip(f"no C++ extension: {dispatch.missing_extension}")
+        if isa not in dispatch.extension.available():
+            pytest.skip(f"this CPU or this build has no {isa} (available: {dispatch.extension.available()})")
+        before = dispatch.extension.selected()
+        dispatch.extension.select(isa)
+        with fastllm.backend("cpu"):
+            yield "cpu"
+        dispatch.extension.select(before)
+    else:
+        if reason := dispatch.missing_triton():
+            pytest.skip(reason)
+        if not torch.cuda.is_available():
+            import interpreter  # noqa: F401, repairs bf16 in Triton's interpreter
+        with fastllm.backend("triton"):
+            yield "cuda" if torch.cuda.is_available() else "cpu"
