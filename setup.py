@@ -58,7 +58,7 @@ def has_isa_flags(cxx: str) -> bool:
 
 
 def sources(isas: list[str]) -> dict[str, str]:
-    files = {"csrc/cpu/bindings.cpp": "", "csrc/cpu/dispatch.cpp": "", "csrc/ops.cpp": ""}
+    files = {"csrc/cpu/bindings.cpp": "", "csrc/cpu/attention_bindings.cpp": "", "csrc/cpu/dispatch.cpp": "", "csrc/ops.cpp": ""}
     return files | {f"csrc/cpu/{isa}.cpp": ISA_FLAGS[isa] for isa in isas}
 
 
@@ -69,7 +69,7 @@ def write_ninja(folder: Path, target: Path, sanitize: str) -> dict:
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas"
-    flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(f"k_{isa}" for isa in isas)
+    flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(f"\\&fastllm::k_{isa}" for isa in isas)
     link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     if sanitize:
         flags += f" -g -fno-omit-frame-pointer -fsanitize={sanitize}"

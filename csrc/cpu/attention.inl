@@ -1,0 +1,322 @@
+// Attention forward, and what forward and backward share: blocks, packing, scores.
+//
+// Everything is "vector over queries": scores s[k][q], probabilities p[k][q] and outputs o[d][q] are stored transposed, so
+// that keys and values are only broadcast from where they lie, and the softmax over keys is vertical: no shuffles, no
+// horizontal sums. Only queries are transposed on the way in and outputs on the way out.
+//
+// A kernel has a vector type V, a storage type S of the tensors, and a word type W of the matrix products (tile.inl).
+
+template <class V, class S, class W>
+struct AttentionBlocks {
+  using T = typename V::T;
+  using X = Words<V, W>;
+  static constexpr int kPer = X::kPer;                            // numbers along the summed dimension in a word
+  static constexpr int64_t kVectors = V::L >= 8 ? 64 / V::L : 8;  // a block of queries, in vectors and in queries
+  static constexpr int64_t kQueries = kVectors * V::L;
+
+  static int64_t words(int64_t D) { return (D + kPer - 1) / kPer; }
+  static int64_t padded(int64_t D) { return (D + V::L - 1) / V::L * V::L; }
+
+  static const S* row(const Heads& x, int64_t b, int64_t h, int64_t t) {
+    return (const S*)x.data + b * x.b + h * x.h + t * x.t;
+  }
+
+  static V load_row(const S* p, int64_t stride, int64_t n) {
+    if (stride == 1) return load<V>(p, n);
+    T lanes[V::L] = {};
+    for (int64_t i = 0; i < n && i < V::L; ++i) lanes[i] = widen(p[i * stride]);
+    return V::load(lanes);
+  }
+
+  // dst[i][d] = rows of x, widened to the compute type, zeros from D to the padded width.
+  static void pack_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, T* dst) {
+    const int64_t width = padded(D);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t d = 0; d < width; d += V::L)
+        load_row(x + i * row + d * step, step, D - d < V::L ? D - d : V::L).store(dst + i * width + d);
+  }
+
+  // Words along d: a word holds x[i][d] (and x[i][d + 1]). Used where the sum runs over d.
+  static void pack_word_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, int64_t dst_row) {
+    for (int64_t i = 0; i < n; ++i) {
+      const S* p = x + i * row;
+      W* to = dst + i * dst_row;
+      if constexpr (kPer == 1) {
+        int64_t d = 0;
+        for (; d + V::L <= D; d += V::L) load_row(p + d * step, step, V::L).store(to + d);
+        for (; d < D; ++d) to[d] = widen(p[d * step]);
+      } else {
+        for (int64_t d = 0; d + 1 < D; d += 2) to[d / 2] = pair_of(p[d * step], p[(d + 1) * step]);
+        if (D % 2) to[D / 2] = pair_of(p[(D - 1) * step], S{0});
+      }
+    }
+  }
+
+  // Words along rows: a word holds x[i][d] (and x[i + 1][d]), zeros past row n. Used where the sum runs over rows.
+  static void pack_row_words(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, int64_t dst_row) {
+    if constexpr (kPer == 1) {
+      pack_word_rows(x, row, step, n, D, dst, dst_row);
+    } else {
+      for (int64_t i = 0; i < n; i += 2) {
+        const S *p = x + i * row, *next = p + row;
+        W* to = dst + i / 2 * dst_row;
+        if (i + 1 == n)
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d * step], S{0});
+        else if (step == 1)
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d], next[d]);
+        else
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d * step], next[d * step]);
+      }
+    }
+  }
+
+  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n. `scratch`: kQueries rows.
+  static void pack_transposed(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, W* scratch) {
+    const int64_t width = words(D), full = width / V::L * V::L;
+    pack_word_rows(x, row, step, n, D, scratch, width);
+    for (int64_t q = 0; q < kQueries; q += V::L) {
+      for (int64_t d = 0; d < full; d += V::L) {
+        V r[V::L];
+        for (int64_t i = 0; i < V::L; ++i)
+          r[i] = q + i < n ? V::load((const T*)(scratch + (q + i) * width + d)) : V::set(0);
+        transpose(r);
+        for (int64_t i = 0; i < V::L; ++i) r[i].store((T*)(dst + (d + i) * kQueries + q));
+      }
+      for (int64_t d = full; d < width; ++d)
+        for (int64_t i = 0; i < V::L; ++i) dst[d * kQueries + q + i] = q + i < n ? scratch[(q + i) * width + d] : W{0};
+    }
+  }
+
+  // x rows [0, n) of D = transposed src[d][q] * factor[q].
+  static void unpack_transposed(const T* src, const T* factor, int64_t n, int64_t D, S* x, int64_t row, int64_t step) {
+    for (int64_t q = 0; q < n; q += V::L)
+      for (int64_t d = 0; d < D; d += V::L) {
+        const V f = V::load(factor + q);
+        V r[V::L];
+        for (int64_t i = 0; i < V::L; ++i) r[i] = d + i < D ? V::load(src + (d + i) * kQueries + q) * f : V::set(0);
+        transpose(r);
+        const int64_t rows = n - q < V::L ? n - q : V::L, columns = D - d < V::L ? D - d : V::L;
+        for (int64_t i = 0; i < rows; ++i) {
+          S* to = x + (q + i) * row + d * step;
+          if (step == 1) {
+            store(r[i], to, columns);
+          } else {
+            T lanes[V::L];
+            r[i].store(lanes);
+            for (int64_t j = 0; j < columns; ++j) narrow(lanes[j], to[j * step]);
+          }
+        }
+      }
+  }
+
+  // Keys or values as the left operand of a product that sums over d: in place where their memory allows it.
+  static Broadcast<W> along_d(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
+    const S* p = row(x, b, h, t);
+    if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.t, x.d};
+    if constexpr (kPer == 2)
+      if (x.d == 1 && D % 2 == 0 && x.t % 2 == 0) return {(const W*)p, x.t / 2, 1};
+    pack_word_rows(p, x.t, x.d, n, D, buffer, words(D));
+    return {buffer, words(D), 1};
+  }
+  // The same for a product that sums over keys: rows of the operand are d.
+  static Broadcast<W> along_keys(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
+    const S* p = row(x, b, h, t);
+    if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.d, x.t};
+    pack_row_words(p, x.t, x.d, n, D, buffer, D);
+    return {buffer, 1, D};
+  }
+};
+
+// The visible keys [begin, end) of queries [q0, q0 + n).
+struct KeyRange {
+  int64_t begin, end;
+};
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+inline KeyRange visible_keys(const Attention& a, int64_t q0, int64_t n) {
+  const int64_t end = a.right < 0 ? a.S : clamp(q0 + n + a.q_offset + a.right, 0, a.S);
+  return {a.left < 0 ? 0 : clamp(q0 + a.q_offset - a.left, 0, end), end};
+}
+// The queries that see some of the keys [k0, k0 + n).
+inline KeyRange seeing_queries(const Attention& a, int64_t k0, int64_t n) {
+  const int64_t end = a.left < 0 ? a.T : clamp(k0 + n + a.left - a.q_offset, 0, a.T);
+  return {a.right < 0 ? 0 : clamp(k0 - a.right - a.q_offset, 0, end), end};
+}
+
+// The last key of a run from `key` (before `end`) whose first seeing query lies in the same vector of the block at q0, and
+// that vector: what lies before it on the causal side is not computed. Runs have even length, for words of two keys.
+template <class V>
+inline int64_t run_end(const Attention& a, int64_t q0, int64_t key, int64_t end, int64_t vectors, int64_t& first) {
+  first = 0;
+  if (a.right < 0) return end;
+  const int64_t shift = a.right + a.q_offset + q0;  // query q0 + i sees keys up to shift + i
+  first = clamp((key - shift) / V::L, 0, vectors - 1);
+  if (first == vectors - 1) return end;
+  const int64_t next = shift + (first + 1) * V::L, run = next - key + ((next - key) & 1);
+  return key + run < end ? key + run : end;
+}
+
+// The one place where scores are made. s[k][q] holds q.k; it becomes log2(e) times the score, -inf where hidden.
+template <class V>
+struct ScoreTile {
+  const Attention& a;
+  int64_t b, h, q0, queries;  // the block of queries
+  typename V::T factor;       // log2(e) * scale
+
+  // Whether the tile needs more than the factor, which the exponential can take on the way.
+  bool plain(int64_t k0, int64_t keys) const {
+    const int64_t first = q0 + a.q_offset, last = first + queries - 1;
+    return !a.mask.data && (a.right < 0 || k0 + keys - 1 <= first + a.right) && (a.left < 0 || k0 >= last - a.left);
+  }
+
+  void finish(typename V::T* s, int64_t row, int64_t k0, int64_t keys, int64_t first, int64_t vectors) const {
+    using T = typename V::T;
+    const V hidden = V::set(-INFINITY), c = V::set(factor);
+    for (int64_t k = 0; k < keys; ++k) {
+      const int64_t at = k0 + k - a.q_offset - q0;  // the query of this block at this key's position
+      const V low = V::set(a.right < 0 ? T(-1) : T(clamp(at - a.right, -1, queries)));
+      const V high = V::set(a.left < 0 ? T(row) : T(clamp(at + a.left, -1, row)));
+      for (int64_t v = first; v < vectors; ++v) {
+        const V i = V::iota() + V::set(T(v * V::L));
+        V x = V::load(s + k * row + v * V::L) * c;
+        x = select_lt(i, low, hidden, select_lt(high, i, hidden, x));
+        if (a.mask.data) x = select_lt(V::set(0), mask_lanes(k0 + k, v * V::L), x, hidden);
+        x.store(s + k * row + v * V::L);
+      }
+    }
+  }
+
+  V mask_lanes(int64_t key, int64_t query) const {
+    using T = typename V::T;
+    const uint8_t* p = (const uint8_t*)a.mask.data + b * a.mask.b + h * a.mask.h + key * a.mask.s;
+    if (a.mask.t == 0) return V::set(T(*p));
+    T lanes[V::L] = {};
+    const int64_t n = clamp(queries - query, 0, V::L);
+    for (int64_t i = 0; i < n; ++i) lanes[i] = T(p[(q0 + query + i) * a.mask.t]);
+    return V::load(lanes);
+  }
+};
+
+template <class V, class S, class W>
+struct AttentionFwd : AttentionBlocks<V, S, W> {
+  using Blocks = AttentionBlocks<V, S, W>;
+  using typename Blocks::T;
+  using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  static constexpr int64_t kKeys = 96;  // s is then 24 KiB for 64 queries: with a row of keys it fits in L1
+
+  static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
+  static int64_t items(const Attention& a) { return a.B * a.H * blocks(a); }
+
+  struct Workspace {
+    W *q, *keys, *values, *scratch;
+    T *s, *o, *m, *l;
+    Workspace(const Attention& a, void* memory, int64_t* bytes) {
+      Arena arena{(char*)memory, 0};
+      const int64_t Dw = Blocks::words(a.D);
+      q = arena.take<W>(Dw * kQueries);
+      s = arena.take<T>(kKeys * kQueries);
+      o = arena.take<T>(a.Dv * kQueries);
+      keys = arena.take<W>(kKeys * Dw);
+      values = arena.take<W>(kKeys / kPer * a.Dv);
+      scratch = arena.take<W>(Dw * kQueries);
+      m = arena.take<T>(kQueries);
+      l = arena.take<T>(kQueries);
+      if (bytes) *bytes = arena.used;
+    }
+  };
+  static int64_t bytes(const Attention& a) {
+    int64_t n;
+    Workspace(a, nullptr, &n);
+    return n;
+  }
+
+  // p = 2^(s * factor - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
+  // rescale[v] is what the old sums have to be multiplied with.
+  static void exponentials(T* s, int64_t keys, int64_t vectors, T factor, T* m, T* l, V* rescale) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      T* column = s + v * V::L;
+      const V c = V::set(factor), old = V::load(m + v * V::L);
+      V top[4] = {old, old, old, old};
+      for (int64_t k = 0; k < keys; ++k) top[k & 3] = max(top[k & 3], V::load(column + k * kQueries) * c);
+      const V now = max(max(top[0], top[1]), max(top[2], top[3]));
+      now.store(m + v * V::L);
+      rescale[v] = exp2(old - now);
+
+      const V shift = V::set(0) - now;
+      V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
+      for (int64_t k = 0; k < keys; k += 2) {
+        const V p = exp2(fma(V::load(column + k * kQueries), c, shift));
+        V next = V::set(0);
+        if (k + 1 < keys) next = exp2(fma(V::load(column + (k + 1) * kQueries), c, shift));
+        sum[0] = sum[0] + p;
+        sum[1] = sum[1] + next;
+        if constexpr (kPer == 1) {
+          p.store(column + k * kQueries);
+          if (k + 1 < keys) next.store(column + (k + 1) * kQueries);
+        } else {
+          store_pairs(p, next, (W*)column + k / 2 * kQueries);
+        }
+      }
+      (sum[0] + sum[1]).store(l + v * V::L);
+    }
+  }
+
+  static void run(const Attention& a, int64_t item, void* memory) {
+    const int64_t n_blocks = blocks(a), bh = item / n_blocks, b = bh / a.H, h = bh % a.H, kv = h / (a.H / a.Hkv);
+    // Long rows first: under a causal mask the last block has the most keys, and the shortest items should come last.
+    const int64_t q0 = (n_blocks - 1 - item % n_blocks) * kQueries, n = clamp(a.T - q0, 0, kQueries);
+    const int64_t vectors = (n + V::L - 1) / V::L;
+    Workspace w(a, memory, nullptr);
+    const ScoreTile<V> scores{a, b, h, q0, n, T(a.scale * kLog2E)};
+
+    Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
+    memset(w.o, 0, a.Dv * kQueries * sizeof(T));
+    for (int64_t i = 0; i < kQueries; ++i) w.m[i] = T(-1e30), w.l[i] = 0;  // finite: -inf - -inf would be a NaN
+
+    const KeyRange range = visible_keys(a, q0, n);
+    for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
+      const int64_t keys = clamp(range.end - k0, 0, kKeys);
+      const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
+      int64_t first;
+      for (int64_t k = 0, end; k < keys; k = end) {
+        end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
+        product<Start::kZero, V>(end - k, vectors - first, key.at(k, 0), w.q + first * V::L, kQueries,
+                                 Blocks::words(a.D), w.s + k * kQueries + first * V::L, kQueries);
+      }
+      const bool plain = scores.plain(k0, keys);
+      if (!plain) scores.finish(w.s, kQueries, k0, keys, 0, vectors);
+      V rescale[kVectors];
+      exponentials(w.s, keys, vectors, plain ? scores.factor : T(1), w.m, w.l, rescale);
+
+      const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
+      for (int64_t k = 0, end; k < keys; k = end) {
+        end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
+        const W* p = (const W*)w.s + k / kPer * kQueries + first * V::L;
+        const int64_t steps = (end - k + kPer - 1) / kPer;
+        // Queries before `first` of the first run have met no key of this block: nothing to rescale there.
+        if (k == 0)
+          product<Start::kScale, V>(a.Dv, vectors - first, value, p, kQueries, steps, w.o + first * V::L, kQueries,
+                                    rescale + first);
+        else
+          product<Start::kAdd, V>(a.Dv, vectors - first, value.at(0, k / kPer), p, kQueries, steps,
+                                  w.o + first * V::L, kQueries);
+      }
+    }
+
+    T* lse = (T*)a.lse + bh * a.T + q0;
+    for (int64_t i = 0; i < n; ++i) {
+      lse[i] = w.l[i] > 0 ? T(w.m[i] * kLn2 + log(double(w.l[i]))) : T(-INFINITY);
+      if (w.l[i] != w.l[i]) lse[i] = w.l[i];
+      w.l[i] = w.l[i] == 0 ? T(0) : T(1) / w.l[i];
+    }
+    Blocks::unpack_transposed(w.o, w.l, n, a.Dv, (S*)Blocks::row(a.o, b, h, q0), a.o.t, a.o.d);
+  }
+};
+
+template <class V, class S, class W>
+int64_t attention_fwd_items(const Attention& a) { return AttentionFwd<V, S, W>::items(a); }
+template <class V, class S, class W>
+int64_t attention_fwd_bytes(const Attention& a) { return AttentionFwd<V, S, W>::bytes(a); }
+template <class V, class S, class W>
+void attention_fwd(const Attention& a, int64_t item, void* workspace) {
+  AttentionFwd<V, S, W>::run(a, item, workspace);
+}

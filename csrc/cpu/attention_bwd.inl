@@ -1,0 +1,236 @@
+// Attention backward. With p = exp(score - lse), dp = do.v and delta = sum(o * do) - dlse per query,
+//   dscore = p * (dp - delta),  dv = p^T do,  dq = scale * dscore k,  dk = scale * dscore^T q:
+// five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that every
+// sum is made by one thread in one order.
+
+template <class V, class S, class W>
+struct AttentionBwd : AttentionBlocks<V, S, W> {
+  using Blocks = AttentionBlocks<V, S, W>;
+  using typename Blocks::T;
+  using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  static constexpr int64_t kKeys = 48;  // the tiles of p and dscore are 12 KiB each
+
+  static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
+  static int64_t chunk(const Attention& a) {  // keys in a range, a multiple of the tile
+    const int64_t tiles = (a.S + kKeys - 1) / kKeys;
+    return (tiles + a.chunks - 1) / a.chunks * kKeys;
+  }
+
+  // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
+  struct Workspace {
+    W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
+    T *s, *dp, *dq, *dk, *dv, *lse, *delta;
+    W *p_words, *ds_words;
+    Workspace(const Attention& a, void* memory, int64_t* bytes) {
+      Arena arena{(char*)memory, 0};
+      const int64_t rows = blocks(a) * kQueries, Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
+      const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv), keys_here = chunk(a);
+      s = arena.take<T>(kKeys * kQueries);
+      dp = arena.take<T>(kKeys * kQueries);
+      p_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kQueries / 2);
+      ds_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kQueries / 2);
+      keys = arena.take<W>(kKeys * Dw);
+      values = arena.take<W>(kKeys * Dvw);
+      key_rows = arena.take<W>(kKeys / kPer * a.D);
+      scratch = arena.take<W>(kQueries * (Dw > Dvw ? Dw : Dvw));
+      lse = arena.take<T>(rows);
+      delta = arena.take<T>(rows);
+      q = arena.take<W>(rows * Dw);
+      grad_o = arena.take<W>(rows * Dvw);
+      q_rows = arena.take<W>(rows / kPer * D);
+      grad_o_rows = arena.take<W>(rows / kPer * Dv);
+      dq = arena.take<T>(rows * a.D);
+      dk = arena.take<T>(keys_here * D);
+      dv = arena.take<T>(keys_here * Dv);
+      if (bytes) *bytes = arena.used;
+    }
+  };
+  static int64_t bytes(const Attention& a) {
+    int64_t n;
+    Workspace(a, nullptr, &n);
+    return n;
+  }
+
+  // Rows as the right operand of a product that sums over queries: padded to whole vectors, zeros past row n.
+  static void pack_right_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst) {
+    const int64_t width = Blocks::padded(D);
+    if constexpr (kPer == 1) {
+      Blocks::pack_rows(x, row, step, n, D, dst);
+    } else {
+      Blocks::pack_row_words(x, row, step, n, D, dst, width);
+      for (int64_t i = 0; i < (n + 1) / 2; ++i)
+        for (int64_t d = D; d < width; ++d) dst[i * width + d] = W{0};
+    }
+  }
+
+  static void prepare_queries(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
+    const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
+    for (int64_t block = 0; block < blocks(a); ++block) {
+      const int64_t q0 = block * kQueries, n = clamp(a.T - q0, 0, kQueries);
+      const S *q = Blocks::row(a.q, b, h, q0), *g = Blocks::row(a.grad_o, b, h, q0), *o = Blocks::row(a.o, b, h, q0);
+      Blocks::pack_transposed(q, a.q.t, a.q.d, n, a.D, w.q + q0 * Dw, w.scratch);
+      Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + q0 * Dvw, w.scratch);
+      pack_right_rows(q, a.q.t, a.q.d, n, a.D, w.q_rows + q0 / kPer * Blocks::padded(a.D));
+      pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
+      const T* lse = (const T*)a.lse + (b * a.H + h) * a.T + q0;
+      const T* dlse = a.dlse ? (const T*)a.dlse + (b * a.H + h) * a.T + q0 : nullptr;
+      for (int64_t i = 0; i < kQueries; ++i) {
+        T delta = 0;
+        if (i < n) {
+          delta = sum_over<V>(a.Dv, [&](int64_t d, int64_t lanes) {
+            return Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes) *
+                   Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes);
+          });
+          if (dlse) delta = delta - dlse[i];
+        }
+        w.delta[q0 + i] = delta;
+        // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
+        w.lse[q0 + i] = i >= n ? T(0) : lse[i] == T(-INFINITY) ? T(1e30) : T(lse[i] * kLog2E);
+      }
+    }
+  }
+
+  // The one place where the gradients of scores are made: s becomes p, dp becomes dscore.
+  static void score_gradients(T* s, T* dp, int64_t keys, int64_t first, int64_t vectors, T factor, const T* lse,
+                              const T* delta) {
+    for (int64_t v = first; v < vectors; ++v) {
+      const V c = V::set(factor), shift = V::set(0) - V::load(lse + v * V::L), dl = V::load(delta + v * V::L);
+      for (int64_t k = 0; k < keys; ++k) {
+        T *sk = s + k * kQueries + v * V::L, *dk = dp + k * kQueries + v * V::L;
+        const V p = exp2(fma(V::load(sk), c, shift));
+        p.store(sk);
+        (p * (V::load(dk) - dl)).store(dk);
+      }
+    }
+  }
+
+  // p and dscore as words along queries (left operands of dv and dk), dscore also along keys (right operand of dq).
+  static void to_words(const Workspace& w, int64_t keys, int64_t first, int64_t vectors) {
+    for (int64_t k = 0; k < keys; k += 2)
+      for (int64_t v = first; v < vectors; ++v) {
+        const int64_t at = k * kQueries + v * V::L;
+        const bool last = k + 1 == keys;
+        const V none = V::set(0), d0 = V::load(w.dp + at), d1 = last ? none : V::load(w.dp + at + kQueries);
+        V::load(w.s + at).store((S*)w.p_words + at);
+        d0.store((S*)w.ds_words + at);
+        if (!last) {
+          V::load(w.s + at + kQueries).store((S*)w.p_words + at + kQueries);
+          d1.store((S*)w.ds_words + at + kQueries);
+        }
+        store_pairs(d0, d1, (W*)w.dp + k / 2 * kQueries + v * V::L);
+      }
+  }
+
+  static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
+                             int64_t keys, Broadcast<W> key, Broadcast<W> value, Broadcast<W> key_rows, T* dk, T* dv) {
+    const int64_t q0 = scores.q0, n = scores.queries, vectors = (n + V::L - 1) / V::L;
+    const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
+    const bool plain = scores.plain(k0, keys);
+    int64_t first;
+    for (int64_t k = 0, end; k < keys; k = end) {
+      end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
+      const int64_t run = end - k, columns = vectors - first, skip = first * V::L;
+      const W *q = w.q + q0 * Blocks::words(a.D) + skip, *grad_o = w.grad_o + q0 * Blocks::words(a.Dv) + skip;
+      product<Start::kZero, V>(run, columns, key.at(k, 0), q, kQueries, Blocks::words(a.D), w.s + skip, kQueries);
+      product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + skip,
+                               kQueries);
+      if (!plain) scores.finish(w.s, kQueries, k0 + k, run, first, vectors);
+      score_gradients(w.s, w.dp, run, first, vectors, plain ? scores.factor : T(1), w.lse + q0, w.delta + q0);
+
+      Broadcast<W> p{(const W*)w.s, kQueries, 1}, ds{(const W*)w.dp, kQueries, 1};
+      if constexpr (kPer == 2) {
+        to_words(w, run, first, vectors);
+        p = {w.p_words, kQueries / 2, 1};
+        ds = {w.ds_words, kQueries / 2, 1};
+      }
+      const int64_t steps = (n - skip + kPer - 1) / kPer;
+      const W *q_rows = w.q_rows + (q0 + skip) / kPer * D, *grad_o_rows = w.grad_o_rows + (q0 + skip) / kPer * Dv;
+      product<Start::kAdd, V>(run, Dv / V::L, p.at(0, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
+      product<Start::kAdd, V>(run, D / V::L, ds.at(0, skip / kPer), q_rows, D, steps, dk + k * D, D);
+      product<Start::kAdd, V>(a.D, columns, key_rows.at(0, k / kPer), (const W*)w.dp + skip, kQueries,
+                              (run + kPer - 1) / kPer, w.dq + q0 * a.D + skip, kQueries);
+    }
+  }
+
+  static void run(const Attention& a, int64_t item, void* memory) {
+    const int64_t part = item % a.chunks, b = item / a.chunks / a.Hkv, kv = item / a.chunks % a.Hkv, G = a.H / a.Hkv;
+    const int64_t begin = clamp(part * chunk(a), 0, a.S), end = clamp(begin + chunk(a), 0, a.S);
+    const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
+    Workspace w(a, memory, nullptr);
+    memset(w.dk, 0, (end - begin) * D * sizeof(T));
+    memset(w.dv, 0, (end - begin) * Dv * sizeof(T));
+
+    for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
+      prepare_queries(a, w, b, h);
+      memset(w.dq, 0, blocks(a) * kQueries * a.D * sizeof(T));
+      for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
+        const int64_t keys = clamp(end - k0, 0, kKeys);
+        const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
+        const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
+        const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, k0, keys, a.D, w.key_rows);
+        const KeyRange range = seeing_queries(a, k0, keys);
+        for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
+          const ScoreTile<V> scores{a, b, h, q0, clamp(a.T - q0, 0, kQueries), T(a.scale * kLog2E)};
+          tile_gradients(a, w, scores, k0, keys, key, value, key_rows, w.dk + (k0 - begin) * D,
+                         w.dv + (k0 - begin) * Dv);
+        }
+      }
+      write_dq(a, w, b, h, part);
+    }
+    write_rows(w.dk, D, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
+    write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
+  }
+
+  static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t part) {
+    T factor[kQueries];
+    for (T& f : factor) f = T(a.scale);
+    for (int64_t q0 = 0; q0 < a.T; q0 += kQueries) {
+      const int64_t n = clamp(a.T - q0, 0, kQueries);
+      if (a.chunks == 1) {
+        S* to = (S*)Blocks::row(a.dq, b, h, q0);
+        Blocks::unpack_transposed(w.dq + q0 * a.D, factor, n, a.D, to, a.dq.t, a.dq.d);
+      } else {
+        T* to = (T*)a.dq_partial + (((b * a.H + h) * a.chunks + part) * a.T + q0) * a.D;
+        AttentionBlocks<V, T, W>::unpack_transposed(w.dq + q0 * a.D, factor, n, a.D, to, a.D, 1);
+      }
+    }
+  }
+
+  static void write_rows(const T* src, int64_t width, int64_t n, int64_t D, T factor, const Heads& x, int64_t b,
+                         int64_t h, int64_t t0) {
+    const V f = V::set(factor);
+    for (int64_t i = 0; i < n; ++i) {
+      S* to = (S*)Blocks::row(x, b, h, t0 + i);
+      for_vectors<V>(D, [&](int64_t d, int64_t lanes) {
+        const V value = V::load(src + i * width + d) * f;
+        if (x.d == 1) return store(value, to + d, lanes);
+        T numbers[V::L];
+        value.store(numbers);
+        for (int64_t j = 0; j < lanes; ++j) narrow(numbers[j], to[(d + j) * x.d]);
+      });
+    }
+  }
+};
+
+template <class V, class S, class W>
+int64_t attention_bwd_bytes(const Attention& a) { return AttentionBwd<V, S, W>::bytes(a); }
+template <class V, class S, class W>
+void attention_bwd(const Attention& a, int64_t item, void* workspace) {
+  AttentionBwd<V, S, W>::run(a, item, workspace);
+}
+
+// dq of rows [begin, end) of [B, H, T] as the sum of the partial sums of its key ranges, in their order.
+template <class V, class S>
+void attention_bwd_sum_dq(const Attention& a, int64_t begin, int64_t end) {
+  using T = typename V::T;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t t = r % a.T, h = r / a.T % a.H, b = r / a.T / a.H;
+    const T* partial = (const T*)a.dq_partial + ((b * a.H + h) * a.chunks * a.T + t) * a.D;
+    S* to = (S*)a.dq.data + b * a.dq.b + h * a.dq.h + t * a.dq.t;
+    for (int64_t d = 0; d < a.D; ++d) {
+      T sum = 0;
+      for (int64_t c = 0; c < a.chunks; ++c) sum += partial[c * a.T * a.D + d];
+      narrow(sum, to[d * a.dq.d]);
+    }
+  }
+}

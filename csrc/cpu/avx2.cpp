@@ -1,0 +1,22 @@
+// AVX2 with FMA and F16C.
+#include "cpu/isa.h"
+
+namespace fastllm {
+namespace {
+#include "float16.inl"
+#include "vec_array.inl"
+#include "vec_avx2.inl"
+using VecD = ArrayVec<double, 4>;
+#include "math.inl"
+#include "words.inl"
+
+struct Tiles {  // 16 registers: 6 x 2 sums, 2 right words, 1 left word
+  static constexpr int kColumns = 2;
+  static constexpr int rows(int columns) { return columns == 2 ? 6 : 8; }
+};
+using BFloat16Word = float;
+#include "kernels.inl"
+}  // namespace
+
+extern const Kernels k_avx2 = KERNEL_TABLE("avx2");
+}  // namespace fastllm

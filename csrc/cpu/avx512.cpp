@@ -1,0 +1,22 @@
+// AVX-512 (F, BW, VL, DQ).
+#include "cpu/isa.h"
+
+namespace fastllm {
+namespace {
+#include "float16.inl"
+#include "vec_array.inl"
+#include "vec_avx512.inl"
+using VecD = ArrayVec<double, 4>;
+#include "math.inl"
+#include "words.inl"
+
+struct Tiles {  // 32 registers: 6 x 4 sums, 4 right words, 1 left word; with fewer columns more rows hide the latency
+  static constexpr int kColumns = 4;
+  static constexpr int rows(int columns) { return columns == 4 ? 6 : 8; }
+};
+using BFloat16Word = float;
+#include "kernels.inl"
+}  // namespace
+
+extern const Kernels k_avx512 = KERNEL_TABLE("avx512");
+}  // namespace fastllm

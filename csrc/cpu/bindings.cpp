@@ -1,0 +1,198 @@
+// Tensors in, checks, threads, table call: norms and softmax. Attention's are in attention_bindings.cpp.
+#include "cpu/tensors.h"
+
+namespace fastllm::cpu {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements that are worth waking another thread for (0.5 to 1.2 us)
+
+struct Rows {
+  int64_t N, D;
+  std::vector<int64_t> shape, leading;
+};
+Rows rows_of(const Tensor& x, const char* op) {
+  Rows r;
+  r.shape = shape_of(x);
+  STD_TORCH_CHECK(!r.shape.empty() && r.shape.back() > 0 && x.is_contiguous(), op,
+                  ": x must be contiguous [..., D] with D >= 1");
+  r.D = r.shape.back();
+  r.N = x.numel() / r.D;
+  r.leading.assign(r.shape.begin(), r.shape.end() - 1);
+  return r;
+}
+void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op, ": ",
+                  name, " must be contiguous, with the shape and dtype of x");
+}
+void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
+  STD_TORCH_CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
+}
+
+// Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the same
+// for any number of threads.
+int64_t stripes_of(int64_t N) { return std::min<int64_t>(64, (N + 7) / 8); }
+
+// out[d] = sum over stripes of partial[stripe][d], in order, rounded to out's type.
+void sum_stripes(const void* partial, Type compute, int64_t stripes, int64_t D, const Tensor& out, const char* op) {
+  const Type t = type_of(out, op);
+  void* data = out.data_ptr();
+  for_range(D, kGrain / 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(end - begin, 0.0);
+    for (int64_t s = 0; s < stripes; ++s)
+      for (int64_t d = begin; d < end; ++d)
+        sum[d - begin] += compute == kDouble ? ((const double*)partial)[s * D + d] : ((const float*)partial)[s * D + d];
+    for (int64_t d = begin; d < end; ++d) set_element(data, t, d, sum[d - begin]);
+  });
+}
+
+template <class Kernel>
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const Tensor& dy, const MaybeTensor& dh,
+                                            const Tensor& h, const MaybeTensor& weight, const void* mean,
+                                            const Tensor& rstd, bool has_bias, double weight_offset) {
+  const Rows r = rows_of(h, op);
+  check_like(dy, h, op, "dy");
+  if (dh) check_like(*dh, h, op, "dh");
+  check_weight(weight, r.D, op, "weight");
+  STD_TORCH_CHECK(rstd.numel() == r.N, op, ": rstd must have a number per row");
+  const Type t = type_of(h, op), compute = t == kDouble ? kDouble : kFloat;
+  const InComputeType w(weight, t, op);
+  const Tensor dx = empty(h, r.shape, h.scalar_type());
+  const Tensor dweight = weight ? empty(h, shape_of(*weight), weight->scalar_type()) : none_like(h);
+  const Tensor dbias = empty(h, {has_bias ? r.D : 0}, compute_type(t));
+
+  const int64_t stripes = stripes_of(r.N), bytes = compute == kDouble ? 8 : 4;
+  std::unique_ptr<char[]> partial(new char[stripes * r.D * bytes * ((weight ? 1 : 0) + (has_bias ? 1 : 0)) + 1]);
+  Norm a{};
+  a.D = r.D;
+  a.weight_offset = weight_offset;
+  a.h = h.data_ptr();
+  a.weight = w.data();
+  a.mean = const_cast<void*>(mean);
+  a.rstd = rstd.data_ptr();
+  a.dy = dy.data_ptr();
+  a.dh = dh ? dh->data_ptr() : nullptr;
+  a.dx = dx.data_ptr();
+  a.dweight = weight ? partial.get() : nullptr;
+  a.dbias = has_bias ? partial.get() + (weight ? stripes * r.D * bytes : 0) : nullptr;
+  for_range(stripes, std::max<int64_t>(1, kGrain * stripes / std::max<int64_t>(1, r.N * r.D)),
+            [&](int64_t begin, int64_t end) {
+              for (int64_t s = begin; s < end; ++s) kernel[t](a, s, r.N * s / stripes, r.N * (s + 1) / stripes);
+            });
+  if (weight) sum_stripes(a.dweight, compute, stripes, r.D, dweight, op);
+  if (has_bias) sum_stripes(a.dbias, compute, stripes, r.D, dbias, op);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
+                                                          MaybeTensor residual, double eps) {
+  const char* op = "layer_norm_fwd";
+  const Rows r = rows_of(x, op);
+  if (residual) check_like(*residual, x, op, "residual");
+  check_weight(weight, r.D, op, "weight");
+  check_weight(bias, r.D, op, "bias");
+  const Type t = type_of(x, op);
+  const InComputeType w(weight, t, op), b(bias, t, op);
+  const Tensor y = empty(x, r.shape, x.scalar_type());
+  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
+  const Tensor mean = empty(x, r.leading, compute_type(t)), rstd = empty(x, r.leading, compute_type(t));
+  Norm a{};
+  a.D = r.D;
+  a.eps = eps;
+  a.x = x.data_ptr();
+  a.residual = residual ? residual->data_ptr() : nullptr;
+  a.y = y.data_ptr();
+  a.h = residual ? h.data_ptr() : nullptr;
+  a.weight = w.data();
+  a.bias = b.data();
+  a.mean = mean.data_ptr();
+  a.rstd = rstd.data_ptr();
+  const auto kernel = kernels().layer_norm_fwd[t];
+  for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return {y, h, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
+                                                double weight_offset) {
+  const char* op = "rms_norm_fwd";
+  const Rows r = rows_of(x, op);
+  if (residual) check_like(*residual, x, op, "residual");
+  check_weight(weight, r.D, op, "weight");
+  const Type t = type_of(x, op);
+  const InComputeType w(weight, t, op);
+  const Tensor y = empty(x, r.shape, x.scalar_type());
+  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
+  const Tensor rstd = empty(x, r.leading, compute_type(t));
+  Norm a{};
+  a.D = r.D;
+  a.eps = eps;
+  a.weight_offset = weight_offset;
+  a.x = x.data_ptr();
+  a.residual = residual ? residual->data_ptr() : nullptr;
+  a.y = y.data_ptr();
+  a.h = residual ? h.data_ptr() : nullptr;
+  a.weight = w.data();
+  a.rstd = rstd.data_ptr();
+  const auto kernel = kernels().rms_norm_fwd[t];
+  for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return {y, h, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
+                                                  Tensor rstd, bool has_bias) {
+  STD_TORCH_CHECK(mean.numel() == rstd.numel(), "layer_norm_bwd: mean must have a number per row");
+  return norm_bwd("layer_norm_bwd", kernels().layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, has_bias, 0.0);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
+                                        double weight_offset) {
+  auto [dx, dweight, none] =
+      norm_bwd("rms_norm_bwd", kernels().rms_norm_bwd, dy, dh, h, weight, nullptr, rstd, false, weight_offset);
+  return {dx, dweight};
+}
+
+Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "softmax_fwd: x must be contiguous [B, H, T, S]");
+  const Type t = type_of(x, "softmax_fwd");
+  Softmax a{};
+  a.H = x.size(1), a.T = x.size(2), a.S = x.size(3);
+  a.scale = scale;
+  a.causal = causal, a.log = log;
+  a.x = x.data_ptr();
+  if (mask) {
+    STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, "softmax_fwd: mask must be 4-D bool");
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(mask->size(i) == x.size(i) || mask->size(i) == 1, "softmax_fwd: mask must broadcast to x");
+      a.mask_stride[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+    }
+    a.mask = (const uint8_t*)mask->data_ptr();
+  }
+  const Tensor y = empty(x, shape_of(x), x.scalar_type());
+  a.y = y.data_ptr();
+  const int64_t rows = x.size(0) * a.H * a.T, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
+  const auto kernel = kernels().softmax_fwd[t];
+  if (rows && a.S)
+    for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end, workspace(bytes)); });
+  return y;
+}
+
+Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log) {
+  STD_TORCH_CHECK(y.dim() == 4 && y.is_contiguous(), "softmax_bwd: y must be contiguous [B, H, T, S]");
+  check_like(dy, y, "softmax_bwd", "dy");
+  const Type t = type_of(y, "softmax_bwd");
+  Softmax a{};
+  a.S = y.size(3);
+  a.scale = scale;
+  a.log = log;
+  a.y = y.data_ptr();
+  a.dy = dy.data_ptr();
+  const Tensor dx = empty(y, shape_of(y), y.scalar_type());
+  a.dx = dx.data_ptr();
+  const int64_t rows = a.S ? y.numel() / a.S : 0;
+  const auto kernel = kernels().softmax_bwd[t];
+  if (rows) for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return dx;
+}
+
+}  // namespace fastllm::cpu

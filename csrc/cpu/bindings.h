@@ -1,0 +1,32 @@
+// The CPU kernels as functions on tensors, in the calling convention of the schemas in fastllm/ops/.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastllm::cpu {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
+                                                          MaybeTensor residual, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
+                                                  Tensor rstd, bool has_bias);
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
+                                                double weight_offset);
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
+                                        double weight_offset);
+Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log);
+Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log);
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor bias,
+                                         MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
+                                         double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,
+                                         double dropout_p);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+    Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
+    MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p);
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,19 @@
+// What every instruction set's file includes first. No std:: template, and no function that is not in an anonymous
+// namespace, may be compiled with special flags: the linker keeps one copy of a shared inline function for the whole
+// library, and it may be the AVX-512 one.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#define NOINLINE __attribute__((noinline))
+#else
+#define NOINLINE
+#endif
+
+#include "cpu/table.h"

@@ -1,0 +1,122 @@
+// layer_norm and rms_norm: y = (h - mean) * rstd * weight + bias with h = x + residual.
+
+// h of one row: x itself, or the sum with the residual, rounded to the storage type as the next block will see it.
+template <class V, class S>
+inline const S* residual_sum(const Norm& a, int64_t row) {
+  const S* x = (const S*)a.x + row * a.D;
+  if (!a.residual) return x;
+  const S* residual = (const S*)a.residual + row * a.D;
+  S* h = (S*)a.h + row * a.D;
+  for_vectors<V>(a.D, [&](int64_t i, int64_t n) { store(load<V>(x + i, n) + load<V>(residual + i, n), h + i, n); });
+  return h;
+}
+
+template <class V, class S>
+void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+  using T = typename V::T;
+  const int64_t D = a.D;
+  const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
+  for (int64_t row = begin; row < end; ++row) {
+    const S* h = residual_sum<V, S>(a, row);
+    const T mean = sum_over<V>(D, [&](int64_t i, int64_t n) { return load<V>(h + i, n); }) / T(D);
+
+    // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large.
+    const V mu = V::set(mean);
+    const T squares = sum_over<V>(D, [&](int64_t i, int64_t n) {
+      V d = load<V>(h + i, n) - mu;
+      if (n < V::L) d = select_lt(V::iota(), V::set(T(n)), d, V::set(0));
+      return d * d;
+    });
+    const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
+    ((T*)a.mean)[row] = mean;
+    ((T*)a.rstd)[row] = rstd;
+
+    S* y = (S*)a.y + row * D;
+    const V r = V::set(rstd);
+    for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      V v = (load<V>(h + i, n) - mu) * r;
+      if (weight) v = v * load<V>(weight + i, n);
+      if (bias) v = v + load<V>(bias + i, n);
+      store(v, y + i, n);
+    });
+  }
+}
+
+template <class V, class S>
+void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+  using T = typename V::T;
+  const int64_t D = a.D;
+  const T* weight = (const T*)a.weight;
+  const V offset = V::set(T(a.weight_offset));
+  for (int64_t row = begin; row < end; ++row) {
+    const S* h = residual_sum<V, S>(a, row);
+    const T squares = sum_over<V>(D, [&](int64_t i, int64_t n) {
+      const V x = load<V>(h + i, n);
+      return x * x;
+    });
+    const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
+    ((T*)a.rstd)[row] = rstd;
+
+    S* y = (S*)a.y + row * D;
+    const V r = V::set(rstd);
+    for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      V v = load<V>(h + i, n) * r;
+      if (weight) v = v * (load<V>(weight + i, n) + offset);
+      store(v, y + i, n);
+    });
+  }
+}
+
+// Gradients of rows [begin, end): with g = dy * weight and xhat = (h - mean) * rstd,
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm,
+// and the sums dweight += dy * xhat, dbias += dy into the partial sums of this stripe of rows.
+template <class V, class S, bool kCentred>
+void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
+  using T = typename V::T;
+  const int64_t D = a.D;
+  const T* weight = (const T*)a.weight;
+  const V offset = V::set(T(a.weight_offset));
+  T* dweight = a.dweight ? (T*)a.dweight + stripe * D : nullptr;
+  T* dbias = a.dbias ? (T*)a.dbias + stripe * D : nullptr;
+  if (dweight) memset(dweight, 0, D * sizeof(T));
+  if (dbias) memset(dbias, 0, D * sizeof(T));
+
+  for (int64_t row = begin; row < end; ++row) {
+    const S *h = (const S*)a.h + row * D, *dy = (const S*)a.dy + row * D;
+    const V mu = V::set(kCentred ? ((const T*)a.mean)[row] : T(0)), r = V::set(((const T*)a.rstd)[row]);
+    auto g = [&](int64_t i, int64_t n) {
+      const V d = load<V>(dy + i, n);
+      return weight ? d * (load<V>(weight + i, n) + offset) : d;
+    };
+    V sum_g = V::set(0), sum_gx[2] = {V::set(0), V::set(0)};
+    int turn = 0;
+    for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      const V d = load<V>(dy + i, n), x = (load<V>(h + i, n) - mu) * r, gi = g(i, n);
+      if (kCentred) sum_g = sum_g + gi;
+      sum_gx[turn] = fma(gi, x, sum_gx[turn]);
+      turn ^= 1;
+      if (dweight) store(fma(d, x, load<V>(dweight + i, n)), dweight + i, n);
+      if (dbias) store(d + load<V>(dbias + i, n), dbias + i, n);
+    });
+    const V mean_g = V::set(sum(sum_g) / T(D)), mean_gx = V::set(sum(sum_gx[0] + sum_gx[1]) / T(D));
+
+    S* dx = (S*)a.dx + row * D;
+    const S* dh = a.dh ? (const S*)a.dh + row * D : nullptr;
+    for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      const V x = (load<V>(h + i, n) - mu) * r;
+      V d = g(i, n) - x * mean_gx;
+      if (kCentred) d = d - mean_g;
+      d = d * r;
+      if (dh) d = d + load<V>(dh + i, n);
+      store(d, dx + i, n);
+    });
+  }
+}
+template <class V, class S>
+void layer_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
+  norm_bwd<V, S, true>(a, stripe, begin, end);
+}
+template <class V, class S>
+void rms_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
+  norm_bwd<V, S, false>(a, stripe, begin, end);
+}

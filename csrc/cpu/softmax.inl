@@ -1,0 +1,83 @@
+// softmax and log_softmax of rows of x [B, H, T, S]: y = exp(scale * x - max) / sum, over the visible columns.
+
+// One row: where its data are, how many leading columns causality leaves, and where its mask lies.
+struct SoftmaxRow {
+  int64_t begin, visible;
+  const uint8_t* mask;
+};
+inline SoftmaxRow softmax_row(const Softmax& a, int64_t row) {
+  const int64_t t = row % a.T, h = row / a.T % a.H, b = row / a.T / a.H;
+  int64_t visible = a.causal ? t + a.S - a.T + 1 : a.S;
+  visible = visible < 0 ? 0 : visible > a.S ? a.S : visible;
+  const int64_t* stride = a.mask_stride;
+  return {row * a.S, visible, a.mask ? a.mask + b * stride[0] + h * stride[1] + t * stride[2] : nullptr};
+}
+
+// s[i] = scale * x[i] into `s`, -inf where the mask hides; returns the largest.
+template <class V, class S>
+typename V::T softmax_scores(const Softmax& a, SoftmaxRow row, typename V::T* s) {
+  using T = typename V::T;
+  const S* x = (const S*)a.x + row.begin;
+  const V scale = V::set(T(a.scale)), hidden = V::set(-INFINITY);
+  V m = hidden;
+  for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
+    V v = load<V>(x + i, n) * scale;
+    if (row.mask) {
+      T keep[V::L];
+      for (int64_t j = 0; j < V::L; ++j) keep[j] = j < n && row.mask[(i + j) * a.mask_stride[3]] ? T(1) : T(0);
+      v = select_lt(V::set(0), V::load(keep), v, hidden);
+    }
+    store(v, s + i, n);
+    if (n < V::L) v = select_lt(V::iota(), V::set(T(n)), v, hidden);
+    m = max(m, v);
+  });
+  return max_of(m);
+}
+
+template <class V, class S>
+void softmax_fwd(const Softmax& a, int64_t begin, int64_t end, void* workspace) {
+  using T = typename V::T;
+  T* s = (T*)workspace;
+  for (int64_t r = begin; r < end; ++r) {
+    const SoftmaxRow row = softmax_row(a, r);
+    S* y = (S*)a.y + row.begin;
+    const T m = softmax_scores<V, S>(a, row, s);
+    const bool empty = !(m > -INFINITY) && !(m != m);
+    const V shift = V::set(empty ? T(0) : m), log2e = V::set(T(kLog2E));
+
+    const T total = sum_over<V>(row.visible, [&](int64_t i, int64_t n) {
+      V e = exp2((load<V>(s + i, n) - shift) * log2e);
+      if (!a.log) store(e, s + i, n);
+      return n < V::L ? select_lt(V::iota(), V::set(T(n)), e, V::set(0)) : e;
+    });
+    if (a.log) {
+      const V log_total = V::set(empty ? T(0) : T(log(double(total))));
+      for_vectors<V>(row.visible,
+                     [&](int64_t i, int64_t n) { store((load<V>(s + i, n) - shift) - log_total, y + i, n); });
+    } else {
+      const V inverse = V::set(empty ? T(0) : T(1) / total);
+      for_vectors<V>(row.visible, [&](int64_t i, int64_t n) { store(load<V>(s + i, n) * inverse, y + i, n); });
+    }
+    const V hidden = V::set(a.log ? T(-INFINITY) : T(0));
+    for_vectors<V>(a.S - row.visible, [&](int64_t i, int64_t n) { store(hidden, y + row.visible + i, n); });
+  }
+}
+
+// dx = scale * y * (dy - sum(y * dy)); for the logarithm scale * (dy - exp(y) * sum(dy)), 0 where y is -inf.
+template <class V, class S>
+void softmax_bwd(const Softmax& a, int64_t begin, int64_t end) {
+  using T = typename V::T;
+  const V scale = V::set(T(a.scale)), log2e = V::set(T(kLog2E)), zero = V::set(0), lowest = V::set(-INFINITY);
+  for (int64_t row = begin; row < end; ++row) {
+    const S *y = (const S*)a.y + row * a.S, *dy = (const S*)a.dy + row * a.S;
+    S* dx = (S*)a.dx + row * a.S;
+    const V total = V::set(sum_over<V>(a.S, [&](int64_t i, int64_t n) {
+      return a.log ? load<V>(dy + i, n) : load<V>(y + i, n) * load<V>(dy + i, n);
+    }));
+    for_vectors<V>(a.S, [&](int64_t i, int64_t n) {
+      const V yi = load<V>(y + i, n), di = load<V>(dy + i, n);
+      const V d = a.log ? select_lt(lowest, yi, di - exp2(yi * log2e) * total, zero) : yi * (di - total);
+      store(d * scale, dx + i, n);
+    });
+  }
+}

@@ -1,0 +1,86 @@
+// What bindings.cpp knows of a CPU kernel: its arguments and one function pointer per storage type.
+//
+// Every instruction set compiles all kernels into a table of its own (scalar.cpp, avx2.cpp, ...); dispatch.cpp picks one.
+// Kernels get raw pointers and a range of independent items; they never allocate, throw, or start threads.
+#pragma once
+#include <stdint.h>
+
+namespace fastllm {
+
+enum Type { kFloat, kBFloat16, kHalf, kDouble, kTypes };  // the order of every array of function pointers
+
+// Statistics, gradients of weights and workspaces are in the compute type: float, or double for double.
+
+struct Norm {
+  int64_t D;
+  double eps, weight_offset;
+  const void *x, *residual;  // [N, D], storage type; residual may be null
+  void *y, *h;               // [N, D]; h = x + residual is null where residual is
+  const void *weight, *bias;  // [D] in the compute type, or null
+  void *mean, *rstd;          // [N] in the compute type; mean is null for rms_norm
+  const void *dy, *dh;        // backward: [N, D]; dh may be null. h above is read then
+  void* dx;
+  void *dweight, *dbias;  // backward: [stripes, D] partial sums in the compute type; may be null
+};
+
+struct Softmax {
+  int64_t H, T, S;  // x is [B, H, T, S], contiguous; a row is one (b, h, t)
+  double scale;
+  bool causal, log;
+  const void* x;
+  const uint8_t* mask;
+  int64_t mask_stride[4];  // 0 where the mask is broadcast
+  void* y;
+  const void* dy;  // backward reads y and dy
+  void* dx;
+};
+
+struct Heads {  // a [B, H, T, D] tensor of the storage type, any strides (in elements)
+  void* data;
+  int64_t b, h, t, d;
+};
+
+struct Scores {  // a [B, H, T, S] tensor that may be broadcast (stride 0)
+  void* data;
+  int64_t b, h, t, s;
+  int type;
+};
+
+struct Attention {
+  int64_t B, H, Hkv, T, S, D, Dv;
+  double scale, softcap;
+  int64_t q_offset, left, right;  // left, right: keys visible before and after a query's position; -1 is unbounded
+  Heads q, k, v, o;
+  void* lse;    // [B, H, T] in the compute type, natural logarithm
+  Scores mask;  // bytes, 0 = hidden; data may be null
+  Scores bias;  // any storage type; data may be null
+  const void *alibi_slopes, *sink;  // [B, H] and [H] in the compute type; may be null
+  int64_t alibi_stride_b;
+
+  Heads grad_o, dq, dk, dv;  // backward
+  const void* dlse;          // [B, H, T] in the compute type; may be null
+  int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
+  void* dq_partial;          // [B, H, chunks, T, D] in the compute type
+};
+
+struct Kernels {
+  const char* name;
+  void (*layer_norm_fwd[kTypes])(const Norm&, int64_t begin, int64_t end);
+  void (*layer_norm_bwd[kTypes])(const Norm&, int64_t stripe, int64_t begin, int64_t end);
+  void (*rms_norm_fwd[kTypes])(const Norm&, int64_t begin, int64_t end);
+  void (*rms_norm_bwd[kTypes])(const Norm&, int64_t stripe, int64_t begin, int64_t end);
+  void (*softmax_fwd[kTypes])(const Softmax&, int64_t begin, int64_t end, void* workspace);
+  void (*softmax_bwd[kTypes])(const Softmax&, int64_t begin, int64_t end);
+  int64_t (*attention_fwd_items[kTypes])(const Attention&);
+  int64_t (*attention_fwd_bytes[kTypes])(const Attention&);
+  void (*attention_fwd[kTypes])(const Attention&, int64_t item, void* workspace);
+  int64_t (*attention_bwd_bytes[kTypes])(const Attention&);
+  void (*attention_bwd[kTypes])(const Attention&, int64_t item, void* workspace);
+  void (*attention_bwd_sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);
+};
+
+extern const Kernels k_scalar, k_avx2, k_avx512, k_avx512_bf16;
+
+const Kernels& kernels();  // the table in use
+
+}  // namespace fastllm

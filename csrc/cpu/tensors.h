@@ -1,0 +1,147 @@
+// What the CPU bindings share: types, converted weights, and work spread over torch's own threads.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/bindings.h"
+#include "cpu/table.h"
+
+namespace fastllm::cpu {
+namespace {
+
+#include "cpu/float16.inl"
+
+using torch::headeronly::ScalarType;
+
+inline Type type_of(const Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return kFloat;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kHalf;
+    case ScalarType::Double: return kDouble;
+    default: STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16, float16 or float64 tensor");
+  }
+  return kTypes;
+}
+inline ScalarType compute_type(Type t) { return t == kDouble ? ScalarType::Double : ScalarType::Float; }
+
+inline double element(const void* data, Type t, int64_t i) {
+  switch (t) {
+    case kFloat: return ((const float*)data)[i];
+    case kBFloat16: return widen(((const bf16*)data)[i]);
+    case kHalf: return widen(((const half*)data)[i]);
+    default: return ((const double*)data)[i];
+  }
+}
+inline void set_element(void* data, Type t, int64_t i, double x) {
+  switch (t) {
+    case kFloat: ((float*)data)[i] = float(x); break;
+    case kBFloat16: narrow(float(x), ((bf16*)data)[i]); break;
+    case kHalf: narrow(float(x), ((half*)data)[i]); break;
+    default: ((double*)data)[i] = x;
+  }
+}
+
+// A small tensor (a weight) in the compute type: where it lies if it has it and is contiguous, else converted.
+class InComputeType {
+ public:
+  InComputeType(const MaybeTensor& x, Type compute, const char* op) {
+    if (!x) return;
+    const Type t = type_of(*x, op);
+    if (x->is_contiguous() && t == (compute == kDouble ? kDouble : kFloat)) {
+      data_ = x->data_ptr();
+      return;
+    }
+    const Tensor flat = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
+    const int64_t n = flat.numel();
+    if (compute == kDouble) {
+      doubles_.resize(n);
+      for (int64_t i = 0; i < n; ++i) doubles_[i] = element(flat.data_ptr(), t, i);
+      data_ = doubles_.data();
+    } else {
+      floats_.resize(n);
+      for (int64_t i = 0; i < n; ++i) floats_[i] = float(element(flat.data_ptr(), t, i));
+      data_ = floats_.data();
+    }
+  }
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_ = nullptr;
+  std::vector<float> floats_;
+  std::vector<double> doubles_;
+};
+
+// Each thread keeps its workspace: fresh pages cost more than a small kernel. A very large one is given back.
+inline void* workspace(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  constexpr int64_t kKeep = int64_t(64) << 20;
+  if (bytes > size || (size > kKeep && bytes <= kKeep)) {
+    memory.reset();
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(4096, size));
+    if (!memory) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory.get();
+}
+
+// f(item, workspace) for every item. Threads take the next item when they are free; which thread computes an item never
+// changes its result.
+template <class F>
+void for_items(int64_t items, int64_t bytes, bool worth_threads, F f) {
+  const int64_t threads = worth_threads ? std::min<int64_t>(torch::stable::get_num_threads(), items) : 1;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  auto work = [&](int64_t, int64_t) {
+    try {
+      void* memory = workspace(bytes);
+      for (int64_t i; (i = next.fetch_add(1)) < items;) f(i, memory);
+    } catch (const std::bad_alloc&) {  // an exception may not leave a thread of the pool
+      failed = true;
+    }
+  };
+  if (threads <= 1)
+    work(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, work);
+  STD_TORCH_CHECK(!failed, "fastllm: out of memory for a workspace of ", bytes, " bytes");
+}
+
+// f(begin, end) over [0, n) in one piece per thread, with at least `grain` in each.
+template <class F>
+void for_range(int64_t n, int64_t grain, F f) {
+  if (n <= grain || torch::stable::get_num_threads() <= 1)
+    f(0, n);
+  else
+    torch::stable::parallel_for(0, n, grain, f);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.data(), sizes.data() + sizes.size()};
+}
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+inline Tensor none_like(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
+
+}  // namespace
+}  // namespace fastllm::cpu

@@ -1,0 +1,87 @@
+// Vec as an array that the compiler vectorises as well as it can: the portable instruction set, and double everywhere.
+
+template <class Number, int Lanes>
+struct ArrayVec {
+  using T = Number;
+  static constexpr int L = Lanes;
+  T v[L];
+
+  static ArrayVec set(T x) {
+    ArrayVec r;
+    for (int i = 0; i < L; ++i) r.v[i] = x;
+    return r;
+  }
+  static ArrayVec iota() {
+    ArrayVec r;
+    for (int i = 0; i < L; ++i) r.v[i] = T(i);
+    return r;
+  }
+  template <class S>
+  static ArrayVec load(const S* p) {
+    ArrayVec r;
+    for (int i = 0; i < L; ++i) r.v[i] = widen(p[i]);
+    return r;
+  }
+  template <class S>
+  static ArrayVec load(const S* p, int64_t n) {  // the first n lanes, zero after them
+    ArrayVec r;
+    for (int i = 0; i < L; ++i) r.v[i] = i < n ? T(widen(p[i])) : T(0);
+    return r;
+  }
+  template <class S>
+  void store(S* p) const {
+    for (int i = 0; i < L; ++i) narrow(v[i], p[i]);
+  }
+  template <class S>
+  void store(S* p, int64_t n) const {
+    for (int i = 0; i < L; ++i)
+      if (i < n) narrow(v[i], p[i]);
+  }
+};
+
+#define ARRAY_VEC template <class T, int L>
+#define LANES(expression)                                \
+  ArrayVec<T, L> r;                                      \
+  for (int i = 0; i < L; ++i) r.v[i] = (expression);     \
+  return r;
+ARRAY_VEC ArrayVec<T, L> operator+(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] + b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> operator-(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] - b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> operator*(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] * b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> operator/(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] / b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c) { LANES(a.v[i] * b.v[i] + c.v[i]) }
+ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> x, ArrayVec<T, L> y) {
+  LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i])
+}
+ARRAY_VEC T sum(ArrayVec<T, L> a) {
+  T s = 0;
+  for (int i = 0; i < L; ++i) s += a.v[i];
+  return s;
+}
+ARRAY_VEC T max_of(ArrayVec<T, L> a) {
+  T m = a.v[0];
+  for (int i = 1; i < L; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+ARRAY_VEC void transpose(ArrayVec<T, L>* r) {
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < i; ++j) {
+      const T t = r[i].v[j];
+      r[i].v[j] = r[j].v[i];
+      r[j].v[i] = t;
+    }
+}
+template <int L>
+ArrayVec<float, L> scale_by_power_of_two(ArrayVec<float, L> x, ArrayVec<float, L> n_plus_magic) {
+  ArrayVec<float, L> r;
+  for (int i = 0; i < L; ++i) r.v[i] = as_float(as_bits(x.v[i]) + (as_bits(n_plus_magic.v[i]) << 23));
+  return r;
+}
+template <int L>
+ArrayVec<double, L> exp2(ArrayVec<double, L> a) {
+  ArrayVec<double, L> r;
+  for (int i = 0; i < L; ++i) r.v[i] = ::exp2(a.v[i]);
+  return r;
+}
+#undef LANES
+#undef ARRAY_VEC

@@ -1,0 +1,93 @@
+// Vec as 8 floats in one AVX register.
+
+struct Vec {
+  using T = float;
+  static constexpr int L = 8;
+  __m256 v;
+
+  static Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static __m256 widen8(__m128i x, const bf16*) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static __m256 widen8(__m128i x, const half*) { return _mm256_cvtph_ps(x); }
+
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  template <class S>
+  static Vec load(const S* p) {
+    return {widen8(_mm_loadu_si128((const __m128i*)p), p)};
+  }
+  template <class S>
+  static Vec load(const S* p, int64_t n) {  // AVX2 has no masked load of 16-bit lanes
+    uint16_t lanes[8] = {};
+    for (int i = 0; i < 8 && i < n; ++i) lanes[i] = p[i].bits;
+    return {widen8(_mm_loadu_si128((const __m128i*)lanes), p)};
+  }
+
+  __m128i narrow8(const half*) const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  __m128i narrow8(const bf16*) const {  // round to nearest even; a NaN stays one
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  template <class S>
+  void store(S* p) const {
+    _mm_storeu_si128((__m128i*)p, narrow8(p));
+  }
+  template <class S>
+  void store(S* p, int64_t n) const {
+    uint16_t lanes[8];
+    _mm_storeu_si128((__m128i*)lanes, narrow8(p));
+    for (int i = 0; i < 8 && i < n; ++i) p[i].bits = lanes[i];
+  }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float max_of(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec scale_by_power_of_two(Vec x, Vec n_plus_magic) {
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v),
+                                               _mm256_slli_epi32(_mm256_castps_si256(n_plus_magic.v), 23)))};
+}
+
+inline void transpose(Vec* r) {  // 8 x 8 in place: pairs of rows, then of pairs, then halves
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      u[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0x44);
+      u[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}

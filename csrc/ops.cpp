@@ -1,0 +1,25 @@
+// Every C++ op, one list. The schemas are defined in Python (fastllm/ops/), so that they exist without this library too.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/bindings.h"
+#include "cpu/dispatch.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&fastllm::cpu::layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&fastllm::cpu::layer_norm_bwd));
+  m.impl("rms_norm_fwd", TORCH_BOX(&fastllm::cpu::rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&fastllm::cpu::rms_norm_bwd));
+  m.impl("softmax_fwd", TORCH_BOX(&fastllm::cpu::softmax_fwd));
+  m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
+  m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ kernels of fastllm, reached as torch.ops.fastllm.*; here is which instruction set they use.";
+  m.def("available", &fastllm::available, "Instruction sets that this build has and this CPU runs, narrowest first.");
+  m.def("select", &fastllm::select, "Use one of available(); '' for the widest. Raises ValueError for another name.");
+  m.def("selected", &fastllm::selected, "The instruction set in use.");
+}

@@ -1,0 +1,224 @@
+"""attention: output, log-sum-exp and every gradient, each backend, against fp64 and beside PyTorch's own kernel."""
+
+import itertools
+
+import pytest
+import torch
+from check import assert_as_accurate, compare, run
+
+import fastllm
+from fastllm import dispatch, reference
+from fastllm.ops import attention as ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def arguments(causal=False, window=None, q_offset=None, scale=None, **rest):
+    """The public function's arguments as a function of shapes, in the reference's terms."""
+
+    def of(q, k):
+        left, right = (-1 if x is None else x for x in (window or (-1, -1)))
+        right = 0 if causal and right < 0 else min(right, 0) if causal else right
+        return dict(
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            q_offset=k.shape[2] - q.shape[2] if q_offset is None else q_offset,
+            window_left=left,
+            window_right=right,
+            **rest,
+        )
+
+    return of
+
+
+def torch_attention(of):
+    """PyTorch's kernel on the same problem, its mask made dense."""
+
+    def peer(q, k, v):
+        args = of(q, k)
+        mask = args.pop("mask", None)
+        scale = args.pop("scale")
+        scores = reference.attention_scores(q.detach(), k.detach(), scale=1.0, mask=mask, **args)
+        visible = scores > -torch.inf
+        sees = visible.any(-1, keepdim=True)  # SDPA is asked only for rows that see something
+        o = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible | ~sees, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return o * sees
+
+    return peer
+
+
+def tensors(B=2, H=4, Hkv=2, T=37, S=53, D=40, Dv=None, device="cpu"):
+    q, k = torch.randn(B, H, T, D), torch.randn(B, Hkv, S, D)
+    v = torch.randn(B, Hkv, S, Dv or D)
+    return [x.to(device) for x in (q, k, v)], torch.randn(B, H, T, Dv or D).to(device)
+
+
+def check(shape, dtype, device, lse=False, **options):
+    inputs, do = tensors(device=device, **shape)
+    of = arguments(**options)
+    grads = [do, torch.randn(do.shape[:3]).to(device)] if lse else [do]
+
+    def ours(q, k, v):
+        return fastllm.attention(q, k, v, return_lse=lse, **options)
+
+    def exact(q, k, v):
+        o, l = reference.attention(q, k, v, **of(q, k))
+        return (o, l) if lse else o
+
+    compare(ours, exact if lse else torch_attention(of), exact, inputs, grads, dtype)
+
+
+SMALL = dict(B=1, H=2, Hkv=1, T=33, S=47, D=24)
+OPTIONS = {
+    "full": {},
+    "causal": dict(causal=True),
+    "causal top-left": dict(causal=True, q_offset=0),
+    "offset": dict(causal=True, q_offset=-20),
+    "window": dict(window=(7, 3)),
+    "window left": dict(window=(9, None)),
+    "causal window": dict(causal=True, window=(16, 5)),
+    "scale": dict(scale=0.37),
+    "negative scale": dict(scale=-0.2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(backend, name, dtype):
+    check(SMALL, dtype, backend, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["full", "causal", "offset", "causal window"])
+def test_lse_is_differentiable(backend, name, dtype):
+    check(SMALL, dtype, backend, lse=True, **OPTIONS[name])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(H=3, Hkv=3, T=1, S=1, D=1),
+        dict(H=1, Hkv=1, T=1, S=70, D=16),
+        dict(H=6, Hkv=2, T=15, S=17, D=33),
+        dict(H=4, Hkv=1, T=63, S=95, D=64),
+        dict(H=2, Hkv=2, T=64, S=96, D=64),
+        dict(H=2, Hkv=1, T=65, S=97, D=65, Dv=31),
+        dict(B=1, H=1, Hkv=1, T=129, S=50, D=80, Dv=96),
+        dict(B=1, H=2, Hkv=2, T=16, S=130, D=128),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_shapes(backend, shape, dtype, causal):
+    check(shape, dtype, backend, causal=causal)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 33, 47), (1, 2, 1, 47), (1, 1, 1, 47), (33, 47), (1, 1, 33, 1), ()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_mask(backend, shape, dtype, causal):
+    mask = (torch.rand(shape) > 0.4).to(backend)
+    check(SMALL, dtype, backend, mask=mask, causal=causal)
+
+
+def test_row_that_sees_nothing(backend):
+    (q, k, v), do = tensors(device=backend, T=20, S=12)
+    mask = torch.ones(20, 12, dtype=torch.bool, device=backend)
+    mask[3] = False
+    (o, lse), grads = run(
+        lambda q, k, v: fastllm.attention(q, k, v, mask=mask, causal=True, return_lse=True),
+        (q, k, v),
+        [do, torch.ones(do.shape[:3], device=backend)],
+    )
+    hidden = torch.zeros(20, dtype=torch.bool)
+    hidden[:8] = True  # causal, bottom-right: the first T - S queries stand before every key
+    hidden[3] = True
+    assert (o[:, :, hidden] == 0).all() and (lse[:, :, hidden] == -torch.inf).all()
+    assert (grads[0][:, :, hidden] == 0).all() and not any(g.isnan().any() for g in grads)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 5, 6), (2, 4, 0, 6), (2, 4, 5, 0), (2, 0, 5, 6)], ids=str)
+def test_empty(backend, sizes):
+    B, H, T, S = sizes
+    inputs, do = tensors(B=B, H=H, Hkv=H // 2, T=T, S=S, D=8, device=backend)
+    (o, lse), grads = run(lambda *x: fastllm.attention(*x, return_lse=True), inputs, [do, None])
+    assert o.shape == (B, H, T, 8) and (o == 0).all() and (lse == -torch.inf).all()
+    assert [g.shape for g in grads] == [x.shape for x in inputs] and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views(backend, dtype):
+    """[B, T, H, D] views, slices of a fused projection, a broadcast head, a step in the last dimension."""
+    B, T, H, D = 2, 19, 4, 16
+    qkv = torch.randn(B, T, 3, H, D).to(backend, dtype)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    wide = torch.randn(B, H, T, 2 * D).to(backend, dtype)[..., ::2]
+    shared = torch.randn(B, 1, T, D).to(backend, dtype).expand(B, H, T, D)
+    of = arguments(causal=True)
+    for inputs in ((q, k, v), (q, wide, shared), (wide, shared, k)):
+        do = torch.randn(B, T, H, D).to(backend, dtype).transpose(1, 2)
+        expected = run(torch_attention(of), [x.contiguous() for x in inputs], [do])
+        truth = run(
+            lambda q, k, v: reference.attention(q, k, v, **of(q, k))[0], inputs, [do.double()], dtype=torch.float64
+        )
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        o = fastllm.attention(*leaves, causal=True)
+        got = [o], torch.autograd.grad(o, leaves, do)
+        for a, b, c in zip(itertools.chain(*got), itertools.chain(*expected), itertools.chain(*truth), strict=True):
+            assert_as_accurate(a, b, c)
+
+
+def test_inputs_are_not_mutated_and_runs_repeat(backend):
+    (q, k, v), do = tensors(T=70, S=100, device=backend)
+    before = [x.clone() for x in (q, k, v, do)]
+    first = run(lambda *x: fastllm.attention(*x, causal=True, return_lse=True), (q, k, v), [do, do[..., 0]])
+    again = run(lambda *x: fastllm.attention(*x, causal=True, return_lse=True), (q, k, v), [do, do[..., 0]])
+    for x, y in zip((q, k, v, do), before, strict=True):
+        assert torch.equal(x, y)
+    for x, y in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_large_scores_and_nan(backend):
+    (q, k, v), do = tensors(B=1, H=1, Hkv=1, T=9, S=20, D=16, device=backend)
+    q *= 60
+    of = arguments()
+    exact = run(lambda q, k, v: reference.attention(q, k, v, **of(q, k))[0], (q, k, v), [do], dtype=torch.float64)
+    got = run(fastllm.attention, (q, k, v), [do])
+    peer = run(torch_attention(of), (q, k, v), [do])
+    for a, b, c in zip(itertools.chain(*got), itertools.chain(*peer), itertools.chain(*exact), strict=True):
+        assert_as_accurate(a, b, c)
+    q[0, 0, 4, 3] = torch.nan
+    o = fastllm.attention(q, k, v)
+    assert o[0, 0, 4].isnan().all() and not o[0, 0, :4].isnan().any()
+
+
+def test_one_key_head_is_split_over_threads(backend):
+    """MQA, batch 1: the keys are cut into ranges; the sums of their parts must be those of the whole."""
+    check(dict(B=1, H=3, Hkv=1, T=70, S=210, D=16), torch.float32, backend, causal=True)
+    check(dict(B=1, H=1, Hkv=1, T=200, S=200, D=16), torch.float32, backend, window=(30, 0))
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+def test_gradcheck():
+    q, k, v = (torch.randn(1, h, n, 5, dtype=torch.float64, requires_grad=True) for h, n in ((2, 6), (1, 7), (1, 7)))
+    with fastllm.backend("cpu"):
+        assert torch.autograd.gradcheck(lambda *x: fastllm.attention(*x, causal=True, return_lse=True), (q, k, v))
+        assert torch.autograd.gradgradcheck(lambda *x: fastllm.attention(*x, causal=True), (q, k, v))
+        x = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: fastllm.attention(x, x, x), (x,))
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD"])
+def test_opcheck(layout):
+    (q, k, v), do = tensors(T=9, S=11, D=8)
+    if layout == "BTHD":
+        q, k, v, do = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, do))
+    mask = torch.rand(1, 1, 9, 11) > 0.3
+    options = (None, None, None, None, 0.3, 0.0, 2, -1, 0, 0.0)
+    torch.library.opcheck(ops.attention_fwd.dispatched, (q, k, v, mask, *options))
+    o, lse = ops.attention_fwd.dispatched(q, k, v, mask, *options)
+    torch.library.opcheck(ops.attention_bwd.dispatched, (do, lse, q, k, v, o, lse, mask, *options))

@@ -1,0 +1,153 @@
+"""layer_norm and rms_norm: outputs and every gradient, each backend, against fp64 and beside PyTorch's own kernel."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import compare, run
+
+import fastllm
+from fastllm import dispatch, reference
+from fastllm.ops import norm as ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 5), (2, 7, 16), (5, 31), (4, 64), (9, 65), (70, 100), (2, 3, 768), (3, 1025)]
+
+
+def layer_norm_pair(D):
+    return (
+        lambda x, w, b: fastllm.layer_norm(x, w, b),
+        lambda x, w, b: F.layer_norm(x, (D,), w, b),
+        lambda x, w, b: reference.layer_norm(x, w, b),
+    )
+
+
+def rms_norm_pair(D):
+    return (
+        lambda x, w: fastllm.rms_norm(x, w),
+        lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
+        lambda x, w: reference.rms_norm(x, w),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_norm(backend, shape, dtype):
+    x, w, b, dy = torch.randn(shape), torch.randn(shape[-1:]), torch.randn(shape[-1:]), torch.randn(shape)
+    compare(*layer_norm_pair(shape[-1]), [t.to(backend) for t in (x, w, b)], [dy.to(backend)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(backend, shape, dtype):
+    x, w, dy = torch.randn(shape), torch.randn(shape[-1:]), torch.randn(shape)
+    compare(*rms_norm_pair(shape[-1]), [t.to(backend) for t in (x, w)], [dy.to(backend)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_weights(backend, dtype):
+    x, dy = torch.randn(6, 50).to(backend), torch.randn(6, 50).to(backend)
+    compare(fastllm.layer_norm, lambda x: F.layer_norm(x, (50,)), reference.layer_norm, [x], [dy], dtype)
+    compare(fastllm.rms_norm, lambda x: F.rms_norm(x, (50,), eps=1e-6), reference.rms_norm, [x], [dy], dtype)
+    w = torch.randn(50).to(backend)
+    compare(fastllm.layer_norm, lambda x, w: F.layer_norm(x, (50,), w), reference.layer_norm, [x, w], [dy], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uses_h", [True, False])
+def test_residual(backend, dtype, uses_h):
+    x, r, dy, dh = (torch.randn(11, 72).to(backend) for _ in range(4))
+    w, b = torch.randn(72).to(backend), torch.randn(72).to(backend)
+    grads = [dy, dh if uses_h else None]
+
+    def naive(norm):
+        return lambda x, r, *w: (norm(x + r, *w), x + r)
+
+    compare(
+        lambda x, r, w, b: fastllm.layer_norm(x, w, b, residual=r),
+        naive(lambda h, w, b: F.layer_norm(h, (72,), w, b)),
+        lambda x, r, w, b: reference.layer_norm(x, w, b, residual=r),
+        [x, r, w, b],
+        grads,
+        dtype,
+    )
+    compare(
+        lambda x, r, w: fastllm.rms_norm(x, w, residual=r, weight_offset=1.0),
+        naive(lambda h, w: F.rms_norm(h, (72,), w + 1, 1e-6)),
+        lambda x, r, w: reference.rms_norm(x, w, residual=r, weight_offset=1.0),
+        [x, r, w],
+        grads,
+        dtype,
+    )
+
+
+def test_only_the_sum_is_used(backend):
+    x, r, dh = (torch.randn(4, 8).to(backend) for _ in range(3))
+    for norm in (fastllm.layer_norm, fastllm.rms_norm):
+        _, grads = run(lambda x, r, norm=norm: norm(x, residual=r), [x, r], [None, dh])
+        assert torch.equal(grads[0], dh) and torch.equal(grads[1], dh)
+
+
+@pytest.mark.parametrize("mean", [100.0, 1e4])
+def test_large_mean(backend, mean):
+    """One-pass variance, E[x^2] - E[x]^2, loses everything here."""
+    x, w, b, dy = torch.randn(8, 512) + mean, torch.randn(512), torch.randn(512), torch.randn(8, 512)
+    compare(*layer_norm_pair(512), [t.to(backend) for t in (x, w, b)], [dy.to(backend)], torch.float32)
+
+
+def test_mixed_dtypes(backend):
+    """bf16 activations with fp32 weights, as under autocast: outputs like x, gradients like the weights."""
+    x, w, b = torch.randn(5, 40).bfloat16(), torch.randn(40), torch.randn(40)
+    (y,), (dx, dw, db) = run(fastllm.layer_norm, [t.to(backend) for t in (x, w, b)], [torch.ones(5, 40).to(backend)])
+    assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+    (y,), (dx, dw) = run(fastllm.rms_norm, [t.to(backend) for t in (x, w)], [torch.ones(5, 40).to(backend)])
+    assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("N", [0, 1, 63, 64, 65, 1000])
+def test_weight_gradients_over_many_rows(backend, N):
+    x, w, b, dy = torch.randn(N, 24), torch.randn(24), torch.randn(24), torch.randn(N, 24)
+    compare(*layer_norm_pair(24), [t.to(backend) for t in (x, w, b)], [dy.to(backend)], torch.float32)
+
+
+def test_views_and_no_mutation(backend):
+    x = torch.randn(6, 4, 2 * 32).to(backend)[..., ::2].transpose(0, 1)
+    dy = torch.randn(1, 1, 32).to(backend).expand(4, 6, 32)
+    w, before = torch.randn(32).to(backend), (x.clone(), dy.clone())
+    compare(
+        fastllm.layer_norm, lambda x, w: F.layer_norm(x, (32,), w), reference.layer_norm, [x, w], [dy], torch.float32
+    )
+    assert torch.equal(x, before[0]) and torch.equal(dy, before[1])
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+def test_weight_gradients_do_not_depend_on_threads():
+    x, w, b, dy = torch.randn(500, 96), torch.randn(96), torch.randn(96), torch.randn(500, 96)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(run(fastllm.layer_norm, [x, w, b], [dy])[1])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+def test_gradcheck():
+    x, r = (torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with fastllm.backend("cpu"):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(fastllm.layer_norm, (x, w, b))
+            assert check(lambda x, w, r: fastllm.layer_norm(x, w, residual=r), (x, w, r))
+            assert check(lambda x, w, r: fastllm.rms_norm(x, w, residual=r, weight_offset=1.0), (x, w, r))
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+def test_opcheck():
+    x, r, dy, w, b = torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.randn(6), torch.randn(6)
+    for residual in (None, r):
+        torch.library.opcheck(ops.layer_norm_fwd.dispatched, (x, w, b, residual, 1e-5))
+        torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, 1e-5, 1.0))
+    _, _, mean, rstd = ops.layer_norm_fwd.dispatched(x, w, b, None, 1e-5)
+    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, True))
+    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, None, x, None, mean, rstd, False))
+    torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, 1.0))
