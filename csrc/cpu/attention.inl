@@ -155,14 +155,14 @@ inline int64_t run_end(const Attention& a, int64_t q0, int64_t key, int64_t end,
   return key + run < end ? key + run : end;
 }
 
-// The one place where scores are made. s[k][q] holds q.k; it becomes log2(e) times the score, -inf where hidden.
+// The one place where scores are made. s[k][q] holds q.k; it becomes the score, -inf where hidden.
 template <class V>
 struct ScoreTile {
   const Attention& a;
   int64_t b, h, q0, queries;  // the block of queries
-  typename V::T factor;       // log2(e) * scale
+  typename V::T scale;
 
-  // Whether the tile needs more than the factor, which the exponential can take on the way.
+  // Whether the tile needs no more than the scale, which the exponential can take on the way.
   bool plain(int64_t k0, int64_t keys) const {
     const int64_t first = q0 + a.q_offset, last = first + queries - 1;
     return !a.mask.data && (a.right < 0 || k0 + keys - 1 <= first + a.right) && (a.left < 0 || k0 >= last - a.left);
@@ -170,7 +170,7 @@ struct ScoreTile {
 
   void finish(typename V::T* s, int64_t row, int64_t k0, int64_t keys, int64_t first, int64_t vectors) const {
     using T = typename V::T;
-    const V hidden = V::set(-INFINITY), c = V::set(factor);
+    const V hidden = V::set(-INFINITY), c = V::set(scale);
     for (int64_t k = 0; k < keys; ++k) {
       const int64_t at = k0 + k - a.q_offset - q0;  // the query of this block at this key's position
       const V low = V::set(a.right < 0 ? T(-1) : T(clamp(at - a.right, -1, queries)));
@@ -229,24 +229,24 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     return n;
   }
 
-  // p = 2^(s * factor - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
+  // p = exp(s * scale - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
   // rescale[v] is what the old sums have to be multiplied with.
-  static void exponentials(T* s, int64_t keys, int64_t vectors, T factor, T* m, T* l, V* rescale) {
+  static void exponentials(T* s, int64_t keys, int64_t vectors, T scale, T* m, T* l, V* rescale) {
     for (int64_t v = 0; v < vectors; ++v) {
       T* column = s + v * V::L;
-      const V c = V::set(factor), old = V::load(m + v * V::L);
+      const V c = V::set(scale), old = V::load(m + v * V::L);
       V top[4] = {old, old, old, old};
       for (int64_t k = 0; k < keys; ++k) top[k & 3] = max(top[k & 3], V::load(column + k * kQueries) * c);
       const V now = max(max(top[0], top[1]), max(top[2], top[3]));
       now.store(m + v * V::L);
-      rescale[v] = exp2(old - now);
+      rescale[v] = exp(old - now);
 
       const V shift = V::set(0) - now;
       V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
       for (int64_t k = 0; k < keys; k += 2) {
-        const V p = exp2(fma(V::load(column + k * kQueries), c, shift));
+        const V p = exp(fma(V::load(column + k * kQueries), c, shift));
         V next = V::set(0);
-        if (k + 1 < keys) next = exp2(fma(V::load(column + (k + 1) * kQueries), c, shift));
+        if (k + 1 < keys) next = exp(fma(V::load(column + (k + 1) * kQueries), c, shift));
         sum[0] = sum[0] + p;
         sum[1] = sum[1] + next;
         if constexpr (kPer == 1) {
@@ -266,7 +266,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     const int64_t q0 = (n_blocks - 1 - item % n_blocks) * kQueries, n = clamp(a.T - q0, 0, kQueries);
     const int64_t vectors = (n + V::L - 1) / V::L;
     Workspace w(a, memory, nullptr);
-    const ScoreTile<V> scores{a, b, h, q0, n, T(a.scale * kLog2E)};
+    const ScoreTile<V> scores{a, b, h, q0, n, T(a.scale)};
 
     Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
     memset(w.o, 0, a.Dv * kQueries * sizeof(T));
@@ -285,7 +285,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       const bool plain = scores.plain(k0, keys);
       if (!plain) scores.finish(w.s, kQueries, k0, keys, 0, vectors);
       V rescale[kVectors];
-      exponentials(w.s, keys, vectors, plain ? scores.factor : T(1), w.m, w.l, rescale);
+      exponentials(w.s, keys, vectors, plain ? scores.scale : T(1), w.m, w.l, rescale);
 
       const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
       for (int64_t k = 0, end; k < keys; k = end) {
@@ -304,7 +304,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
     T* lse = (T*)a.lse + bh * a.T + q0;
     for (int64_t i = 0; i < n; ++i) {
-      lse[i] = w.l[i] > 0 ? T(w.m[i] * kLn2 + log(double(w.l[i]))) : T(-INFINITY);
+      lse[i] = w.l[i] > 0 ? T(w.m[i] + log(double(w.l[i]))) : T(-INFINITY);
       if (w.l[i] != w.l[i]) lse[i] = w.l[i];
       w.l[i] = w.l[i] == 0 ? T(0) : T(1) / w.l[i];
     }

@@ -77,27 +77,27 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       for (int64_t i = 0; i < kQueries; ++i) {
         T delta = 0;
         if (i < n) {
-          delta = sum_over<V>(a.Dv, [&](int64_t d, int64_t lanes) {
-            return Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes) *
-                   Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes);
+          delta = sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
+            return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
+                       Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
           });
           if (dlse) delta = delta - dlse[i];
         }
         w.delta[q0 + i] = delta;
         // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
-        w.lse[q0 + i] = i >= n ? T(0) : lse[i] == T(-INFINITY) ? T(1e30) : T(lse[i] * kLog2E);
+        w.lse[q0 + i] = i >= n ? T(0) : lse[i] == T(-INFINITY) ? T(1e30) : lse[i];
       }
     }
   }
 
   // The one place where the gradients of scores are made: s becomes p, dp becomes dscore.
-  static void score_gradients(T* s, T* dp, int64_t keys, int64_t first, int64_t vectors, T factor, const T* lse,
+  static void score_gradients(T* s, T* dp, int64_t keys, int64_t first, int64_t vectors, T scale, const T* lse,
                               const T* delta) {
     for (int64_t v = first; v < vectors; ++v) {
-      const V c = V::set(factor), shift = V::set(0) - V::load(lse + v * V::L), dl = V::load(delta + v * V::L);
+      const V c = V::set(scale), shift = V::set(0) - V::load(lse + v * V::L), dl = V::load(delta + v * V::L);
       for (int64_t k = 0; k < keys; ++k) {
         T *sk = s + k * kQueries + v * V::L, *dk = dp + k * kQueries + v * V::L;
-        const V p = exp2(fma(V::load(sk), c, shift));
+        const V p = exp(fma(V::load(sk), c, shift));
         p.store(sk);
         (p * (V::load(dk) - dl)).store(dk);
       }
@@ -135,7 +135,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + skip,
                                kQueries);
       if (!plain) scores.finish(w.s, kQueries, k0 + k, run, first, vectors);
-      score_gradients(w.s, w.dp, run, first, vectors, plain ? scores.factor : T(1), w.lse + q0, w.delta + q0);
+      score_gradients(w.s, w.dp, run, first, vectors, plain ? scores.scale : T(1), w.lse + q0, w.delta + q0);
 
       Broadcast<W> p{(const W*)w.s, kQueries, 1}, ds{(const W*)w.dp, kQueries, 1};
       if constexpr (kPer == 2) {
@@ -170,7 +170,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
         const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, k0, keys, a.D, w.key_rows);
         const KeyRange range = seeing_queries(a, k0, keys);
         for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
-          const ScoreTile<V> scores{a, b, h, q0, clamp(a.T - q0, 0, kQueries), T(a.scale * kLog2E)};
+          const ScoreTile<V> scores{a, b, h, q0, clamp(a.T - q0, 0, kQueries), T(a.scale)};
           tile_gradients(a, w, scores, k0, keys, key, value, key_rows, w.dk + (k0 - begin) * D,
                          w.dv + (k0 - begin) * Dv);
         }

@@ -18,14 +18,16 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
   const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
   for (int64_t row = begin; row < end; ++row) {
     const S* h = residual_sum<V, S>(a, row);
-    const T mean = sum_over<V>(D, [&](int64_t i, int64_t n) { return load<V>(h + i, n); }) / T(D);
+    T mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + load<V>(h + i, n); }) / T(D);
 
-    // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large.
-    const V mu = V::set(mean);
-    const T squares = sum_over<V>(D, [&](int64_t i, int64_t n) {
-      V d = load<V>(h + i, n) - mu;
-      if (n < V::L) d = select_lt(V::iota(), V::set(T(n)), d, V::set(0));
-      return d * d;
+    // The mean is rounded: what is left of it in the centred row corrects it. Then the variance from centred values:
+    // E[h^2] - mean^2 would cancel where the mean is large.
+    V mu = V::set(mean);
+    mean += sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + inside(load<V>(h + i, n) - mu, n); }) / T(D);
+    mu = V::set(mean);
+    const T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
+      const V d = inside(load<V>(h + i, n) - mu, n);
+      return fma(d, d, s);
     });
     const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
     ((T*)a.mean)[row] = mean;
@@ -50,9 +52,9 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
   const V offset = V::set(T(a.weight_offset));
   for (int64_t row = begin; row < end; ++row) {
     const S* h = residual_sum<V, S>(a, row);
-    const T squares = sum_over<V>(D, [&](int64_t i, int64_t n) {
+    const T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
       const V x = load<V>(h + i, n);
-      return x * x;
+      return fma(x, x, s);
     });
     const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
     ((T*)a.rstd)[row] = rstd;

@@ -5,14 +5,14 @@ namespace fastllm {
 namespace {
 #include "float16.inl"
 #include "vec_array.inl"
-using Vec = ArrayVec<float, 4>;
+using Vec = ArrayVec<float, 8>;
 using VecD = ArrayVec<double, 4>;
 #include "math.inl"
 #include "words.inl"
 
-struct Tiles {  // 16 registers: 6 x 2 sums, 2 right words, 1 left word
-  static constexpr int kColumns = 2;
-  static constexpr int rows(int columns) { return columns == 2 ? 6 : 8; }
+struct Tiles {  // a Vec is two SSE registers: 12 of 16 are sums
+  static constexpr int kColumns = 1;
+  static constexpr int rows(int columns) { return columns * 6; }
 };
 using BFloat16Word = float;
 #include "kernels.inl"

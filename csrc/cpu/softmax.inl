@@ -43,20 +43,24 @@ void softmax_fwd(const Softmax& a, int64_t begin, int64_t end, void* workspace) 
     S* y = (S*)a.y + row.begin;
     const T m = softmax_scores<V, S>(a, row, s);
     const bool empty = !(m > -INFINITY) && !(m != m);
-    const V shift = V::set(empty ? T(0) : m), log2e = V::set(T(kLog2E));
+    const V shift = V::set(empty ? T(0) : m);
 
-    const T total = sum_over<V>(row.visible, [&](int64_t i, int64_t n) {
-      V e = exp2((load<V>(s + i, n) - shift) * log2e);
+    const T total = sum_over<V>(row.visible, [&](V sum, int64_t i, int64_t n) {
+      const V e = exp(load<V>(s + i, n) - shift);
       if (!a.log) store(e, s + i, n);
-      return n < V::L ? select_lt(V::iota(), V::set(T(n)), e, V::set(0)) : e;
+      return sum + inside(e, n);
     });
     if (a.log) {
       const V log_total = V::set(empty ? T(0) : T(log(double(total))));
       for_vectors<V>(row.visible,
                      [&](int64_t i, int64_t n) { store((load<V>(s + i, n) - shift) - log_total, y + i, n); });
     } else {
-      const V inverse = V::set(empty ? T(0) : T(1) / total);
-      for_vectors<V>(row.visible, [&](int64_t i, int64_t n) { store(load<V>(s + i, n) * inverse, y + i, n); });
+      // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
+      const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
+      for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
+        const V e = load<V>(s + i, n), q = e * inverse;
+        store(fma(fma(q, minus_total, e), inverse, q), y + i, n);
+      });
     }
     const V hidden = V::set(a.log ? T(-INFINITY) : T(0));
     for_vectors<V>(a.S - row.visible, [&](int64_t i, int64_t n) { store(hidden, y + row.visible + i, n); });
@@ -67,16 +71,16 @@ void softmax_fwd(const Softmax& a, int64_t begin, int64_t end, void* workspace) 
 template <class V, class S>
 void softmax_bwd(const Softmax& a, int64_t begin, int64_t end) {
   using T = typename V::T;
-  const V scale = V::set(T(a.scale)), log2e = V::set(T(kLog2E)), zero = V::set(0), lowest = V::set(-INFINITY);
+  const V scale = V::set(T(a.scale)), zero = V::set(0), lowest = V::set(-INFINITY);
   for (int64_t row = begin; row < end; ++row) {
     const S *y = (const S*)a.y + row * a.S, *dy = (const S*)a.dy + row * a.S;
     S* dx = (S*)a.dx + row * a.S;
-    const V total = V::set(sum_over<V>(a.S, [&](int64_t i, int64_t n) {
-      return a.log ? load<V>(dy + i, n) : load<V>(y + i, n) * load<V>(dy + i, n);
+    const V total = V::set(sum_over<V>(a.S, [&](V s, int64_t i, int64_t n) {
+      return a.log ? s + load<V>(dy + i, n) : fma(load<V>(y + i, n), load<V>(dy + i, n), s);
     }));
     for_vectors<V>(a.S, [&](int64_t i, int64_t n) {
       const V yi = load<V>(y + i, n), di = load<V>(dy + i, n);
-      const V d = a.log ? select_lt(lowest, yi, di - exp2(yi * log2e) * total, zero) : yi * (di - total);
+      const V d = a.log ? select_lt(lowest, yi, di - exp(yi) * total, zero) : yi * (di - total);
       store(d * scale, dx + i, n);
     });
   }

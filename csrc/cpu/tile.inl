@@ -10,17 +10,15 @@ struct Broadcast {  // a(i, k) = data[i * row + k * step]
   Broadcast at(int64_t i, int64_t k) const { return {data + i * row + k * step, row, step}; }
 };
 
-enum class Start { kZero, kAdd, kScale };  // c starts at zero, at what it is, or at what it is times scale[j]
+enum class Start { kZero, kAdd, kScale };  // c was zero, is added to, or is multiplied with scale[j] and added to
 
 template <Start kStart, int R, int N, class V, class W>
 inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c, int64_t c_row, const V* scale) {
   using X = Words<V, W>;
+  using T = typename V::T;
   V sum[R][N];
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < N; ++j) {
-      sum[i][j] = kStart == Start::kZero ? V::set(0) : V::load(c + i * c_row + j * V::L);
-      if (kStart == Start::kScale) sum[i][j] = sum[i][j] * scale[j];
-    }
+    for (int j = 0; j < N; ++j) sum[i][j] = V::set(0);
   for (int64_t k = 0; k < K; ++k) {
     typename X::Vector right[N];
     for (int j = 0; j < N; ++j) right[j] = X::load(b + k * b_row + j * V::L);
@@ -31,7 +29,13 @@ inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename 
     }
   }
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < N; ++j) sum[i][j].store(c + i * c_row + j * V::L);
+    for (int j = 0; j < N; ++j) {
+      T* to = c + i * c_row + j * V::L;
+      // What was there comes last: the rounding errors of a long sum grow with the number of products, not of keys.
+      if (kStart == Start::kAdd) sum[i][j] = sum[i][j] + V::load(to);
+      if (kStart == Start::kScale) sum[i][j] = fma(V::load(to), scale[j], sum[i][j]);
+      sum[i][j].store(to);
+    }
 }
 
 // Rows in tiles of kRows<N>, and the rest in smaller ones.
@@ -57,8 +61,9 @@ inline void product(int64_t rows, int64_t vectors, Broadcast<W> a, const W* b, i
   while (vectors > 0) {
     const int64_t n = vectors < Tiles::kColumns ? vectors : Tiles::kColumns;
     if (n == 1) product_columns<kStart, 1, V>(rows, a, b, b_row, K, c, c_row, scale);
-    if (n == 2) product_columns<kStart, 2, V>(rows, a, b, b_row, K, c, c_row, scale);
-    if constexpr (Tiles::kColumns > 2) {
+    if constexpr (Tiles::kColumns >= 2)
+      if (n == 2) product_columns<kStart, 2, V>(rows, a, b, b_row, K, c, c_row, scale);
+    if constexpr (Tiles::kColumns == 4) {
       if (n == 3) product_columns<kStart, 3, V>(rows, a, b, b_row, K, c, c_row, scale);
       if (n == 4) product_columns<kStart, 4, V>(rows, a, b, b_row, K, c, c_row, scale);
     }

@@ -48,7 +48,19 @@ ARRAY_VEC ArrayVec<T, L> operator+(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a
 ARRAY_VEC ArrayVec<T, L> operator-(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] - b.v[i]) }
 ARRAY_VEC ArrayVec<T, L> operator*(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] * b.v[i]) }
 ARRAY_VEC ArrayVec<T, L> operator/(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] / b.v[i]) }
-ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c) { LANES(a.v[i] * b.v[i] + c.v[i]) }
+
+// One rounding, as everywhere else. A machine without the instruction gets it from double, slowly: two roundings would make
+// long sums of products less exact than PyTorch's.
+inline float fma1(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return fmaf(a, b, c);
+#else
+  return float(double(a) * b + c);
+#endif
+}
+inline double fma1(double a, double b, double c) { return a * b + c; }
+ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c) { LANES(fma1(a.v[i], b.v[i], c.v[i])) }
+
 ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> x, ArrayVec<T, L> y) {
   LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i])
@@ -78,9 +90,9 @@ ArrayVec<float, L> scale_by_power_of_two(ArrayVec<float, L> x, ArrayVec<float, L
   return r;
 }
 template <int L>
-ArrayVec<double, L> exp2(ArrayVec<double, L> a) {
+ArrayVec<double, L> exp(ArrayVec<double, L> a) {
   ArrayVec<double, L> r;
-  for (int i = 0; i < L; ++i) r.v[i] = ::exp2(a.v[i]);
+  for (int i = 0; i < L; ++i) r.v[i] = ::exp(a.v[i]);
   return r;
 }
 #undef LANES

@@ -1,0 +1,262 @@
+"""The bench: its arithmetic, its order, its statistics, and that a wrong result is never timed."""
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+
+import pytest
+import torch
+
+from fastllm import cli
+from fastllm.bench import cases, run, timing
+
+TINY = [
+    cases.attention(1, 2, 8, 16, Hkv=1, causal=True),
+    cases.norm("layer_norm", 4, 8),
+    cases.norm("rms_norm", 4, 8, residual=True),
+    cases.softmax(3, 8, causal=True),
+]
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    run.configure(parser)
+    made = parser.parse_args(["--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", *arguments])
+    return made
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(cases, "BENCH", TINY)
+    monkeypatch.setattr(cases, "QUICK", TINY[1:2])
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"copy_gb_per_s": 30.0, "mm_float32_gflop_per_s": 200.0})
+
+
+@pytest.mark.parametrize("case", cases.BENCH + cases.VERIFY, ids=str)
+def test_cases_say_what_they_cost(case):
+    assert set(case.flops) == set(case.values) == set(cases.PASSES)
+    for costs in (case.flops, case.values):
+        assert 0 < costs["forward"] and costs["forward"] + costs["backward"] == costs["both"]
+    floating = sum(math.prod(shape) for shape in case.shapes.values())
+    assert case.values["forward"] >= 0.9 * floating  # every input is read, but small weights are not counted
+
+
+def test_cases_have_different_names():
+    for listed in (cases.BENCH, cases.VERIFY):
+        assert len({str(case) for case in listed}) == len(listed)
+    assert set(map(id, cases.QUICK)) <= set(map(id, cases.BENCH))
+    assert {case.op for case in cases.QUICK} >= {"attention", "layer_norm", "rms_norm", "softmax"}
+
+
+@pytest.mark.parametrize("T", [1, 5, 8])
+@pytest.mark.parametrize("S", [1, 6, 8])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 0), (0, 3), (1, 1)])
+def test_pairs_are_counted_exactly(T, S, window):
+    left, right = window
+    for offset in (S - T, 0, 3):
+        seen = [
+            (left < 0 or j >= i + offset - left) and (right < 0 or j <= i + offset + right)
+            for i in range(T)
+            for j in range(S)
+        ]
+        assert cases.visible_pairs(T, S, left, right, offset) == sum(seen)
+
+
+def test_attention_costs_are_the_textbook_ones():
+    full, causal = cases.attention(2, 4, 64, 32), cases.attention(2, 4, 64, 32, causal=True)
+    assert full.flops["forward"] == 4 * 2 * 4 * 64 * 64 * 32
+    assert full.flops["backward"] == 2.5 * full.flops["forward"]
+    assert causal.flops["forward"] == 4 * 2 * 4 * (64 * 65 // 2) * 32
+    assert full.bytes("forward", torch.bfloat16) == 4 * 2 * 4 * 64 * 32 * 2
+
+
+def test_spread_and_ratios():
+    assert timing.Spread.of([1.0]) == timing.Spread(1.0, 1.0, 1.0)
+    assert timing.Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Spread(2.0, 3.5, 5.0)
+    paired = timing.ratios(rival=[2.0, 30.0, 4.0], ours=[1.0, 10.0, 1.0])
+    assert paired.median == 3.0  # not the ratio of the medians, which is 4
+    assert timing.quantile([0.0, 10.0], 0.25) == 2.5
+
+
+def test_noise_and_ties():
+    quiet = timing.noise([1.0] * 9, [1.0] * 9)
+    assert quiet == 0.0
+    assert timing.noise([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]) == pytest.approx(math.log(2))
+    assert timing.noise([1.0, 1.0, 1.0], [0.5, 0.5, 0.5]) == pytest.approx(math.log(2))
+    assert timing.is_tie(timing.Spread(1.01, 1.02, 1.03), noise=0.05)
+    assert timing.is_tie(timing.Spread(0.9, 1.2, 1.4), noise=0.05)
+    assert not timing.is_tie(timing.Spread(1.1, 1.2, 1.3), noise=0.05)
+    assert not timing.is_tie(timing.Spread(0.7, 0.8, 0.9), noise=0.05)
+
+
+def test_rounds_are_interleaved_in_alternating_order(monkeypatch):
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    order, collecting = [], []
+
+    def call(name):
+        def function():
+            order.append(name)
+            collecting.append(gc.isenabled())
+
+        return function
+
+    samples, foreign = timing.interleave({name: call(name) for name in "abc"}, rounds=3, block_s=1.0)
+    assert "".join(order[:6]) == "aabbcc"  # warm-up, and how long one call takes
+    assert "".join(order[6:]) == "abc" + "cba" + "abc"
+    assert not any(collecting[6:]) and gc.isenabled()
+    assert samples == {name: [1.0] * 3 for name in "abc"} and foreign == [0.0] * 3
+
+
+def test_a_block_holds_as_many_calls_as_fill_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    calls = {"slow": 0, "brief": 0}
+
+    def call(name, seconds):
+        def function():
+            calls[name] += 1
+            now[0] += seconds
+
+        return function
+
+    samples, _ = timing.interleave({"slow": call("slow", 1.0), "brief": call("brief", 0.25)}, rounds=2, block_s=1.0)
+    assert calls == {"slow": 2 + 2, "brief": 4 + 2 * (1 + 4)}  # a brief one also runs once before the clock starts
+    assert samples == {"slow": [1.0, 1.0], "brief": [0.25, 0.25]}
+
+
+def test_disturbed_rounds_are_measured_again(monkeypatch):
+    shares = iter([0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0])  # looked at before and after each round
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: next(shares))
+    samples, foreign = timing.interleave({"a": lambda: None}, rounds=3, block_s=1e-6)
+    assert len(samples["a"]) == 3 and foreign == [0.0] * 3
+
+
+def test_a_busy_machine_still_gives_an_answer(monkeypatch):
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.9)
+    samples, foreign = timing.interleave({"a": lambda: None}, rounds=2, block_s=1e-6)
+    assert len(samples["a"]) == 6 and foreign == [0.9] * 6
+
+
+def test_foreign_share_is_a_share():
+    foreign = timing.Foreign()
+    sum(i * i for i in range(200_000))
+    assert 0.0 <= foreign.share() <= 1.0
+
+
+def test_ceilings_are_measured(monkeypatch):
+    monkeypatch.setattr(timing, "_best", lambda function, seconds: 1e-3)
+    found = timing.ceilings()
+    assert found["copy_gb_per_s"] == pytest.approx((256 << 20) / 1e-3 / 1e9)
+    assert {"mm_float32_highest_gflop_per_s", "mm_float32_medium_gflop_per_s", "mm_bfloat16_gflop_per_s"} <= set(found)
+    rates = {
+        "copy_gb_per_s": 900,
+        "mm_float32_gflop_per_s": 5,
+        "fma_float32_gflop_per_s": 7,
+        "mm_bfloat16_gflop_per_s": 11,
+    }
+    assert timing.peak_gflop_per_s(rates, torch.float32) == 7
+    assert timing.peak_gflop_per_s(rates, torch.bfloat16) == 11
+
+
+@pytest.mark.parametrize("passes", cases.PASSES)
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_contenders_do_the_pass_they_are_asked_for(case, passes):
+    leaves = case.inputs(torch.float32)
+    made = run.contender(case.ours, case, passes, torch.float32, "cpu")
+    for _ in range(2):  # a backward pass can be taken again
+        got = made()
+    if passes == "forward":
+        first = got[0] if isinstance(got, tuple) else got
+        assert not first.requires_grad
+    else:
+        assert [g.shape for g in got] == [x.shape for x in leaves]
+
+
+def test_a_whole_run(tiny, tmp_path, capsys):
+    assert cli.main(["bench", "--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["runs"]["stock"]["rows"]
+    assert [(row["op"], row["pass"]) for row in rows] == [(case.op, p) for case in TINY for p in cases.PASSES]
+    for row in rows:
+        assert len(row["samples_s"]["ours"]) == len(row["samples_s"]["ours again"]) == len(row["foreign"]) >= 2
+        assert set(row["ratio"]) == {"torch", "naive"} and row["noise"] >= 0
+        assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert row["error"] < 1e-5 and row["torch_error"] < 1e-5
+    assert {"versions", "cpu", "git", "date", "affinity"} <= set(report["environment"])
+    out = capsys.readouterr().out
+    assert "vs torch" in out and "ceilings: copy_gb_per_s 30" in out and out.count("attention") == 3
+
+
+def test_quick_and_named_ops(tiny):
+    named = [row["op"] for row in run.run(options("--quick", "--passes", "forward"))["runs"]["stock"]["rows"]]
+    assert named == ["layer_norm"]
+    report = run.run(options("softmax", "--quick", "--passes", "forward"))  # --quick has none, so every case of it
+    assert [row["op"] for row in report["runs"]["stock"]["rows"]] == ["softmax"]
+
+
+def test_a_wrong_result_is_never_timed(tiny, monkeypatch, capsys):
+    wrong = dataclasses.replace(TINY[3], ours=lambda x: TINY[3].torch(x) * 1.01)
+    monkeypatch.setattr(cases, "BENCH", [wrong, TINY[1]])
+    timed = []
+    monkeypatch.setattr(timing, "interleave", lambda contenders, *rest: timed.append(contenders) or _fake(contenders))
+    monkeypatch.setattr(run.verify, "check", _never_a_fallback(run.verify.check))
+    assert cli.main(["bench", "--dtype", "float32", "--passes", "forward", "--rounds", "2"]) == 1
+    assert len(timed) == 1  # the right one
+    assert "WRONG, so not timed: softmax" in capsys.readouterr().out
+
+
+def _fake(contenders):
+    return {name: [1.0, 1.0] for name in contenders}, [0.0, 0.0]
+
+
+def _never_a_fallback(check):
+    """Holds the rule even where the extension is missing and the results are plain PyTorch's."""
+    return lambda *args: [dataclasses.replace(row, fallback="") for row in check(*args)]
+
+
+def test_a_rival_that_fails_is_a_named_missing_column(tiny, monkeypatch, capsys):
+    def unable(x, w, b):
+        if x.dtype == torch.float32:
+            raise NotImplementedError("not on this machine\nmore")
+        return TINY[1].naive(x, w, b)  # the fp64 truth
+
+    monkeypatch.setattr(cases, "BENCH", [dataclasses.replace(TINY[1], naive=unable)])
+    report = run.run(options("--passes", "forward"))
+    (row,) = report["runs"]["stock"]["rows"]
+    assert row["missing"] == {"naive": "NotImplementedError: not on this machine"} and set(row["ratio"]) == {"torch"}
+    run.show(report)
+    assert "missing naive: NotImplementedError: not on this machine" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_what_is_done(tiny, monkeypatch):
+    measured, measure = [], run.measure
+
+    def interrupted(*args):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return measure(*args)
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    report = run.run(options("--passes", "forward"))
+    assert report["interrupted"] and len(report["runs"]["stock"]["rows"]) == 1
+
+
+def test_tuned_comes_after_stock_and_precision_is_restored(tiny, monkeypatch):
+    turned = []
+
+    def tune():  # the real one tells glibc what it cannot take back
+        torch.set_float32_matmul_precision("medium")
+        turned.append(torch.get_float32_matmul_precision())
+        return ["a knob"]
+
+    monkeypatch.setattr(timing, "tune", tune)
+    report = run.run(options("softmax", "--passes", "forward", "--knobs", "both"))
+    assert list(report["runs"]) == ["stock", "tuned"] and turned == ["medium"]
+    assert report["runs"]["tuned"]["knobs"] == ["a knob"]
+    assert torch.get_float32_matmul_precision() == "highest"

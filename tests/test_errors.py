@@ -1,0 +1,150 @@
+"""Bad input raises, and says function, expectation and what came; empty input works; nothing crashes."""
+
+import pytest
+import torch
+
+import fastllm
+
+
+def t(*shape, **kw):
+    return torch.zeros(*shape, **kw)
+
+
+Q = (1, 4, 5, 8)
+
+
+def attend(q=Q, k=Q, v=Q, dtypes=(torch.float32,) * 3, devices=("cpu",) * 3, **options):
+    made = [t(*s, dtype=d, device=at) for s, d, at in zip((q, k, v), dtypes, devices, strict=True)]
+    return fastllm.attention(*made, **options)
+
+
+X, W = t(3, 8), t(8)
+F32, BF16, INT = torch.float32, torch.bfloat16, torch.int64
+BAD = {  # what is wrong -> (call, error, what the message must say)
+    "q rank": (lambda: attend(q=(4, 5, 8)), ValueError, ["attention", "q must be [B, H, T, D]", "[4, 5, 8]"]),
+    "k rank": (lambda: attend(k=(1, 1, 4, 5, 8)), ValueError, ["attention", "k must be", "[1, 1, 4, 5, 8]"]),
+    "q type": (lambda: fastllm.attention([1.0], X, X), TypeError, ["attention", "q must be a tensor", "list"]),
+    "q integer": (lambda: attend(dtypes=(INT,) * 3), TypeError, ["attention", "float32", "int64"]),
+    "dtype mix": (lambda: attend(dtypes=(F32, BF16, BF16)), TypeError, ["attention", "k must be", "bfloat16"]),
+    "device mix": (
+        lambda: attend(devices=("cpu", "meta", "cpu")),
+        ValueError,
+        ["attention", "k must be on cpu", "meta"],
+    ),
+    "batch": (lambda: attend(k=(2, 4, 5, 8), v=(2, 4, 5, 8)), ValueError, ["attention", "q's B", "[2, 4, 5, 8]"]),
+    "keys": (lambda: attend(v=(1, 4, 6, 8)), ValueError, ["attention", "agree", "[1, 4, 6, 8]"]),
+    "head size": (lambda: attend(k=(1, 4, 5, 16)), ValueError, ["attention", "D >= 1", "8 and 16"]),
+    "no head size": (lambda: attend((1, 4, 5, 0), (1, 4, 5, 0)), ValueError, ["attention", "D >= 1", "0 and 0"]),
+    "heads": (lambda: attend(k=(1, 3, 5, 8), v=(1, 3, 5, 8)), ValueError, ["attention", "4 heads", "3 heads"]),
+    "no heads": (lambda: attend(k=(1, 0, 5, 8), v=(1, 0, 5, 8)), ValueError, ["attention", "4 heads", "0 heads"]),
+    "window below -1": (lambda: attend(window=(-2, 0)), ValueError, ["attention", "window", "(-2, 0)"]),
+    "window float": (lambda: attend(window=(1.5, 0)), ValueError, ["attention", "window", "1.5"]),
+    "window int": (lambda: attend(window=3), ValueError, ["attention", "window must be (left, right)", "3"]),
+    "window long": (lambda: attend(window=(1, 2, 3)), ValueError, ["attention", "(left, right)", "(1, 2, 3)"]),
+    "mask shape": (lambda: attend(mask=t(5, 6).bool()), ValueError, ["attention", "mask", "[1, 4, 5, 5]", "[5, 6]"]),
+    "mask rank": (lambda: attend(mask=t(1, 1, 4, 5, 5).bool()), ValueError, ["attention", "mask", "[1, 1, 4, 5, 5]"]),
+    "float mask": (lambda: attend(mask=t(5, 5)), TypeError, ["attention", "mask must be bool", "bias="]),
+    "int mask": (lambda: attend(mask=t(5, 5, dtype=INT)), TypeError, ["attention", "mask", "bool", "int64"]),
+    "mask device": (lambda: attend(mask=t(5, 5, device="meta").bool()), ValueError, ["attention", "mask", "meta"]),
+    "bias shape": (lambda: attend(bias=t(5, 6)), ValueError, ["attention", "bias", "[5, 6]"]),
+    "bias integer": (lambda: attend(bias=t(5, 5, dtype=INT)), TypeError, ["attention", "bias", "int64"]),
+    "slopes": (lambda: attend(alibi_slopes=t(3)), ValueError, ["attention", "alibi_slopes", "[4]", "[3]"]),
+    "sink": (lambda: attend(sink=t(5)), ValueError, ["attention", "sink", "[4]", "[5]"]),
+    "dropout": (lambda: attend(dropout_p=1.0), ValueError, ["attention", "dropout_p", "1.0"]),
+    "softcap": (lambda: attend(softcap=-1.0), ValueError, ["attention", "softcap", "-1.0"]),
+    "softcap nan": (lambda: attend(softcap=float("nan")), ValueError, ["attention", "softcap", "nan"]),
+    "norm scalar": (lambda: fastllm.layer_norm(t(())), ValueError, ["layer_norm", "[..., D]", "[]"]),
+    "norm D = 0": (lambda: fastllm.rms_norm(t(3, 0)), ValueError, ["rms_norm", "D >= 1", "[3, 0]"]),
+    "norm type": (lambda: fastllm.rms_norm(3.0), TypeError, ["rms_norm", "x must be a tensor", "float"]),
+    "norm integer": (lambda: fastllm.layer_norm(X.long()), TypeError, ["layer_norm", "float32", "int64"]),
+    "weight size": (lambda: fastllm.layer_norm(X, t(7)), ValueError, ["layer_norm", "weight must be [8]", "[7]"]),
+    "weight rank": (lambda: fastllm.rms_norm(X, t(1, 8)), ValueError, ["rms_norm", "weight must be [8]", "[1, 8]"]),
+    "weight device": (lambda: fastllm.rms_norm(X, W.to("meta")), ValueError, ["rms_norm", "weight", "cpu", "meta"]),
+    "weight integer": (lambda: fastllm.rms_norm(X, W.long()), TypeError, ["rms_norm", "weight", "int64"]),
+    "bias size": (lambda: fastllm.layer_norm(X, W, t(9)), ValueError, ["layer_norm", "bias must be [8]", "[9]"]),
+    "residual shape": (lambda: fastllm.rms_norm(X, residual=W), ValueError, ["rms_norm", "residual", "[3, 8]", "[8]"]),
+    "residual dtype": (
+        lambda: fastllm.layer_norm(X, residual=X.double()),
+        TypeError,
+        ["layer_norm", "residual", "float32", "float64"],
+    ),
+    "softmax dim": (lambda: fastllm.softmax(X, dim=2), ValueError, ["softmax", "dim", "[-2, 2)", "2"]),
+    "softmax low dim": (lambda: fastllm.log_softmax(X, dim=-3), ValueError, ["log_softmax", "dim", "-3"]),
+    "softmax causal 1-D": (lambda: fastllm.softmax(W, causal=True), ValueError, ["softmax", "causal", "[8]"]),
+    "softmax causal dim": (lambda: fastllm.softmax(X, dim=0, causal=True), ValueError, ["softmax", "causal", "dim=0"]),
+    "softmax mask": (lambda: fastllm.softmax(X, mask=t(3, 7).bool()), ValueError, ["softmax", "mask", "[3, 7]"]),
+    "softmax float mask": (lambda: fastllm.softmax(X, mask=X), TypeError, ["softmax", "mask", "bool", "float32"]),
+    "softmax integer": (lambda: fastllm.softmax(X.long()), TypeError, ["softmax", "float32", "int64"]),
+    "softmax type": (lambda: fastllm.softmax(None), TypeError, ["softmax", "x must be a tensor", "NoneType"]),
+    "backend name": (lambda: fastllm.backend("cudnn").__enter__(), ValueError, ["backend", "reference", "cudnn"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_says_what_came(what):
+    call, error, words = BAD[what]
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in the message: {caught.value}"
+
+
+@pytest.mark.parametrize("empty", [(0, 4, 5, 5), (1, 4, 0, 5), (1, 4, 5, 0), (1, 0, 5, 5), (0, 4, 0, 0)])
+def test_empty_attention(backend, empty):
+    B, H, T, S = empty
+    q = torch.randn(B, H, T, 8, device=backend, requires_grad=True)
+    k, v = (torch.randn(B, H, S, 8, device=backend, requires_grad=True) for _ in "kv")
+    o, lse = fastllm.attention(q, k, v, causal=True, return_lse=True)
+    assert o.shape == (B, H, T, 8) and lse.shape == (B, H, T)
+    assert (o == 0).all()
+    assert (lse == -torch.inf).all() or S
+    for x, grad in zip((q, k, v), torch.autograd.grad(o.sum(), (q, k, v)), strict=True):
+        assert grad.shape == x.shape and (grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+@pytest.mark.parametrize("op", [fastllm.layer_norm, fastllm.rms_norm])
+def test_empty_norm(backend, op, shape):
+    x = torch.randn(shape, device=backend, requires_grad=True)
+    weight = torch.randn(8, device=backend, requires_grad=True)
+    y, h = op(x, weight, residual=x)
+    assert y.shape == h.shape == x.shape
+    dx, dweight = torch.autograd.grad((y.sum(), h.sum()), (x, weight))
+    assert dx.shape == x.shape and dweight.shape == (8,) and (dweight == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5, 5), (0,)])
+@pytest.mark.parametrize("op", [fastllm.softmax, fastllm.log_softmax])
+def test_empty_softmax(backend, op, shape):
+    x = torch.randn(shape, device=backend, requires_grad=True)
+    y = op(x)
+    assert y.shape == x.shape and torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_softmax_of_a_scalar_is_an_error_not_a_crash():
+    with pytest.raises((ValueError, IndexError), match="softmax|dim"):
+        fastllm.softmax(t(()))
+
+
+HUGE = 2**50  # no machine can allocate the answer; the input is one number seen 2^50 times
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: fastllm.layer_norm(x.expand(HUGE, 8)),
+        lambda x: fastllm.rms_norm(x.expand(HUGE, 8)),
+        lambda x: fastllm.softmax(x.expand(HUGE, 8)),
+        lambda x: fastllm.attention(*[x.expand(1, 1, HUGE, 8)] * 3, causal=True),
+    ],
+    ids=["layer_norm", "rms_norm", "softmax", "attention"],
+)
+def test_huge_input_raises(call):
+    with pytest.raises((RuntimeError, MemoryError), match="(?i)memory|alloc|overflow|too (big|large)|API call failed"):
+        call(torch.zeros(1))
+
+
+def test_a_device_without_kernels_still_answers():
+    o = fastllm.attention(*[torch.empty(Q, device="meta")] * 3)
+    assert o.device.type == "meta" and o.shape == Q

@@ -1,0 +1,154 @@
+"""Which kernel ran, why not, and what strictness does about it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastllm
+from fastllm import dispatch, info
+
+Q = (1, 2, 4, 8)
+needs_extension = pytest.mark.skipif(dispatch.extension is None, reason=f"{dispatch.missing_extension}")
+
+
+def run(code, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def qkv():
+    return [torch.randn(Q) for _ in "qkv"]
+
+
+def test_explanation_returns_what_the_function_returned():
+    q, k, v = qkv()
+    told = fastllm.explain(fastllm.attention, q, k, v, causal=True)
+    torch.testing.assert_close(told.result, fastllm.attention(q, k, v, causal=True))
+    (call,) = told.calls
+    assert (call.op, call.shape, call.dtype) == ("attention", Q, "float32")
+
+
+@needs_extension
+def test_explanation_names_the_kernel():
+    (call,) = fastllm.explain(fastllm.rms_norm, torch.randn(3, 8)).calls
+    assert call.backend == "cpu" and call.reason == ""
+    assert call.kernel == f"C++ {dispatch.extension.selected()}"
+
+
+def test_explanation_counts_equal_calls():
+    def model(x):
+        return fastllm.softmax(fastllm.layer_norm(fastllm.layer_norm(x)))
+
+    text = str(fastllm.explain(model, torch.randn(3, 8)))
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[0][:2] == ["op", "calls"]
+    assert [row[:2] for row in rows[1:]] == [["layer_norm", "2"], ["softmax", "1"]]
+
+
+def test_nothing_to_explain():
+    assert str(fastllm.explain(torch.relu, torch.randn(3))) == "no fastllm op was called"
+
+
+def test_fallback_for_a_missing_extension(monkeypatch):
+    monkeypatch.setattr(dispatch, "extension", None)
+    monkeypatch.setattr(dispatch, "missing_extension", "no compiler on this machine")
+    with pytest.warns(UserWarning, match="no compiler on this machine"):
+        dispatch._warn_once.cache_clear()
+        (call,) = fastllm.explain(fastllm.softmax, torch.randn(3, 8)).calls
+    assert (call.backend, call.kernel, call.reason) == ("reference", "PyTorch", "no compiler on this machine")
+
+
+def test_fallback_for_a_device():
+    (call,) = fastllm.explain(fastllm.softmax, torch.empty(3, 8, device="meta")).calls
+    assert call.backend == "reference" and "meta" in call.reason
+
+
+def test_fallback_for_an_option_names_it():
+    """Whatever the matrix calls plain PyTorch is also what explain reports, with the option's name."""
+    for option, (args, keywords) in info._options(torch.float32)[fastllm.attention].items():
+        reason = info.kernels_for(fastllm.attention, *args, **keywords)["cpu"]
+        if reason:
+            (call,) = fastllm.explain(fastllm.attention, *args, **keywords).calls
+            assert call.backend == "reference" and call.reason, option
+            assert any(name in reason for name in keywords), f"{option}: {reason}"
+
+
+def test_forced_reference():
+    with fastllm.backend("reference"):
+        (call,) = fastllm.explain(fastllm.layer_norm, torch.randn(3, 8)).calls
+    assert (call.backend, call.reason) == ("reference", "")
+
+
+def test_forced_backend_that_cannot_is_an_error():
+    with fastllm.backend("cuda"), pytest.raises(RuntimeError, match=r"rms_norm: backend 'cuda' was forced, but .*"):
+        fastllm.rms_norm(torch.randn(3, 8))
+    with fastllm.backend("cpu"), pytest.raises(RuntimeError, match="meta"):
+        fastllm.rms_norm(torch.empty(3, 8, device="meta"))
+
+
+def test_forcing_ends_with_the_block():
+    for _ in range(2):
+        with fastllm.backend("reference"), pytest.raises(KeyError), fastllm.backend("cuda"):
+            raise KeyError
+    assert dispatch._forced is None
+
+
+@needs_extension
+def test_backward_runs_where_forward_ran():
+    x = torch.randn(3, 8, requires_grad=True)
+    with fastllm.backend("cpu"):
+        y = fastllm.softmax(x)
+    with fastllm.backend("reference"):
+        (dx,) = torch.autograd.grad(y[:, 0].sum(), x)
+    (truth,) = torch.autograd.grad(torch.softmax(x.double(), -1)[:, 0].sum(), x)
+    torch.testing.assert_close(dx, truth)
+
+
+def test_strict_turns_a_fallback_into_an_error():
+    code = "import torch, fastllm; fastllm.softmax(torch.empty(3, 8, device='meta')); print('answered')"
+    assert run(code, FASTLLM_STRICT="0").stdout == "answered\n"
+    strict = run(code, FASTLLM_STRICT="1")
+    assert strict.returncode == 1
+    assert "RuntimeError: softmax: FASTLLM_STRICT is set and there is no kernel for this call" in strict.stderr
+
+
+@needs_extension
+def test_strict_lets_kernels_run():
+    done = run("import torch, fastllm; print(fastllm.softmax(torch.zeros(1, 2)).tolist())", FASTLLM_STRICT="1")
+    assert done.stdout == "[[0.5, 0.5]]\n", done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16"])
+def test_instruction_set_from_the_environment(name):
+    done = run("from fastllm import dispatch; print(dispatch.extension.selected())", FASTLLM_CPU=name)
+    if name in dispatch.extension.available():
+        assert done.stdout == name + "\n", done.stderr
+    else:
+        assert done.returncode and name in done.stderr
+
+
+@needs_extension
+def test_unknown_instruction_set_is_an_error_that_names_the_choices():
+    done = run("import fastllm", FASTLLM_CPU="sse9")
+    assert done.returncode and "sse9" in done.stderr and "scalar" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_the_matrix_claims_runs(backend, dtype):
+    """Every option with a kernel in the README's table runs on it, forward and backward; `backend` forces which."""
+    name = dispatch._forced
+    for function, options in info._options(dtype).items():
+        for option, (args, keywords) in options.items():
+            if info.kernels_for(function, *args, **keywords)[name]:
+                continue
+            x, *rest = (a.to(backend) for a in args)
+            keywords = {key: v.to(backend) if isinstance(v, torch.Tensor) else v for key, v in keywords.items()}
+            made = fastllm.explain(function, x.requires_grad_(), *rest, **keywords)
+            first = made.result[0] if isinstance(made.result, tuple) else made.result
+            (dx,) = torch.autograd.grad(first.sum(), x)
+            assert [call.backend for call in made.calls] == [name], f"{function.__name__}, {option}"
+            assert first.dtype == dx.dtype == dtype and dx.isfinite().all(), f"{function.__name__}, {option}"
