@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Every instruction set is its own file with its own flags; nothing else is compiled with them (csrc/cpu/isa.h says why).
+# Every instruction set is a file with flags of its own; nothing else is compiled with them (csrc/cpu/isa.h says why).
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 ISA_FLAGS = {
     "scalar": "",
@@ -58,7 +58,12 @@ def has_isa_flags(cxx: str) -> bool:
 
 
 def sources(isas: list[str]) -> dict[str, str]:
-    files = {"csrc/cpu/bindings.cpp": "", "csrc/cpu/attention_bindings.cpp": "", "csrc/cpu/dispatch.cpp": "", "csrc/ops.cpp": ""}
+    files = {
+        "csrc/cpu/bindings.cpp": "",
+        "csrc/cpu/attention_bindings.cpp": "",
+        "csrc/cpu/dispatch.cpp": "",
+        "csrc/ops.cpp": "",
+    }
     return files | {f"csrc/cpu/{isa}.cpp": ISA_FLAGS[isa] for isa in isas}
 
 
@@ -69,7 +74,9 @@ def write_ninja(folder: Path, target: Path, sanitize: str) -> dict:
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas"
-    flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(f"\\&fastllm::k_{isa}" for isa in isas)
+    flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(
+        f"\\&fastllm::k_{isa}" for isa in isas
+    )
     link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     if sanitize:
         flags += f" -g -fno-omit-frame-pointer -fsanitize={sanitize}"

@@ -1,8 +1,9 @@
 """Which implementation runs a call, and the record of why.
 
-PyTorch's dispatcher does the work: every op is one schema `fastllm::<op>`, with a C++ kernel for CPU tensors (csrc/), a
-Python kernel for CUDA tensors that calls the Triton launcher of the same name (kernels/), and a fake kernel for tracing.
-What no kernel can do goes to `fastllm.reference`, is said by `fastllm.explain`, and is an error under FASTLLM_STRICT=1.
+PyTorch's dispatcher does the work: every op is one schema `fastllm::<op>`, with a C++ kernel for CPU tensors (csrc/),
+a Python kernel for CUDA tensors that calls the Triton launcher of the same name (kernels/), and a fake kernel for
+tracing. What no kernel can do goes to `fastllm.reference`, is said by `fastllm.explain`, and is an error under
+FASTLLM_STRICT=1.
 """
 
 import contextlib
@@ -168,7 +169,7 @@ class Op:
         return getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)(*args)
 
     def __call__(self, backend: str, *args):
-        """Run on `backend`, as `choose` named it. Interpreted Triton is reached past the dispatcher, which sees CPU tensors."""
+        """Run on `backend`, as `choose` named it; interpreted Triton is not for the dispatcher, which sees CPU tensors."""
         if backend == "triton" and not args[0].is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)

@@ -21,9 +21,10 @@ def attention_scores(
     window_left=-1,
     window_right=-1,
 ):
-    """s[b, h, i, j] before the softmax, -inf where key j is not visible to query i: scale, soft-cap, bias, ALiBi, mask.
+    """s[b, h, i, j] before the softmax, -inf where key j is not visible to query i.
 
-    Query i stands at key position i + q_offset and sees keys from window_left before to window_right after it; -1 is unbounded.
+    In this order: scale, soft-cap, bias, ALiBi, mask. Query i stands at key position i + q_offset and sees keys from
+    window_left before to window_right after it; -1 is unbounded.
     """
     (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     s = (q.reshape(B, Hkv, H // Hkv * T, D) @ k.mT).reshape(
@@ -48,6 +49,30 @@ def attention_scores(
     return s.masked_fill(~visible, -math.inf)
 
 
+def philox(c0, c1, c2, seed):
+    """Philox4x32-7: four tensors of random 32-bit words from the counter (c0, c1, c2, 0) and a 64-bit key (int64)."""
+    low = 0xFFFFFFFF
+    c3, k0, k1 = torch.zeros_like(c0), seed & low, (seed >> 32) & low
+    for _ in range(7):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around: the low 64 bits are right
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def dropout_keep(seed, dropout_p, B, H, T, S):
+    """[B, H, T, S]: 0 with probability dropout_p, else 1 / (1 - dropout_p), decided by seed and place alone.
+
+    The word for (b, h, i, j) is number j % 4 of Philox counter (i, j // 4, b * H + h): every backend drops the same.
+    """
+    device = seed.device
+    head = torch.arange(B * H, device=device).view(-1, 1, 1).expand(-1, T, (S + 3) // 4)
+    row, group = (torch.arange(n, device=device) for n in (T, (S + 3) // 4))
+    words = philox(row[None, :, None].expand_as(head), group[None, None, :].expand_as(head), head, seed)
+    words = torch.stack(words, -1).reshape(B, H, T, -1)[..., :S]
+    return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
+
+
 def attention(
     q,
     k,
@@ -63,8 +88,9 @@ def attention(
     window_left=-1,
     window_right=-1,
     dropout_p=0.0,
+    seed=None,
 ):
-    """o = softmax(scores) v and lse = log sum exp(scores), the sink being one more score with no value.
+    """o = dropout(softmax(scores)) v and lse = log sum exp(scores), the sink being one more score with no value.
 
     A query that sees nothing gives o = 0 and lse = -inf.
     """
@@ -95,7 +121,7 @@ def attention(
     lse = (m + torch.log(l)).masked_fill(empty, -math.inf).squeeze(-1)
     p = p / l
     if dropout_p:
-        p = torch.dropout(p, dropout_p, True)
+        p = p * dropout_keep(seed, dropout_p, B, H, T, S).to(p.dtype)
     o = (p.to(v.dtype).reshape(B, Hkv, H // Hkv * T, S) @ v).reshape(B, H, T, Dv)
     return o, lse
 
@@ -103,7 +129,7 @@ def attention(
 def softmax(x, *, scale=1.0, mask=None, causal=False, log=False):
     """softmax(scale * x) over the last dimension of x [..., T, S], over what `mask` (True = keep) and `causal` leave.
 
-    Causal is aligned bottom-right: row i sees columns up to i + S - T. A row that sees nothing gives 0, or -inf for the logarithm.
+    Causal is aligned bottom-right: row i sees columns up to i + S - T. A row that sees nothing is 0 (logarithm: -inf).
     """
     s = (x if x.dtype == torch.float64 else x.float()) * scale
     visible = torch.ones((), dtype=torch.bool, device=x.device)
@@ -123,7 +149,7 @@ def softmax(x, *, scale=1.0, mask=None, causal=False, log=False):
 
 
 def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
-    """y = (h - mean) / sqrt(var + eps) * weight + bias over the last dimension, h = x + residual; returns y, or (y, h)."""
+    """y = (h - mean) / sqrt(var + eps) * weight + bias over the last dimension, h = x + residual; y, or (y, h)."""
     h = x if residual is None else x + residual
     c = h if h.dtype == torch.float64 else h.float()
     c = c - c.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Every test of a kernel runs once per backend: each C++ instruction set, and Triton (interpreted where there is no GPU)."""
+"""A kernel's tests run once per backend: each C++ instruction set, and Triton (interpreted where there is no GPU)."""
 
 import os
 
@@ -31,7 +31,17 @@ def poison_fresh_memory():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Runs the test once per backend; its value is the device that the test's tensors should be on."""
-    name, _, isa = request.param.partition("-")
+    yield from use_backend(request.param)
+
+
+@pytest.fixture(params=BACKENDS[:-1])
+def cpu_backend(request):
+    """`backend`, for what Triton does not have yet."""
+    yield from use_backend(request.param)
+
+
+def use_backend(name):
+    name, _, isa = name.partition("-")
     if name == "cpu":
         if dispatch.extension is None:
             pytest.skip(f"no C++ extension: {dispatch.missing_extension}")

@@ -31,7 +31,7 @@ def arguments(causal=False, window=None, q_offset=None, scale=None, **rest):
 
 
 def torch_attention(of):
-    """PyTorch's kernel on the same problem, its mask made dense."""
+    """PyTorch's kernel on the same problem, its mask made dense. It has no other options."""
 
     def peer(q, k, v):
         args = of(q, k)
@@ -121,6 +121,99 @@ def test_shapes(backend, shape, dtype, causal):
 def test_mask(backend, shape, dtype, causal):
     mask = (torch.rand(shape) > 0.4).to(backend)
     check(SMALL, dtype, backend, mask=mask, causal=causal)
+
+
+# Options that PyTorch's kernel does not have: the peer is the reference, run in the same dtype.
+H = SMALL["H"]
+SCORES = {
+    "softcap": dict(softcap=1.5),
+    "bias": dict(bias=(1, H, 33, 47)),
+    "bias per batch": dict(bias=(2, 1, 33, 47)),
+    "bias for all": dict(bias=(33, 47)),
+    "bias per key": dict(bias=(2, H, 1, 47)),
+    "bias per query": dict(bias=(H, 33, 1)),
+    "bias per head": dict(bias=(H, 1, 1)),
+    "alibi": dict(alibi_slopes=(H,)),
+    "alibi per batch": dict(alibi_slopes=(2, H)),
+    "sink": dict(sink=(H,)),
+}
+RULES = {
+    "": {},
+    "causal": dict(causal=True),
+    "window": dict(window=(9, 4)),
+    "mask": dict(mask=(2, 1, 33, 47)),
+    "unseeing": dict(causal=True, q_offset=-8),
+}
+
+
+def check_scores(backend, dtype, options, shape=None):
+    """Like `check`, for options with tensors, of which bias and sink have gradients; shapes stand for random tensors."""
+    inputs, do = tensors(device=backend, **(shape or dict(SMALL, B=2)))
+    options = dict(options)
+    for name in ("bias", "alibi_slopes", "sink", "mask"):
+        if name in options:
+            x = torch.randn(options[name], device=backend)
+            options[name] = x > -0.5 if name == "mask" else x.abs() if name == "alibi_slopes" else x
+    leaves = [name for name in ("bias", "sink") if name in options]
+    fixed = {name: x for name, x in options.items() if name not in leaves}
+    of = arguments(**fixed)
+
+    def ours(q, k, v, *scores):
+        return fastllm.attention(q, k, v, return_lse=True, **fixed, **dict(zip(leaves, scores, strict=True)))
+
+    def exact(q, k, v, *scores):
+        return reference.attention(q, k, v, **of(q, k), **dict(zip(leaves, scores, strict=True)))
+
+    grads = [do, torch.randn(do.shape[:3], device=backend)]
+    compare(ours, exact, exact, inputs + [options[name] for name in leaves], grads, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SCORES)
+def test_scores(backend, name, rule, dtype):
+    check_scores(backend, dtype, SCORES[name] | RULES[rule])
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(["softcap", "bias", "alibi", "sink"], 2)), ids="+".join)
+@pytest.mark.parametrize("rule", RULES)
+def test_pairs_of_scores(backend, pair, rule):
+    check_scores(backend, torch.float32, SCORES[pair[0]] | SCORES[pair[1]] | RULES[rule])
+
+
+def test_bias_with_few_heads_and_many_threads(backend):
+    """One item would own the whole bias: the keys are cut into ranges, each with columns of its own."""
+    shape = dict(B=2, H=2, Hkv=1, T=70, S=290, D=16)
+    for bias in ((1, 1, 70, 290), (1, 2, 70, 1)):
+        check_scores(backend, torch.float32, dict(bias=bias, causal=True), shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, dict(causal=True, softcap=2.0), dict(window=(11, 2))], ids=str)
+def test_dropout(cpu_backend, dtype, options):
+    """Which probabilities are dropped follows from the seed alone: the reference, told the seed, drops the same."""
+    inputs, do = tensors(**dict(SMALL, B=2))
+    of = arguments(**options)
+    torch.manual_seed(5)
+    seed = torch.randint(2**62, ())
+
+    def ours(q, k, v):
+        torch.manual_seed(5)
+        return fastllm.attention(q, k, v, dropout_p=0.3, **options)
+
+    def exact(q, k, v):
+        return reference.attention(q, k, v, dropout_p=0.3, seed=seed, **of(q, k))[0]
+
+    compare(ours, exact, exact, inputs, [do], dtype)
+
+
+def test_dropout_rate_and_seeds():
+    keep = reference.dropout_keep(torch.tensor(3), 0.25, 2, 3, 64, 65)
+    assert abs((keep == 0).double().mean() - 0.25) < 0.01 and ((keep == 0) | (keep == 1 / 0.75)).all()
+    assert not torch.equal(keep, reference.dropout_keep(torch.tensor(4), 0.25, 2, 3, 64, 65))
+    q = torch.randn(1, 2, 8, 4)
+    one, two = (fastllm.attention(q, q, q, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(one, two)
 
 
 def test_row_that_sees_nothing(backend):

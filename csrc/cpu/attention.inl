@@ -11,8 +11,7 @@ struct AttentionBlocks {
   using T = typename V::T;
   using X = Words<V, W>;
   static constexpr int kPer = X::kPer;                            // numbers along the summed dimension in a word
-  static constexpr int64_t kVectors = V::L >= 8 ? 64 / V::L : 8;  // a block of queries, in vectors and in queries
-  static constexpr int64_t kQueries = kVectors * V::L;
+  static constexpr int64_t kQueries = ScoreTile<V>::kQueries, kVectors = kQueries / V::L;  // a block of queries
 
   static int64_t words(int64_t D) { return (D + kPer - 1) / kPer; }
   static int64_t padded(int64_t D) { return (D + V::L - 1) / V::L * V::L; }
@@ -127,75 +126,6 @@ struct AttentionBlocks {
   }
 };
 
-// The visible keys [begin, end) of queries [q0, q0 + n).
-struct KeyRange {
-  int64_t begin, end;
-};
-inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
-inline KeyRange visible_keys(const Attention& a, int64_t q0, int64_t n) {
-  const int64_t end = a.right < 0 ? a.S : clamp(q0 + n + a.q_offset + a.right, 0, a.S);
-  return {a.left < 0 ? 0 : clamp(q0 + a.q_offset - a.left, 0, end), end};
-}
-// The queries that see some of the keys [k0, k0 + n).
-inline KeyRange seeing_queries(const Attention& a, int64_t k0, int64_t n) {
-  const int64_t end = a.left < 0 ? a.T : clamp(k0 + n + a.left - a.q_offset, 0, a.T);
-  return {a.right < 0 ? 0 : clamp(k0 - a.right - a.q_offset, 0, end), end};
-}
-
-// The last key of a run from `key` (before `end`) whose first seeing query lies in the same vector of the block at q0, and
-// that vector: what lies before it on the causal side is not computed. Runs have even length, for words of two keys.
-template <class V>
-inline int64_t run_end(const Attention& a, int64_t q0, int64_t key, int64_t end, int64_t vectors, int64_t& first) {
-  first = 0;
-  if (a.right < 0) return end;
-  const int64_t shift = a.right + a.q_offset + q0;  // query q0 + i sees keys up to shift + i
-  first = clamp((key - shift) / V::L, 0, vectors - 1);
-  if (first == vectors - 1) return end;
-  const int64_t next = shift + (first + 1) * V::L, run = next - key + ((next - key) & 1);
-  return key + run < end ? key + run : end;
-}
-
-// The one place where scores are made. s[k][q] holds q.k; it becomes the score, -inf where hidden.
-template <class V>
-struct ScoreTile {
-  const Attention& a;
-  int64_t b, h, q0, queries;  // the block of queries
-  typename V::T scale;
-
-  // Whether the tile needs no more than the scale, which the exponential can take on the way.
-  bool plain(int64_t k0, int64_t keys) const {
-    const int64_t first = q0 + a.q_offset, last = first + queries - 1;
-    return !a.mask.data && (a.right < 0 || k0 + keys - 1 <= first + a.right) && (a.left < 0 || k0 >= last - a.left);
-  }
-
-  void finish(typename V::T* s, int64_t row, int64_t k0, int64_t keys, int64_t first, int64_t vectors) const {
-    using T = typename V::T;
-    const V hidden = V::set(-INFINITY), c = V::set(scale);
-    for (int64_t k = 0; k < keys; ++k) {
-      const int64_t at = k0 + k - a.q_offset - q0;  // the query of this block at this key's position
-      const V low = V::set(a.right < 0 ? T(-1) : T(clamp(at - a.right, -1, queries)));
-      const V high = V::set(a.left < 0 ? T(row) : T(clamp(at + a.left, -1, row)));
-      for (int64_t v = first; v < vectors; ++v) {
-        const V i = V::iota() + V::set(T(v * V::L));
-        V x = V::load(s + k * row + v * V::L) * c;
-        x = select_lt(i, low, hidden, select_lt(high, i, hidden, x));
-        if (a.mask.data) x = select_lt(V::set(0), mask_lanes(k0 + k, v * V::L), x, hidden);
-        x.store(s + k * row + v * V::L);
-      }
-    }
-  }
-
-  V mask_lanes(int64_t key, int64_t query) const {
-    using T = typename V::T;
-    const uint8_t* p = (const uint8_t*)a.mask.data + b * a.mask.b + h * a.mask.h + key * a.mask.s;
-    if (a.mask.t == 0) return V::set(T(*p));
-    T lanes[V::L] = {};
-    const int64_t n = clamp(queries - query, 0, V::L);
-    for (int64_t i = 0; i < n; ++i) lanes[i] = T(p[(q0 + query + i) * a.mask.t]);
-    return V::load(lanes);
-  }
-};
-
 template <class V, class S, class W>
 struct AttentionFwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
@@ -208,7 +138,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
   struct Workspace {
     W *q, *keys, *values, *scratch;
-    T *s, *o, *m, *l;
+    T *s, *o, *m, *l, *mask, *bias, *keep;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
       const int64_t Dw = Blocks::words(a.D);
@@ -220,6 +150,9 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       scratch = arena.take<W>(Dw * kQueries);
       m = arena.take<T>(kQueries);
       l = arena.take<T>(kQueries);
+      mask = arena.take<T>(a.mask.data ? kKeys * kQueries : 0);
+      bias = arena.take<T>(a.bias.data ? kKeys * kQueries : 0);
+      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kQueries : 0);
       if (bytes) *bytes = arena.used;
     }
   };
@@ -230,8 +163,8 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
   }
 
   // p = exp(s * scale - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
-  // rescale[v] is what the old sums have to be multiplied with.
-  static void exponentials(T* s, int64_t keys, int64_t vectors, T scale, T* m, T* l, V* rescale) {
+  // rescale[v] is what the old sums have to be multiplied with. Dropout (`keep` is not null) does not touch the sum.
+  static void exponentials(T* s, int64_t keys, int64_t vectors, T scale, const T* keep, T* m, T* l, V* rescale) {
     for (int64_t v = 0; v < vectors; ++v) {
       T* column = s + v * V::L;
       const V c = V::set(scale), old = V::load(m + v * V::L);
@@ -244,11 +177,14 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       const V shift = V::set(0) - now;
       V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
       for (int64_t k = 0; k < keys; k += 2) {
-        const V p = exp(fma(V::load(column + k * kQueries), c, shift));
-        V next = V::set(0);
+        V p = exp(fma(V::load(column + k * kQueries), c, shift)), next = V::set(0);
         if (k + 1 < keys) next = exp(fma(V::load(column + (k + 1) * kQueries), c, shift));
         sum[0] = sum[0] + p;
         sum[1] = sum[1] + next;
+        if (keep) {
+          p = p * V::load(keep + k * kQueries + v * V::L);
+          if (k + 1 < keys) next = next * V::load(keep + (k + 1) * kQueries + v * V::L);
+        }
         if constexpr (kPer == 1) {
           p.store(column + k * kQueries);
           if (k + 1 < keys) next.store(column + (k + 1) * kQueries);
@@ -266,15 +202,16 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     const int64_t q0 = (n_blocks - 1 - item % n_blocks) * kQueries, n = clamp(a.T - q0, 0, kQueries);
     const int64_t vectors = (n + V::L - 1) / V::L;
     Workspace w(a, memory, nullptr);
-    const ScoreTile<V> scores{a, b, h, q0, n, T(a.scale)};
+    const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, nullptr};
 
     Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
     memset(w.o, 0, a.Dv * kQueries * sizeof(T));
     for (int64_t i = 0; i < kQueries; ++i) w.m[i] = T(-1e30), w.l[i] = 0;  // finite: -inf - -inf would be a NaN
 
-    const KeyRange range = visible_keys(a, q0, n);
+    const Range range = visible_keys(a, q0, n);
     for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
       const int64_t keys = clamp(range.end - k0, 0, kKeys);
+      if (!scores.load(k0, keys)) continue;
       const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
       int64_t first;
       for (int64_t k = 0, end; k < keys; k = end) {
@@ -283,9 +220,10 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
                                  Blocks::words(a.D), w.s + k * kQueries + first * V::L, kQueries);
       }
       const bool plain = scores.plain(k0, keys);
-      if (!plain) scores.finish(w.s, kQueries, k0, keys, 0, vectors);
+      if (!plain) scores.finish(w.s, k0, 0, keys, 0);
       V rescale[kVectors];
-      exponentials(w.s, keys, vectors, plain ? scores.scale : T(1), w.m, w.l, rescale);
+      exponentials(w.s, keys, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, w.m, w.l,
+                   rescale);
 
       const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
       for (int64_t k = 0, end; k < keys; k = end) {
@@ -302,11 +240,18 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       }
     }
 
+    // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
     T* lse = (T*)a.lse + bh * a.T + q0;
     for (int64_t i = 0; i < n; ++i) {
-      lse[i] = w.l[i] > 0 ? T(w.m[i] + log(double(w.l[i]))) : T(-INFINITY);
-      if (w.l[i] != w.l[i]) lse[i] = w.l[i];
-      w.l[i] = w.l[i] == 0 ? T(0) : T(1) / w.l[i];
+      double m = w.m[i], l = w.l[i], rescaled = 1;
+      if (a.sink) {
+        const double sink = ((const T*)a.sink)[h], top = sink > m ? sink : m;
+        rescaled = ::exp(m - top);
+        l = l * rescaled + ::exp(sink - top);
+        m = top;
+      }
+      lse[i] = l == 0 ? T(-INFINITY) : T(m + log(l));
+      w.l[i] = l == 0 ? T(0) : T(rescaled / l);
     }
     Blocks::unpack_transposed(w.o, w.l, n, a.Dv, (S*)Blocks::row(a.o, b, h, q0), a.o.t, a.o.d);
   }

@@ -17,7 +17,7 @@ Tensor new_heads(const Tensor& like, int64_t D) {
   return empty(like, {B, H, T, D}, like.scalar_type());
 }
 
-Scores broadcast(const MaybeTensor& x, const Attention& a, const char* op, const char* name) {
+Scores broadcast(const MaybeTensor& x, const Attention& a, const char* op, const char* name, int type) {
   if (!x) return {};
   STD_TORCH_CHECK(x->dim() == 4, op, ": ", name, " must be 4-D");
   const int64_t full[4] = {a.B, a.H, a.T, a.S};
@@ -26,37 +26,59 @@ Scores broadcast(const MaybeTensor& x, const Attention& a, const char* op, const
     STD_TORCH_CHECK(x->size(i) == full[i] || x->size(i) == 1, op, ": ", name, " must broadcast to [B, H, T, S]");
     stride[i] = x->size(i) == 1 ? 0 : x->stride(i);
   }
-  return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3], 0};
+  return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3], type};
 }
 
-Attention problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, double scale,
-                  int64_t q_offset, int64_t left, int64_t right) {
-  const Type t = type_of(q, op);
+// What the schemas call the options, in their order.
+struct Options {
+  const MaybeTensor &mask, &bias, &alibi_slopes, &sink, &seed;
+  double scale, softcap;
+  int64_t q_offset, left, right;
+  double dropout_p;
+};
+
+// A call in the kernels' terms, and the small inputs it needed converted.
+struct Problem {
   Attention a{};
-  a.q = heads(q, op, "q", t), a.k = heads(k, op, "k", t), a.v = heads(v, op, "v", t);
-  a.B = q.size(0), a.H = q.size(1), a.T = q.size(2), a.D = q.size(3);
-  a.Hkv = k.size(1), a.S = k.size(2), a.Dv = v.size(3);
-  STD_TORCH_CHECK(k.size(0) == a.B && v.size(0) == a.B && v.size(1) == a.Hkv && v.size(2) == a.S && k.size(3) == a.D,
-                  op, ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
-  STD_TORCH_CHECK(a.H == 0 || (a.Hkv > 0 && a.H % a.Hkv == 0), op, ": H must be a multiple of Hkv");
-  STD_TORCH_CHECK(a.D > 0 && a.Dv > 0, op, ": D and Dv must be at least 1");
-  a.scale = scale;
-  // Positions are added to each other: beyond 2^40 a side is unbounded, and an offset makes no sense.
-  constexpr int64_t kFar = int64_t(1) << 40;
-  STD_TORCH_CHECK(q_offset > -kFar && q_offset < kFar, op, ": q_offset is out of range");
-  a.q_offset = q_offset;
-  a.left = left < kFar ? left : -1;
-  a.right = right < kFar ? right : -1;
-  a.mask = broadcast(mask, a, op, "mask");
-  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
-  return a;
-}
+  Type type;
+  InComputeType alibi_slopes, sink;
 
-void refuse_options(const char* op, const MaybeTensor& bias, const MaybeTensor& alibi, const MaybeTensor& sink,
-                    double softcap, double dropout_p) {
-  STD_TORCH_CHECK(!bias && !alibi && !sink && softcap == 0.0 && dropout_p == 0.0, op,
-                  ": bias, ALiBi, sink, soft-cap and dropout have no CPU kernel yet");
-}
+  Problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& options)
+      : type(type_of(q, op)), alibi_slopes(options.alibi_slopes, type, op), sink(options.sink, type, op) {
+    a.q = heads(q, op, "q", type), a.k = heads(k, op, "k", type), a.v = heads(v, op, "v", type);
+    a.B = q.size(0), a.H = q.size(1), a.T = q.size(2), a.D = q.size(3);
+    a.Hkv = k.size(1), a.S = k.size(2), a.Dv = v.size(3);
+    STD_TORCH_CHECK(k.size(0) == a.B && v.size(0) == a.B && v.size(1) == a.Hkv && v.size(2) == a.S && k.size(3) == a.D,
+                    op, ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
+    STD_TORCH_CHECK(a.H == 0 || (a.Hkv > 0 && a.H % a.Hkv == 0), op, ": H must be a multiple of Hkv");
+    STD_TORCH_CHECK(a.D > 0 && a.Dv > 0, op, ": D and Dv must be at least 1");
+    // Positions are added to each other: beyond 2^40 a side is unbounded, and an offset makes no sense.
+    constexpr int64_t kFar = int64_t(1) << 40;
+    STD_TORCH_CHECK(options.q_offset > -kFar && options.q_offset < kFar, op, ": q_offset is out of range");
+    a.scale = options.scale, a.softcap = options.softcap, a.q_offset = options.q_offset;
+    a.left = options.left < kFar ? options.left : -1;
+    a.right = options.right < kFar ? options.right : -1;
+    if (options.mask)
+      STD_TORCH_CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
+    a.mask = broadcast(options.mask, a, op, "mask", kTypes);
+    a.bias = broadcast(options.bias, a, op, "bias", options.bias ? type_of(*options.bias, op) : kFloat);
+    if (options.alibi_slopes) {
+      const int64_t n = options.alibi_slopes->numel();
+      STD_TORCH_CHECK(n == a.H || n == a.B * a.H, op, ": alibi_slopes must be [H] or [B, H]");
+      a.alibi_slopes = alibi_slopes.data();
+      a.alibi_stride_b = options.alibi_slopes->dim() == 2 ? a.H : 0;
+    }
+    STD_TORCH_CHECK(!options.sink || options.sink->numel() == a.H, op, ": sink must be [H]");
+    a.sink = sink.data();
+    STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1)");
+    a.dropout_p = options.dropout_p;
+    if (a.dropout_p > 0) {
+      STD_TORCH_CHECK(options.seed && options.seed->numel() == 1 && options.seed->scalar_type() == ScalarType::Long, op,
+                      ": dropout needs a seed, one int64");
+      a.seed = uint64_t(*(const int64_t*)options.seed->data_ptr());
+    }
+  }
+};
 
 // A fork and join costs about a microsecond: as much as this many multiplications.
 bool worth_threads(const Attention& a) { return double(a.B) * a.H * a.T * a.S * (a.D + a.Dv) > 100e3; }
@@ -64,13 +86,14 @@ bool worth_threads(const Attention& a) { return double(a.B) * a.H * a.T * a.S * 
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor bias,
-                                         MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor, double scale,
+                                         MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,
                                          double dropout_p) {
   const char* op = "attention_fwd";
-  Attention a = problem(op, q, k, v, mask, scale, q_offset, window_left, window_right);
-  refuse_options(op, bias, alibi_slopes, sink, softcap, dropout_p);
-  const Type t = type_of(q, op);
+  Problem problem(op, q, k, v,
+                  {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+  Attention& a = problem.a;
+  const Type t = problem.type;
   const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, compute_type(t));
   a.o = heads(o, op, "o", t);
   a.lse = lse.data_ptr();
@@ -82,41 +105,69 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
-    MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor, double scale, double softcap,
-    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p) {
+    MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad) {
   const char* op = "attention_bwd";
-  Attention a = problem(op, q, k, v, mask, scale, q_offset, window_left, window_right);
-  refuse_options(op, bias, alibi_slopes, sink, softcap, dropout_p);
-  const Type t = type_of(q, op);
+  Problem problem(op, q, k, v,
+                  {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+  Attention& a = problem.a;
+  const Type t = problem.type;
+  const ScalarType compute = compute_type(t);
   a.grad_o = heads(grad_o, op, "grad_o", t), a.o = heads(o, op, "o", t);
   for (const Tensor& x : {grad_o, o})
     STD_TORCH_CHECK(x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
                     ": o and its gradient must be [B, H, T, Dv]");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == compute_type(t), op,
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == compute, op,
                   ": lse must be contiguous [B, H, T] in the compute type");
   a.lse = lse.data_ptr();
   const MaybeTensor dlse_flat = dlse ? MaybeTensor(torch::stable::contiguous(*dlse)) : MaybeTensor();
   if (dlse_flat) {
-    STD_TORCH_CHECK(dlse_flat->numel() == lse.numel() && dlse_flat->scalar_type() == lse.scalar_type(), op,
+    STD_TORCH_CHECK(dlse_flat->numel() == lse.numel() && dlse_flat->scalar_type() == compute, op,
                     ": dlse must be like lse");
     a.dlse = dlse_flat->data_ptr();
   }
   const Tensor dq = new_heads(q, a.D), dk = new_heads(k, a.D), dv = new_heads(v, a.Dv);
   a.dq = heads(dq, op, "dq", t), a.dk = heads(dk, op, "dk", t), a.dv = heads(dv, op, "dv", t);
 
-  // Too few key heads for the threads: cut the keys into ranges, whose dq are summed afterwards.
-  const int64_t items = a.B * a.Hkv, threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
-  const int64_t most = std::max<int64_t>(1, a.S / 96);
-  a.chunks = items >= 2 * threads || threads == 1 ? 1 : std::min(most, (2 * threads + items - 1) / std::max<int64_t>(items, 1));
-  Tensor partial = none_like(q);
-  if (a.chunks > 1) partial = empty(q, {a.B, a.H, a.chunks, a.T, a.D}, compute_type(t));
-  a.dq_partial = partial.data_ptr();
+  // Gradients that several items add to are summed in the compute type, whatever the type of the input.
+  Tensor dbias = none_like(bias ? *bias : q), dbias_sum = dbias;
+  if (bias && bias_grad) {
+    dbias_sum = empty(q, shape_of(*bias), compute);
+    torch::stable::zero_(dbias_sum);
+    a.dbias = broadcast(dbias_sum, a, op, "bias", compute == ScalarType::Double ? kDouble : kFloat);
+  }
+  Tensor dsink = none_like(q), dsink_partial = dsink;
+  if (sink) {
+    dsink_partial = empty(q, {a.B, a.H}, compute);
+    a.dsink_partial = dsink_partial.data_ptr();
+  }
+
+  // Too few items for the threads: cut the keys into ranges, whose dq are summed afterwards.
   const Kernels& table = kernels();
+  a.chunks = 1;
+  const int64_t items = table.attention_bwd_items[t](a), threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
+  const bool one_range = a.dbias.data && a.dbias.s == 0;  // a sum over all keys has one owner
+  if (items > 0 && items < 2 * threads && threads > 1 && !one_range)
+    a.chunks = std::max<int64_t>(1, std::min(a.S / 96, (2 * threads + items - 1) / items));
+  Tensor dq_partial = none_like(q);
+  if (a.chunks > 1) dq_partial = empty(q, {a.B, a.H, a.chunks, a.T, a.D}, compute);
+  a.dq_partial = dq_partial.data_ptr();
   for_items(items * a.chunks, table.attention_bwd_bytes[t](a), threads > 1,
             [&](int64_t item, void* memory) { table.attention_bwd[t](a, item, memory); });
+
   if (a.chunks > 1)
     for_range(a.B * a.H * a.T, 64, [&](int64_t begin, int64_t end) { table.attention_bwd_sum_dq[t](a, begin, end); });
-  return {dq, dk, dv, none_like(q), none_like(q)};
+  if (bias && bias_grad)
+    dbias = bias->scalar_type() == compute ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
+  if (sink) {
+    dsink = empty(*sink, {a.H}, sink->scalar_type());
+    for (int64_t h = 0; h < a.H; ++h) {
+      double total = 0;
+      for (int64_t b = 0; b < a.B; ++b) total += element(a.dsink_partial, t == kDouble ? kDouble : kFloat, b * a.H + h);
+      set_element(dsink.data_ptr(), type_of(dsink, op), h, total);
+    }
+  }
+  return {dq, dk, dv, dbias, dsink};
 }
 
 }  // namespace fastllm::cpu

@@ -19,7 +19,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
-    T *s, *dp, *dq, *dk, *dv, *lse, *delta;
+    T *s, *dp, *dq, *dk, *dv, *lse, *delta, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
@@ -42,6 +42,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       dq = arena.take<T>(rows * a.D);
       dk = arena.take<T>(keys_here * D);
       dv = arena.take<T>(keys_here * Dv);
+      mask = arena.take<T>(a.mask.data ? kKeys * kQueries : 0);
+      bias = arena.take<T>(a.bias.data ? kKeys * kQueries : 0);
+      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kQueries : 0);
+      slope = arena.take<T>(a.softcap > 0 ? kKeys * kQueries : 0);
       if (bytes) *bytes = arena.used;
     }
   };
@@ -90,26 +94,65 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     }
   }
 
-  // The one place where the gradients of scores are made: s becomes p, dp becomes dscore.
-  static void score_gradients(T* s, T* dp, int64_t keys, int64_t first, int64_t vectors, T scale, const T* lse,
-                              const T* delta) {
+  // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score that
+  // bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
+  static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors, T scale,
+                              const T* keep, const T* lse, const T* delta) {
     for (int64_t v = first; v < vectors; ++v) {
       const V c = V::set(scale), shift = V::set(0) - V::load(lse + v * V::L), dl = V::load(delta + v * V::L);
-      for (int64_t k = 0; k < keys; ++k) {
-        T *sk = s + k * kQueries + v * V::L, *dk = dp + k * kQueries + v * V::L;
-        const V p = exp(fma(V::load(sk), c, shift));
-        p.store(sk);
-        (p * (V::load(dk) - dl)).store(dk);
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t place = k * kQueries + v * V::L;
+        const V p = exp(fma(V::load(w.s + place), c, shift));
+        V dp = V::load(w.dp + place), kept = p;
+        if (keep) {
+          dp = dp * V::load(keep + place);
+          kept = p * V::load(keep + place);
+        }
+        kept.store(w.s + place);
+        (p * (dp - dl)).store(w.dp + place);
+      }
+    }
+  }
+  static void cap_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t v = first; v < vectors; ++v) {
+        T* ds = w.dp + k * kQueries + v * V::L;
+        (V::load(ds) * V::load(w.slope + k * kQueries + v * V::L)).store(ds);
+      }
+  }
+
+  // dbias += d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all sums
+  // into an element of dbias, so their order is fixed.
+  static void add_bias_gradient(const Attention& a, const T* ds, const ScoreTile<V>& scores, int64_t k0, int64_t begin,
+                                int64_t end, int64_t first) {
+    const Scores& x = a.dbias;
+    T* to = (T*)x.data + scores.b * x.b + scores.h * x.h + scores.q0 * x.t + k0 * x.s;
+    for (int64_t q = first * V::L; q < scores.queries; q += V::L) {
+      const int64_t m = clamp(scores.queries - q, 0, V::L);
+      for (int64_t k = begin; k < end; k += V::L) {
+        const int64_t n = clamp(end - k, 0, V::L);
+        V r[V::L];
+        for (int64_t j = 0; j < V::L; ++j) r[j] = j < n ? V::load(ds + (k + j) * kQueries + q) : V::set(0);
+        transpose(r);
+        for (int64_t i = 0; i < m; ++i) {
+          T* p = to + (q + i) * x.t + k * x.s;
+          if (x.s == 1)
+            store(r[i] + load<V>(p, n), p, n);
+          else if (x.s == 0)
+            *p += sum(r[i]);
+          else
+            for (int64_t j = 0; j < n; ++j) p[j * x.s] += ds[(k + j) * kQueries + q + i];
+        }
       }
     }
   }
 
   // p and dscore as words along queries (left operands of dv and dk), dscore also along keys (right operand of dq).
-  static void to_words(const Workspace& w, int64_t keys, int64_t first, int64_t vectors) {
-    for (int64_t k = 0; k < keys; k += 2)
+  static void to_words(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors) {
+    for (int64_t k = begin; k < end; k += 2)
       for (int64_t v = first; v < vectors; ++v) {
         const int64_t at = k * kQueries + v * V::L;
-        const bool last = k + 1 == keys;
+        const bool last = k + 1 == end;
         const V none = V::set(0), d0 = V::load(w.dp + at), d1 = last ? none : V::load(w.dp + at + kQueries);
         V::load(w.s + at).store((S*)w.p_words + at);
         d0.store((S*)w.ds_words + at);
@@ -123,38 +166,53 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
   static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
                              int64_t keys, Broadcast<W> key, Broadcast<W> value, Broadcast<W> key_rows, T* dk, T* dv) {
-    const int64_t q0 = scores.q0, n = scores.queries, vectors = (n + V::L - 1) / V::L;
+    const int64_t q0 = scores.q0, n = scores.queries, vectors = scores.vectors;
     const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
+    if (!scores.load(k0, keys)) return;
     const bool plain = scores.plain(k0, keys);
     int64_t first;
     for (int64_t k = 0, end; k < keys; k = end) {
       end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-      const int64_t run = end - k, columns = vectors - first, skip = first * V::L;
+      const int64_t run = end - k, columns = vectors - first, skip = first * V::L, at = k * kQueries + skip;
       const W *q = w.q + q0 * Blocks::words(a.D) + skip, *grad_o = w.grad_o + q0 * Blocks::words(a.Dv) + skip;
-      product<Start::kZero, V>(run, columns, key.at(k, 0), q, kQueries, Blocks::words(a.D), w.s + skip, kQueries);
-      product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + skip,
+      product<Start::kZero, V>(run, columns, key.at(k, 0), q, kQueries, Blocks::words(a.D), w.s + at, kQueries);
+      product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + at,
                                kQueries);
-      if (!plain) scores.finish(w.s, kQueries, k0 + k, run, first, vectors);
-      score_gradients(w.s, w.dp, run, first, vectors, plain ? scores.scale : T(1), w.lse + q0, w.delta + q0);
+      if (!plain) scores.finish(w.s, k0, k, end, first);
+      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
+                      w.lse + q0, w.delta + q0);
+      if (a.dbias.data) add_bias_gradient(a, w.dp, scores, k0, k, end, first);
+      if (a.softcap > 0) cap_gradients(w, k, end, first, vectors);
 
       Broadcast<W> p{(const W*)w.s, kQueries, 1}, ds{(const W*)w.dp, kQueries, 1};
       if constexpr (kPer == 2) {
-        to_words(w, run, first, vectors);
+        to_words(w, k, end, first, vectors);
         p = {w.p_words, kQueries / 2, 1};
         ds = {w.ds_words, kQueries / 2, 1};
       }
       const int64_t steps = (n - skip + kPer - 1) / kPer;
       const W *q_rows = w.q_rows + (q0 + skip) / kPer * D, *grad_o_rows = w.grad_o_rows + (q0 + skip) / kPer * Dv;
-      product<Start::kAdd, V>(run, Dv / V::L, p.at(0, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
-      product<Start::kAdd, V>(run, D / V::L, ds.at(0, skip / kPer), q_rows, D, steps, dk + k * D, D);
-      product<Start::kAdd, V>(a.D, columns, key_rows.at(0, k / kPer), (const W*)w.dp + skip, kQueries,
-                              (run + kPer - 1) / kPer, w.dq + q0 * a.D + skip, kQueries);
+      product<Start::kAdd, V>(run, Dv / V::L, p.at(k, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
+      product<Start::kAdd, V>(run, D / V::L, ds.at(k, skip / kPer), q_rows, D, steps, dk + k * D, D);
+      product<Start::kAdd, V>(a.D, columns, key_rows.at(0, k / kPer), (const W*)w.dp + k / kPer * kQueries + skip,
+                              kQueries, (run + kPer - 1) / kPer, w.dq + q0 * a.D + skip, kQueries);
     }
   }
 
+  // An item is a range of keys of one key head; of all heads, or batches, whose scores share a bias that has a gradient.
+  static int64_t heads_apart(const Attention& a) { return a.dbias.data && a.dbias.h == 0 ? 1 : a.Hkv; }
+  static int64_t batches_apart(const Attention& a) { return a.dbias.data && a.dbias.b == 0 ? 1 : a.B; }
+  static int64_t items(const Attention& a) { return heads_apart(a) * batches_apart(a) * a.chunks; }
+
   static void run(const Attention& a, int64_t item, void* memory) {
-    const int64_t part = item % a.chunks, b = item / a.chunks / a.Hkv, kv = item / a.chunks % a.Hkv, G = a.H / a.Hkv;
-    const int64_t begin = clamp(part * chunk(a), 0, a.S), end = clamp(begin + chunk(a), 0, a.S);
+    const int64_t part = item % a.chunks, group = item / a.chunks;
+    const int64_t kv0 = group % heads_apart(a), b0 = group / heads_apart(a);
+    for (int64_t b = b0; b < a.B; b += batches_apart(a))
+      for (int64_t kv = kv0; kv < a.Hkv; kv += heads_apart(a)) run_head(a, b, kv, part, memory);
+  }
+
+  static void run_head(const Attention& a, int64_t b, int64_t kv, int64_t part, void* memory) {
+    const int64_t begin = clamp(part * chunk(a), 0, a.S), end = clamp(begin + chunk(a), 0, a.S), G = a.H / a.Hkv;
     const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
     Workspace w(a, memory, nullptr);
     memset(w.dk, 0, (end - begin) * D * sizeof(T));
@@ -162,15 +220,18 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
       prepare_queries(a, w, b, h);
+      if (a.sink && part == 0) sink_gradient(a, w, b, h);
       memset(w.dq, 0, blocks(a) * kQueries * a.D * sizeof(T));
       for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
         const int64_t keys = clamp(end - k0, 0, kKeys);
         const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
         const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
         const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, k0, keys, a.D, w.key_rows);
-        const KeyRange range = seeing_queries(a, k0, keys);
+        const Range range = seeing_queries(a, k0, keys);
         for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
-          const ScoreTile<V> scores{a, b, h, q0, clamp(a.T - q0, 0, kQueries), T(a.scale)};
+          const int64_t n = clamp(a.T - q0, 0, kQueries), vectors = (n + V::L - 1) / V::L;
+          const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep,
+                                    a.softcap > 0 ? w.slope : nullptr};
           tile_gradients(a, w, scores, k0, keys, key, value, key_rows, w.dk + (k0 - begin) * D,
                          w.dv + (k0 - begin) * Dv);
         }
@@ -179,6 +240,13 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     }
     write_rows(w.dk, D, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
     write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
+  }
+
+  // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries.
+  static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
+    double total = 0;
+    for (int64_t i = 0; i < a.T; ++i) total -= ::exp(double(((const T*)a.sink)[h]) - w.lse[i]) * w.delta[i];
+    ((T*)a.dsink_partial)[b * a.H + h] = T(total);
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t part) {
@@ -212,6 +280,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   }
 };
 
+template <class V, class S, class W>
+int64_t attention_bwd_items(const Attention& a) { return AttentionBwd<V, S, W>::items(a); }
 template <class V, class S, class W>
 int64_t attention_bwd_bytes(const Attention& a) { return AttentionBwd<V, S, W>::bytes(a); }
 template <class V, class S, class W>

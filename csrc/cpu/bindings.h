@@ -27,6 +27,6 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
-    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p);
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad);
 
 }  // namespace fastllm::cpu

@@ -20,6 +20,7 @@ inline uint32_t as_bits(float x) {
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(uint8_t x) { return x; }
 inline float widen(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 inline float widen(half x) {
   // The exponent is moved by a multiplication, which also makes fp16's subnormals right.

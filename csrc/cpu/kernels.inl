@@ -15,6 +15,7 @@ struct Arena {  // pieces of one block of memory, each on its own cache line; wi
 #include "norm.inl"
 #include "softmax.inl"
 #include "tile.inl"
+#include "attention_scores.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
 
@@ -27,5 +28,5 @@ struct Arena {  // pieces of one block of memory, each on its own cache line; wi
     name, PER_TYPE(layer_norm_fwd), PER_TYPE(layer_norm_bwd), PER_TYPE(rms_norm_fwd), PER_TYPE(rms_norm_bwd),     \
         PER_TYPE(softmax_fwd), PER_TYPE(softmax_bwd), PER_TYPE_AND_WORD(attention_fwd_items),                     \
         PER_TYPE_AND_WORD(attention_fwd_bytes), PER_TYPE_AND_WORD(attention_fwd),                                 \
-        PER_TYPE_AND_WORD(attention_bwd_bytes), PER_TYPE_AND_WORD(attention_bwd), PER_TYPE(attention_bwd_sum_dq)  \
+        PER_TYPE_AND_WORD(attention_bwd_items), PER_TYPE_AND_WORD(attention_bwd_bytes), PER_TYPE_AND_WORD(attention_bwd), PER_TYPE(attention_bwd_sum_dq)  \
   }

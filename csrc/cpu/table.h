@@ -52,15 +52,19 @@ struct Attention {
   int64_t q_offset, left, right;  // left, right: keys visible before and after a query's position; -1 is unbounded
   Heads q, k, v, o;
   void* lse;    // [B, H, T] in the compute type, natural logarithm
-  Scores mask;  // bytes, 0 = hidden; data may be null
+  Scores mask;  // bytes (type kTypes), 0 = hidden; data may be null
   Scores bias;  // any storage type; data may be null
   const void *alibi_slopes, *sink;  // [B, H] and [H] in the compute type; may be null
-  int64_t alibi_stride_b;
+  int64_t alibi_stride_b;           // 0 for slopes [H]
+  double dropout_p;
+  uint64_t seed;
 
   Heads grad_o, dq, dk, dv;  // backward
   const void* dlse;          // [B, H, T] in the compute type; may be null
   int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
   void* dq_partial;          // [B, H, chunks, T, D] in the compute type
+  Scores dbias;              // like bias, zeroed, in the compute type; data may be null
+  void* dsink_partial;       // [B, H] in the compute type; null without a sink
 };
 
 struct Kernels {
@@ -74,6 +78,7 @@ struct Kernels {
   int64_t (*attention_fwd_items[kTypes])(const Attention&);
   int64_t (*attention_fwd_bytes[kTypes])(const Attention&);
   void (*attention_fwd[kTypes])(const Attention&, int64_t item, void* workspace);
+  int64_t (*attention_bwd_items[kTypes])(const Attention&);
   int64_t (*attention_bwd_bytes[kTypes])(const Attention&);
   void (*attention_bwd[kTypes])(const Attention&, int64_t item, void* workspace);
   void (*attention_bwd_sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);

@@ -19,7 +19,7 @@ struct ArrayVec {
   template <class S>
   static ArrayVec load(const S* p) {
     ArrayVec r;
-    for (int i = 0; i < L; ++i) r.v[i] = widen(p[i]);
+    for (int i = 0; i < L; ++i) r.v[i] = T(widen(p[i]));
     return r;
   }
   template <class S>
@@ -87,6 +87,12 @@ template <int L>
 ArrayVec<float, L> scale_by_power_of_two(ArrayVec<float, L> x, ArrayVec<float, L> n_plus_magic) {
   ArrayVec<float, L> r;
   for (int i = 0; i < L; ++i) r.v[i] = as_float(as_bits(x.v[i]) + (as_bits(n_plus_magic.v[i]) << 23));
+  return r;
+}
+template <int L>
+ArrayVec<double, L> tanh(ArrayVec<double, L> a) {
+  ArrayVec<double, L> r;
+  for (int i = 0; i < L; ++i) r.v[i] = ::tanh(a.v[i]);
   return r;
 }
 template <int L>

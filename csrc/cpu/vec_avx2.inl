@@ -14,6 +14,17 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
   }
   static __m256 widen8(__m128i x, const half*) { return _mm256_cvtph_ps(x); }
+  static Vec load(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
+  static Vec load(const uint8_t* p, int64_t n) {
+    uint8_t lanes[8] = {};
+    for (int i = 0; i < 8 && i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  static Vec load(const double* p, int64_t n = 8) {  // only biases are ever narrowed: lane by lane
+    float lanes[8] = {};
+    for (int64_t i = 0; i < 8 && i < n; ++i) lanes[i] = float(p[i]);
+    return load(lanes);
+  }
 
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }

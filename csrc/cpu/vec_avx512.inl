@@ -12,6 +12,15 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
   static __m512 widen16(__m256i x, const half*) { return _mm512_cvtph_ps(x); }
+  static Vec load(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+  static Vec load(const uint8_t* p, int64_t n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+  }
+  static Vec load(const double* p, int64_t n = 16) {  // only biases are ever narrowed: lane by lane
+    float lanes[16] = {};
+    for (int64_t i = 0; i < 16 && i < n; ++i) lanes[i] = float(p[i]);
+    return load(lanes);
+  }
 
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }

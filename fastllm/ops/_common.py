@@ -26,13 +26,20 @@ def check_broadcast(op: str, name: str, x: torch.Tensor, shape):
         raise ValueError(f"{op}: {name} must broadcast to {list(shape)}, got {list(x.shape)}")
 
 
+def no_fp64(x):
+    """`unsupported` for dispatch.choose: the Triton kernels compute in fp32."""
+    if x.dtype != torch.float64:
+        return None
+    return lambda backend: "float64: the Triton kernels compute in fp32" if backend == "triton" else None
+
+
 def as_4d(x: torch.Tensor) -> torch.Tensor:
     """A view of `x` with leading dimensions of size 1."""
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
 def gradients_through(function, inputs, grads):
-    """Gradients of `function(*inputs)` that can be differentiated again; None for an input that is None or needs none."""
+    """Gradients of `function(*inputs)` that can be differentiated again; None for what is None or needs none."""
     # Fresh aliases, so that a tensor given twice (attention(x, x, x)) gets a gradient for each of its roles.
     aliases = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
     wanted = [a for a in aliases if isinstance(a, torch.Tensor) and a.requires_grad]

@@ -6,11 +6,11 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through
+from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through, no_fp64
 
 
 def _heads_like(x, D):
-    """An empty [B, H, T, D] with the memory order of x: heads inside a position where x is a view of [B, T, H, D]."""
+    """An empty [B, H, T, D] in the memory order of x: heads inside positions where x is a view of [B, T, H, D]."""
     B, H, T, _ = x.shape
     if x.stride(1) < x.stride(2):
         return x.new_empty(B, T, H, D).transpose(1, 2)
@@ -22,12 +22,13 @@ def _fwd_fake(q, k, v, mask, bias, alibi_slopes, sink, seed, scale, softcap, q_o
     return _heads_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
 
 
-def _bwd_fake(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, *rest):
+def _bwd_fake(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, *options):
+    bias_grad = bias is not None and options[-1]
     return (
         _heads_like(q, q.shape[-1]),
         _heads_like(k, k.shape[-1]),
         _heads_like(v, v.shape[-1]),
-        q.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+        (q if bias is None else bias).new_empty(bias.shape if bias_grad else 0),
         q.new_empty(0) if sink is None else sink.new_empty(sink.shape),
     )
 
@@ -42,7 +43,8 @@ attention_fwd = Op(
     _fwd_fake,
 )
 attention_bwd = Op(
-    f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS})"
+    f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS},"
+    " bool bias_grad)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     "attention",
     _bwd_fake,
@@ -80,13 +82,17 @@ class _Attention(torch.autograd.Function):
                     window_left=left,
                     window_right=right,
                     dropout_p=dropout_p,
+                    seed=seed,
                 )
 
             dq, dk, dv, dbias, dsink = gradients_through(function, (q, k, v, bias, sink), (do, dlse))
         else:
             do = torch.zeros_like(o) if do is None else do
-            dq, dk, dv, dbias, dsink = attention_bwd(ctx.backend, do, dlse, q, k, v, o, lse, *extra, *ctx.options)
-            dbias = None if bias is None else dbias
+            bias_grad = ctx.needs_input_grad[4]
+            dq, dk, dv, dbias, dsink = attention_bwd(
+                ctx.backend, do, dlse, q, k, v, o, lse, *extra, *ctx.options, bias_grad
+            )
+            dbias = dbias if bias_grad else None
             dsink = None if sink is None else dsink
         return dq, dk, dv, None, dbias, None, dsink, None, None, None
 
@@ -110,16 +116,17 @@ def attention(
 ):
     """o = softmax(s) v with s = softcap(scale * q k^T) + bias - slope * |i + q_offset - j|, over the visible keys.
 
-    q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; H is a multiple of Hkv and the keys are never repeated in memory
+    q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; H is a multiple of Hkv and keys are never repeated in memory
     (GQA, MQA). One dtype of fp32, bf16, fp16, fp64; any strides. Returns o [B, H, T, Dv] in the memory order of q, or
     (o, lse) with lse [B, H, T] in fp32 (fp64 for fp64), the natural log-sum-exp of s, differentiable.
 
     Query i stands at key position i + q_offset; the default S - T aligns the last query with the last key (as
-    flash-attn), 0 the first with the first (as torch). causal: keys at positions up to the query's. window=(left, right):
-    from `left` before to `right` after it, inclusive, None or -1 for unbounded; causal caps right at 0.
+    flash-attn), 0 the first with the first (as torch). causal: keys at positions up to the query's.
+    window=(left, right): from `left` before to `right` after it, inclusive; None or -1: unbounded; causal caps right.
     scale defaults to D^-0.5; softcap c > 0 makes scores c * tanh(s / c). mask: boolean, True = attend, broadcasts to
     [B, H, T, S]. bias: additive, broadcasts the same way. alibi_slopes [H] or [B, H]. sink [H]: one more score per
-    head that takes probability and has no value. dropout_p drops probabilities; lse does not see it.
+    head that takes probability and has no value. dropout_p drops probabilities (lse does not see it): which ones
+    follows from a seed that torch's generator draws (torch.manual_seed), the same on every backend; nothing is stored.
     A query that sees no key gives o = 0, lse = -inf, gradients 0.
 
     Scores, probabilities and sums are in fp32 (fp64 for fp64). Saves q, k, v, o and lse: nothing of size T x S.
@@ -127,9 +134,8 @@ def attention(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_attention.py).
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, torch.Tensor) else "cpu"):
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in (q, k, v))
+    if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
+        q, k, v = _autocast(q, k, v)
     _check(q, k, v)
     (B, H, T, D), S = q.shape, k.shape[2]
     if not 0.0 <= dropout_p < 1.0:
@@ -155,20 +161,30 @@ def attention(
         dropout_p=float(dropout_p),
     )
     scores = _check_scores(q, B, H, T, S, bias, alibi_slopes, sink)
-    needs = any(x is not None for x in scores) or softcap or dropout_p
-    backend = choose("attention", q, _unsupported(*scores, softcap, dropout_p) if needs else None)
     bias, alibi_slopes, sink = scores
+    seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
+    backend = choose("attention", q, _triton_lacks(q, dropout_p))
     if backend == "reference":
-        o, lse = reference.attention(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, **options)
+        o, lse = reference.attention(
+            q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, seed=seed, **options
+        )
     else:
-        o, lse = _Attention.apply(q, k, v, mask, bias, alibi_slopes, sink, None, tuple(options.values()), backend)
+        o, lse = _Attention.apply(q, k, v, mask, bias, alibi_slopes, sink, seed, tuple(options.values()), backend)
     return (o, lse) if return_lse else o
 
 
-def _unsupported(bias, alibi_slopes, sink, softcap, dropout_p):
-    given = dict(bias=bias, alibi_slopes=alibi_slopes, sink=sink, softcap=softcap or None, dropout_p=dropout_p or None)
-    names = ", ".join(name for name, value in given.items() if value is not None)
-    return lambda backend: f"{names}: no {backend} kernel has this option yet"
+def _autocast(*tensors):
+    """What autocast does for torch's own attention: low precision, but for fp64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _triton_lacks(q, dropout_p):
+    reason = dropout_p and "dropout_p: no Triton kernel has it yet"
+    return (lambda backend: reason if backend == "triton" else None) if reason else no_fp64(q)
 
 
 def _check(q, k, v):

@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, gradients_through
+from fastllm.ops._common import check_tensor, gradients_through, no_fp64
 
 
 def _rows(x):
@@ -120,7 +120,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
     """
     _check("layer_norm", x, weight, bias, residual)
-    backend = choose("layer_norm", x)
+    backend = choose("layer_norm", x, no_fp64(x))
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
     return _LayerNorm.apply(
@@ -140,7 +140,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     _check("rms_norm", x, weight, None, residual)
-    backend = choose("rms_norm", x)
+    backend = choose("rms_norm", x, no_fp64(x))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
     residual = None if residual is None else residual.contiguous()

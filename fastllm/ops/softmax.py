@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import as_4d, check_broadcast, check_tensor
+from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64
 
 
 def _like(x):
@@ -46,7 +46,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(x, *, dim=-1, scale=1.0, mask=None, causal=False):
-    """y = exp(scale * x - max) / sum exp(scale * x - max) along `dim`, over the elements that `mask` and `causal` leave.
+    """y = exp(scale * x - max) / sum exp(scale * x - max) along `dim`, over what `mask` and `causal` leave.
 
     x of any shape in fp32, bf16, fp16 or fp64. mask is boolean, True = keep, and broadcasts to x. causal needs
     x [..., T, S] and dim=-1: row i sees columns up to i + S - T (bottom-right, as attention does). Returns y like x; a
@@ -78,7 +78,7 @@ def _softmax(op, x, dim, scale, mask, causal, log):
     if mask is not None:
         check_tensor(op, "mask", mask, like=x, dtypes=(torch.bool,))
         check_broadcast(op, "mask", mask, x.shape)
-    backend = choose(op, x)
+    backend = choose(op, x, no_fp64(x))
     shape = x.shape
     if not last:
         mask = None if mask is None else mask.expand(shape).movedim(dim, -1)

@@ -1,0 +1,5 @@
+import sys
+
+from fastllm.cli import main
+
+sys.exit(main())

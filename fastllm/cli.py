@@ -1,0 +1,68 @@
+"""The `fastllm` command.
+
+info, verify and bench work from a plain install. The other commands come from the modules of fastllm.llm that have an
+`add_arguments(subparsers)`; those are imported only when one of them, or the list of commands, is asked for.
+"""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+PLAIN = {"info": "fastllm.info", "verify": "fastllm.verify", "bench": "fastllm.bench.run"}
+
+
+def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one plain command, or of all commands where `wanted` is none of those."""
+    import fastllm
+
+    parser = argparse.ArgumentParser(
+        prog="fastllm", description="Fused kernels for PyTorch transformers: what runs here, how exact, how fast."
+    )
+    parser.add_argument("--version", action="version", version=f"fastllm {fastllm.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name in [wanted] if wanted in PLAIN else PLAIN:
+        importlib.import_module(PLAIN[name]).add_arguments(subparsers)
+    if wanted not in PLAIN:
+        missing = add_llm_commands(subparsers)
+        if missing:
+            parser.epilog = "not available here: " + "; ".join(missing) + " (pip install 'fastllm-kernels[llm]')"
+    return parser
+
+
+def add_llm_commands(subparsers) -> list[str]:
+    """Add what fastllm.llm offers. Returns "module: reason" for each module that lacks a third-party package."""
+    missing = []
+    folder = Path(__file__).parent / "llm"
+    for name in sorted(module.name for module in pkgutil.iter_modules([str(folder)])):
+        try:
+            module = importlib.import_module(f"fastllm.llm.{name}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "fastllm":
+                raise
+            missing.append(f"{name}: {error}")
+            continue
+        if hasattr(module, "add_arguments"):
+            module.add_arguments(subparsers)
+    return missing
+
+
+def main(arguments=None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    wanted = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        args = build_parser(wanted).parse_args(arguments)
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastllm verify | head` closed the pipe; nothing is left to say to it
+        sys.stderr.close()
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if "--traceback" in arguments:
+            raise
+        print(f"fastllm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2

@@ -1,0 +1,196 @@
+"""`fastllm info`: versions, the machine, which backends are built and why not. The support matrix of the README too."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import fastllm
+from fastllm import dispatch
+
+GPU_STATE = (
+    "the GPU kernels are tested in Triton's interpreter and compile-checked; they are not yet measured on hardware"
+)
+
+
+def collect() -> dict:
+    """Everything that a bug report or a benchmark must say about this machine, as plain values."""
+    extension, build = dispatch.extension, dispatch.build_info()
+    return {
+        "versions": {
+            "fastllm": fastllm.__version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "cpu": {
+            "model": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": extension.selected() if extension else None,
+            "available": list(extension.available()) if extension else [],
+            "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {name: _state(why) for name, why in _missing().items()},
+        "build": build,
+        "environment": {name: os.environ[name] for name in ("FASTLLM_CPU", "FASTLLM_STRICT") if name in os.environ},
+        "note": GPU_STATE,
+    }
+
+
+def _missing() -> dict:
+    """Backend -> why it cannot run, or None."""
+    no_gpu = None if torch.cuda.is_available() else "PyTorch sees no NVIDIA GPU"
+    return {
+        "reference": None,
+        "cpu": dispatch.missing_extension,
+        "triton": dispatch.missing_triton() or no_gpu,
+        "cuda": "the CUDA C++ kernels are not built",
+    }
+
+
+def _state(why):
+    return {"ready": why is None, "why_not": why}
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """What the CPU calls itself."""
+    try:
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def lines(found: dict) -> str:
+    """`collect()` for people."""
+    cpu, build, versions = found["cpu"], found["build"], found["versions"]
+    has = ", ".join(cpu["available"]) or "none: the C++ kernels are not built"
+    text = [f"{name:<12}{version or 'not installed'}" for name, version in versions.items()]
+    text += [
+        f"{'cpu':<12}{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads",
+        f"{'kernels':<12}{cpu['instruction_set'] or 'plain PyTorch'} (available: {has}; FASTLLM_CPU chooses)",
+        f"{'gpu':<12}{', '.join(found['gpu']) or 'none'}",
+        f"{'built with':<12}{build.get('compiler', '-')}",
+        "backends",
+    ]
+    for name, state in found["backends"].items():
+        text.append(f"  {name:<10}{'ready' if state['ready'] else 'no: ' + state['why_not']}")
+    return "\n".join([*text, found["note"]])
+
+
+class _Asked(Exception):
+    """Stops an op once it has said what it needs."""
+
+
+def kernels_for(function, *args, **options) -> dict:
+    """Backend -> why its kernel cannot do this call, or None; the op is asked, nothing runs."""
+    found, choose = {}, dispatch._choose
+
+    def ask(op, x, unsupported):
+        found.update({name: unsupported(name) if unsupported else None for name in ("cpu", "triton")})
+        raise _Asked
+
+    dispatch._choose = ask
+    try:
+        with dispatch.recording([]):  # so that no call takes the short way round _choose
+            function(*args, **options)
+    except _Asked:
+        return found
+    finally:
+        dispatch._choose = choose
+    raise RuntimeError(f"{function.__name__} chose no backend")
+
+
+def _options(dtype):
+    """Op -> option -> (inputs, keywords): the rows of the support matrix."""
+    q, x = torch.zeros(1, 2, 4, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
+    one, w = torch.zeros(1, 1, 4, 8, dtype=dtype), x[0]
+    kept = torch.ones(4, 4, dtype=torch.bool)
+    return {
+        fastllm.attention: {
+            "plain, scale": ((q, q, q), {"scale": 1.0}),
+            "causal": ((q, q, q), {"causal": True}),
+            "q_offset": ((q, q, q), {"causal": True, "q_offset": 0}),
+            "window": ((q, q, q), {"window": (2, 0)}),
+            "fewer key heads (GQA, MQA)": ((q, one, one), {}),
+            "v of another size": ((q, q, q[..., :4]), {}),
+            "mask (boolean)": ((q, q, q), {"mask": kept}),
+            "return_lse": ((q, q, q), {"return_lse": True}),
+            "softcap": ((q, q, q), {"softcap": 30.0}),
+            "bias": ((q, q, q), {"bias": q[..., :4]}),
+            "alibi_slopes": ((q, q, q), {"alibi_slopes": w[:2]}),
+            "sink": ((q, q, q), {"sink": w[:2]}),
+            "dropout_p": ((q, q, q), {"dropout_p": 0.1}),
+        },
+        fastllm.layer_norm: {"weight, bias": ((x, w, w), {}), "residual": ((x, w, w), {"residual": x})},
+        fastllm.rms_norm: {
+            "weight": ((x, w), {}),
+            "residual": ((x, w), {"residual": x}),
+            "weight_offset": ((x, w), {"weight_offset": 1.0}),
+        },
+        fastllm.softmax: {
+            "scale, any dim": ((x,), {"scale": 0.5}),
+            "mask (boolean)": ((x,), {"mask": kept[:, :1]}),
+            "causal": ((x,), {"causal": True}),
+        },
+        fastllm.log_softmax: {"scale, mask, causal": ((x,), {"causal": True})},
+    }
+
+
+def matrix() -> str:
+    """The support matrix as Markdown, asked from the ops: who has a kernel, forward and backward, for which dtypes."""
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    asked = {
+        short: {
+            (f.__name__, option): kernels_for(f, *args, **keywords)
+            for f, options in _options(dtype).items()
+            for option, (args, keywords) in options.items()
+        }
+        for short, dtype in kinds.items()
+    }
+    out = ["| op | option | CPU (C++) | NVIDIA GPU (Triton) |", "|---|---|---|---|"]
+    for key in asked["fp32"]:
+        have = [[short for short in kinds if asked[short][key][name] is None] for name in ("cpu", "triton")]
+        out.append(f"| `{key[0]}` | {key[1]} | " + " | ".join(" ".join(h) or "plain PyTorch" for h in have) + " |")
+    return "\n".join(out)
+
+
+def add_arguments(subparsers):
+    parser = subparsers.add_parser(
+        "info", help="versions, CPU instruction set, GPU, which backends are built and why not"
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    parser.add_argument("--matrix", action="store_true", help="print the support matrix instead")
+    parser.set_defaults(run=main)
+
+
+def main(args) -> int:
+    import json
+
+    if args.matrix:
+        print(matrix())
+    else:
+        found = collect()
+        print(json.dumps(found, indent=1) if args.json else lines(found))
+    return 0
+
+
+if __name__ == "__main__":
+    from fastllm.cli import main as command
+
+    sys.exit(command(["info", *sys.argv[1:]]))

@@ -1,0 +1,339 @@
+"""The reference transformer: encoder, decoder and encoder-decoder, on plain PyTorch or on the kernels by one switch.
+
+    model = Transformer(Config(vocab=256, kind="decoder"), accelerated=True)
+    logits = model(tokens)                       # [B, T, vocab]
+    model.generate(tokens, 100, temperature=0.8)
+
+Both implementations have the same parameters in the same order, so one seed gives one model and one state dict fits
+both. The blocks are pre-norm (Xiong et al. 2020, arXiv:2002.04745): what a block adds to the residual stream is handed
+on un-added, so that the next norm can add it and normalise in one pass over memory.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastllm.nn
+
+KINDS = ("encoder", "decoder", "encoder-decoder")
+NORMS = ("layernorm", "rmsnorm")
+POSITIONS = ("sinusoidal", "learned", "rotary")
+ACTIVATIONS = ("relu", "gelu", "swiglu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes and choices of a transformer. The defaults are the sizes of Vaswani et al. 2017 (arXiv:1706.03762).
+
+    classes > 0 gives an encoder a classification head (mean over what is not padding). dropout is that of the paper,
+    on the embeddings and on what every block adds; attention_dropout is the one on attention probabilities.
+    scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables.
+    Raises ValueError for a name that is not offered and for sizes that do not fit together.
+    """
+
+    vocab: int
+    kind: str = "decoder"
+    classes: int = 0
+    d_model: int = 512
+    heads: int = 8
+    kv_heads: int | None = None
+    layers: int = 6
+    d_ff: int = 2048
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    norm: str = "layernorm"
+    positions: str = "sinusoidal"
+    activation: str = "relu"
+    tie_embeddings: bool = True
+    scale_embedding: bool = True
+    window: tuple[int, int] | None = None
+    max_len: int = 2048
+
+    def __post_init__(self):
+        for name, offered in (("kind", KINDS), ("norm", NORMS), ("positions", POSITIONS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in offered:
+                raise ValueError(f"Config: {name} must be one of {', '.join(offered)}, got {getattr(self, name)!r}")
+        for name in ("vocab", "d_model", "heads", "layers", "d_ff", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.heads or self.heads % (self.kv_heads or self.heads):
+            raise ValueError(
+                "Config: heads must divide d_model, and kv_heads divide heads, "
+                f"got d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}"
+            )
+        if self.classes and self.kind != "encoder":
+            raise ValueError(f"Config: only an encoder classifies, got classes={self.classes} and kind={self.kind!r}")
+
+
+class NaiveAttention(fastllm.nn.Attention):
+    """The same module on the textbook's attention: keys repeated, all scores in memory, softmax, second product."""
+
+    def attend(self, q, k, v, mask):
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # [B, H, T, S]
+        hidden = torch.finfo(scores.dtype).min  # with -inf, padding that sees no key would become NaN
+        if self.causal or self.window:
+            T, S = scores.shape[-2:]
+            i = torch.arange(S - T, S, device=q.device)[:, None]
+            j = torch.arange(S, device=q.device)
+            left, right = (-1 if side is None else side for side in self.window or (-1, -1))
+            right = 0 if self.causal else right
+            visible = (j >= i - left if left >= 0 else j >= 0) & (j <= i + right if right >= 0 else j >= 0)
+            scores = scores.masked_fill(~visible, hidden)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, hidden)
+        p = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return p @ v
+
+
+class _AddThenNorm:
+    """Adds the residual in one pass over memory and normalises in the next, as PyTorch code does."""
+
+    def forward(self, x, residual=None):
+        h = x if residual is None else x + residual
+        y = super().forward(h)
+        return y if residual is None else (y, h)
+
+
+class NaiveLayerNorm(_AddThenNorm, nn.LayerNorm):
+    """fastllm.nn.LayerNorm on torch.nn.functional.layer_norm."""
+
+
+class NaiveRMSNorm(_AddThenNorm, nn.RMSNorm):
+    """fastllm.nn.RMSNorm on torch.nn.functional.rms_norm."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes that the switch chooses between."""
+
+    attention: type
+    layernorm: type
+    rmsnorm: type
+
+    def norm(self, config):
+        return self.layernorm(config.d_model) if config.norm == "layernorm" else self.rmsnorm(config.d_model, eps=1e-6)
+
+
+NAIVE = Parts(NaiveAttention, NaiveLayerNorm, NaiveRMSNorm)
+KERNELS = Parts(fastllm.nn.Attention, fastllm.nn.LayerNorm, fastllm.nn.RMSNorm)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(silu(gate(x)) * up(x)) for SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.d_model, config.d_ff)
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.d_model, config.d_ff)
+        self.down = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x):
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(getattr(F, self.activation)(self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer: self-attention, cross-attention where `cross`, feed-forward, each on a normed input.
+
+    forward takes and returns (stream, added): the residual stream, and what is still to be added to it (None at first).
+    """
+
+    def __init__(self, config, parts, causal, cross, rotary):
+        super().__init__()
+        sizes = dict(d_model=config.d_model, heads=config.heads, kv_heads=config.kv_heads)
+        sizes["dropout"] = config.attention_dropout
+        self.attention_norm = parts.norm(config)
+        self.attention = parts.attention(**sizes, causal=causal, window=config.window, rotary=rotary)
+        if cross:
+            self.cross_norm = parts.norm(config)
+            self.cross_attention = parts.attention(**sizes)
+        self.feed_forward_norm = parts.norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, stream, added, mask=None, context=None, context_mask=None, cache=(None, None)):
+        x, stream = add_norm(self.attention_norm, stream, added)
+        added = self.dropout(self.attention(x, mask=mask, cache=cache[0]))
+        if context is not None:
+            x, stream = add_norm(self.cross_norm, stream, added)
+            added = self.dropout(self.cross_attention(x, context, mask=context_mask, cache=cache[1]))
+        x, stream = add_norm(self.feed_forward_norm, stream, added)
+        return stream, self.dropout(self.feed_forward(x))
+
+
+def add_norm(norm, stream, added):
+    """(norm(stream + added), stream + added)."""
+    return (norm(stream), stream) if added is None else norm(added, stream)
+
+
+class Stack(nn.Module):
+    """The blocks of an encoder or a decoder and the norm behind them: [B, T, d_model] to the same."""
+
+    def __init__(self, config, parts, *, causal=False, cross=False, rotary=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, parts, causal, cross, rotary) for _ in range(config.layers))
+        self.norm = parts.norm(config)
+
+    def forward(self, x, mask=None, context=None, context_mask=None, caches=None):
+        stream, added = x, None
+        for n, block in enumerate(self.blocks):
+            cache = (None, None) if caches is None else caches[n]
+            stream, added = block(stream, added, mask, context, context_mask, cache)
+        return add_norm(self.norm, stream, added)[0]
+
+
+def sinusoids(max_len, d_model):
+    """[max_len, d_model]: sin(p f_i) in the even columns, cos(p f_i) in the odd ones, f_i = 10000^(-2i / d_model)."""
+    i = torch.arange(d_model, dtype=torch.float64)
+    angles = torch.arange(max_len, dtype=torch.float64)[:, None] * 10000.0 ** (-(i - i % 2) / d_model)
+    return torch.where(i % 2 == 0, angles.sin(), angles.cos()).float()
+
+
+class Transformer(nn.Module):
+    """tokens [B, T] int64 to logits, by config.kind:
+
+    encoder: [B, classes], or the hidden states [B, T, d_model] without classes. decoder: [B, T, vocab], causal.
+    encoder-decoder: [B, T, vocab] for the target `tokens`, given `source` [B, S]; both sides share the embedding.
+    mask [B, T] and source_mask [B, S] are boolean, True = a real token, False = padding; None = no padding.
+    accelerated=False runs plain PyTorch as the tutorials write it, True the fastllm kernels.
+    Raises ValueError for sequences past max_len and for a source that is missing or not wanted.
+    """
+
+    def __init__(self, config, accelerated=True):
+        super().__init__()
+        self.config, self.accelerated = config, accelerated
+        parts = KERNELS if accelerated else NAIVE
+        self.embedding = nn.Embedding(config.vocab, config.d_model)
+        rotary = None
+        if config.positions == "rotary":
+            rotary = fastllm.nn.Rotary(config.d_model // config.heads, config.max_len)
+        elif config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(config.max_len, config.d_model))
+        else:
+            self.register_buffer("positions", sinusoids(config.max_len, config.d_model), persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.kind != "decoder":
+            self.encoder = Stack(config, parts, rotary=rotary)
+        if config.kind != "encoder":
+            self.decoder = Stack(config, parts, causal=True, cross=config.kind == "encoder-decoder", rotary=rotary)
+        if config.classes:
+            self.head = nn.Linear(config.d_model, config.classes)
+        elif config.kind != "encoder":
+            self.head = nn.Linear(config.d_model, config.vocab, bias=False)
+        self._initialise()
+
+    def _initialise(self):
+        """Xavier for matrices, zero for biases, embeddings such that they enter the first block with unit variance or
+        (unscaled) GPT-2's 0.02; what ends a block is divided by the root of the number of additions to the stream."""
+        config = self.config
+        spread = config.d_model**-0.5 if config.scale_embedding else 0.02
+        additions = config.layers * (3 if config.kind == "encoder-decoder" else 2)
+        for name, parameter in self.named_parameters():
+            if name in ("embedding.weight", "positions"):
+                nn.init.normal_(parameter, std=spread if name == "embedding.weight" else 0.02)
+            elif parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+                if name.endswith(("out.weight", "down.weight")):
+                    parameter.data /= math.sqrt(additions)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if config.tie_embeddings and config.kind != "encoder":
+            self.head.weight = self.embedding.weight
+
+    def embed(self, tokens, position=0):
+        end = position + tokens.shape[1]
+        if end > self.config.max_len:
+            raise ValueError(f"Transformer: {end} positions, but max_len={self.config.max_len}")
+        x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.d_model)
+        if self.config.positions != "rotary":
+            x = x + self.positions[position:end]
+        return self.dropout(x)
+
+    def encode(self, tokens, mask=None):
+        """Hidden states [B, T, d_model] of the encoder."""
+        return self.encoder(self.embed(tokens), mask)
+
+    def decode(self, tokens, mask=None, context=None, context_mask=None, caches=None):
+        """Hidden states [B, T, d_model] of the decoder; with `caches`, tokens continue the positions in them."""
+        x = self.embed(tokens, 0 if caches is None else len(caches[0][0]))
+        return self.decoder(x, mask, context, context_mask, caches)
+
+    def forward(self, tokens, mask=None, source=None, source_mask=None):
+        if (source is not None) != (self.config.kind == "encoder-decoder"):
+            wanted = "needs a source" if source is None else "takes no source"
+            raise ValueError(f"Transformer: kind={self.config.kind!r} {wanted}")
+        if self.config.kind == "encoder":
+            x = self.encode(tokens, mask)
+            return self.head(pool(x, mask)) if self.config.classes else x
+        context = None if source is None else self.encode(source, source_mask)
+        return self.head(self.decode(tokens, mask, context, source_mask))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens,
+        count,
+        *,
+        source=None,
+        source_mask=None,
+        temperature=0.0,
+        top_k=None,
+        stop=None,
+        cache=True,
+        generator=None,
+    ):
+        """[B, T + count]: `tokens` [B, T], continued. temperature=0 takes the likeliest token, else samples from
+        softmax(logits / temperature), from the top_k likeliest only where given. A sequence that has produced `stop`
+        goes on with it, and generation ends when all have. cache=False computes every position anew each time.
+        The prompts must have one length: padding is not supported here. Raises ValueError past max_len.
+        """
+        if self.config.kind == "encoder":
+            raise ValueError("Transformer.generate: an encoder does not generate")
+        was_training = self.training
+        self.eval()
+        context = None if source is None else self.encode(source, source_mask)
+        caches = [(fastllm.nn.KeyValues(), fastllm.nn.KeyValues()) for _ in self.decoder.blocks] if cache else None
+        fresh, done = tokens, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        try:
+            for _ in range(count):
+                x = self.decode(fresh, context=context, context_mask=source_mask, caches=caches)
+                chosen = choose_token(self.head(x[:, -1]), temperature, top_k, generator)
+                if stop is not None:
+                    chosen = chosen.masked_fill(done, stop)
+                    done = done | (chosen == stop)
+                tokens = torch.cat([tokens, chosen[:, None]], 1)
+                if done.all():
+                    break
+                fresh = chosen[:, None] if cache else tokens
+        finally:
+            self.train(was_training)
+        return tokens
+
+
+def pool(x, mask):
+    """The mean of x [B, T, D] over the positions that are not padding: [B, D]."""
+    if mask is None:
+        return x.mean(1)
+    kept = mask.unsqueeze(-1).to(x.dtype)
+    return (x * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def choose_token(logits, temperature, top_k, generator):
+    """[B] from logits [B, V]."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

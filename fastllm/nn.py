@@ -1,0 +1,171 @@
+"""Modules around the ops. Where torch has the module, its constructor, defaults and state dict are kept."""
+
+import torch
+from torch import nn
+
+from fastllm.ops.attention import attention
+from fastllm.ops.norm import layer_norm, rms_norm
+
+__all__ = ["Attention", "KeyValues", "LayerNorm", "RMSNorm", "Rotary"]
+
+
+def _flat_norm(module, op, x, weights, eps, residual):
+    """`op` over all of module.normalized_shape, which the op itself sees as one last dimension."""
+    shape = tuple(module.normalized_shape)
+    if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
+        raise ValueError(f"{type(module).__name__}: x must be [..., {', '.join(map(str, shape))}], got {list(x.shape)}")
+    if len(shape) == 1:
+        return op(x, *weights, eps=eps, residual=residual)
+    weights = [None if w is None else w.flatten() for w in weights]
+    residual = None if residual is None else residual.flatten(-len(shape))
+    found = op(x.flatten(-len(shape)), *weights, eps=eps, residual=residual)
+    return found.view(x.shape) if residual is None else tuple(y.view(x.shape) for y in found)
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last len(normalized_shape) dimensions.
+
+    Constructor, defaults, initial values and state dict are those of torch.nn.LayerNorm. x [..., *normalized_shape] in
+    fp32, bf16, fp16 or fp64. `forward(x)` returns y; `forward(x, residual)` returns (y, h) with h = x + residual.
+    Precision, what is saved, and errors are those of `fastllm.layer_norm`, and ValueError where x does not end in
+    normalized_shape (tests/test_nn.py).
+    """
+
+    def forward(self, x, residual=None):
+        return _flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual)
+
+
+class RMSNorm(nn.RMSNorm):
+    """y = h / sqrt(mean(h^2) + eps) * weight over the last len(normalized_shape) dimensions.
+
+    Constructor, defaults, initial values and state dict are those of torch.nn.RMSNorm. eps=None is, as there, the eps
+    of the dtype that the norm is computed in: fp32's for bf16 and fp16 too. `forward(x, residual)` returns (y, h) with
+    h = x + residual. Shapes, precision and errors are those of `LayerNorm` here and of `fastllm.rms_norm`.
+    """
+
+    def forward(self, x, residual=None):
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+        return _flat_norm(self, rms_norm, x, (self.weight,), eps, residual)
+
+
+class Rotary(nn.Module):
+    """Rotates x [B, H, T, D] by its position p: (a, b) to (a cos pf - b sin pf, b cos pf + a sin pf).
+
+    f_i = base^(-2i / D); a and b are the two halves of the head (the GPT-NeoX and Llama order). The tables are fp32,
+    for `max_len` positions, and no part of the state dict; the rotation is computed in fp32 and rounded once.
+    Raises ValueError for an odd D and for a position past max_len. Source: Su et al. 2021, arXiv:2104.09864.
+    """
+
+    def __init__(self, head_dim, max_len=4096, base=10000.0):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Rotary: head_dim must be even, got {head_dim}")
+        self.max_len = max_len
+        frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(max_len, dtype=torch.float64)[:, None] * frequencies  # [max_len, D / 2]
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, x, position=0):
+        end = position + x.shape[2]
+        if end > self.max_len:
+            raise ValueError(f"Rotary: position {end} is past max_len={self.max_len}")
+        cos, sin = self.cos[position:end], self.sin[position:end]  # [T, D / 2]
+        wide = x if x.dtype == torch.float64 else x.float()
+        a, b = wide.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class KeyValues:
+    """The keys and values of one attention layer for the positions seen so far: [B, Hkv, S, D] each, or nothing yet."""
+
+    def __init__(self):
+        self.k = self.v = None
+
+    def __len__(self):
+        return 0 if self.k is None else self.k.shape[2]
+
+    def append(self, k, v):
+        """Keep k, v [B, Hkv, T, D] behind what is there and return all of it."""
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class Attention(nn.Module):
+    """o = out(attention(query(x), key(c), value(c))) with c = context, or x itself: projection, attention, projection.
+
+    x [B, T, d_model]; context [B, S, d_model] makes it cross-attention (no rotation, not causal). `heads` query heads
+    share `kv_heads` key heads (GQA; default: as many), each of `head_dim` (default d_model / heads). causal and
+    window=(left, right) are those of `fastllm.attention`, as is dropout, the dropout of attention probabilities, which
+    is off in eval(). rotary is a `Rotary` or None. forward's mask is boolean, True = attend, and broadcasts to
+    [B, H, T, S]; [B, S] stands for a padding mask and means [B, 1, 1, S].
+
+    cache is a `KeyValues`: x then continues the positions in it; for cross-attention it keeps the projected context, so
+    that it is projected once. Returns [B, T, d_model]. Computed in x's dtype; attention itself in fp32 inside.
+    Raises ValueError for heads that do not divide and for a causal or windowed module that is given a context, and what
+    `fastllm.attention` raises. Held by tests/test_nn.py. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    """
+
+    def __init__(
+        self,
+        d_model,
+        heads,
+        kv_heads=None,
+        *,
+        head_dim=None,
+        bias=True,
+        causal=False,
+        window=None,
+        dropout=0.0,
+        rotary=None,
+    ):
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if head_dim is None and d_model % heads:
+            raise ValueError(
+                f"Attention: d_model={d_model} must be a multiple of heads={heads} where no head_dim is given"
+            )
+        if heads % kv_heads:
+            raise ValueError(f"Attention: heads={heads} must be a multiple of kv_heads={kv_heads}")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or d_model // heads
+        self.causal, self.window, self.dropout = causal, window, dropout
+        self.rotary = rotary
+        self.query = nn.Linear(d_model, heads * self.head_dim, bias)
+        self.key = nn.Linear(d_model, kv_heads * self.head_dim, bias)
+        self.value = nn.Linear(d_model, kv_heads * self.head_dim, bias)
+        self.out = nn.Linear(heads * self.head_dim, d_model, bias)
+
+    def extra_repr(self):
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, window={self.window}"
+
+    def _split(self, x, heads):
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
+
+    def attend(self, q, k, v, mask):
+        """[B, H, T, D] from q and the un-repeated k and v [B, Hkv, S, D]: what another implementation overrides."""
+        dropout_p = self.dropout if self.training else 0.0
+        return attention(q, k, v, causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
+
+    def forward(self, x, context=None, *, mask=None, cache=None):
+        if context is not None and (self.causal or self.window):
+            raise ValueError("Attention: a causal or windowed module attends to its own input, but a context was given")
+        q = self._split(self.query(x), self.heads)
+        if context is not None and cache is not None and len(cache):
+            k, v = cache.k, cache.v
+        else:
+            source = x if context is None else context
+            k = self._split(self.key(source), self.kv_heads)
+            v = self._split(self.value(source), self.kv_heads)
+            position = 0 if cache is None else len(cache)
+            if self.rotary is not None and context is None:
+                q, k = self.rotary(q, position), self.rotary(k, position)
+            if cache is not None:
+                k, v = cache.append(k, v)
+        if mask is not None and mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        o = self.attend(q, k, v, mask)
+        return self.out(o.transpose(1, 2).flatten(2))
