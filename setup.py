@@ -67,13 +67,13 @@ def sources(isas: list[str]) -> dict[str, str]:
     return files | {f"csrc/cpu/{isa}.cpp": ISA_FLAGS[isa] for isa in isas}
 
 
-def write_ninja(folder: Path, target: Path, sanitize: str) -> dict:
+def write_ninja(folder: Path, sanitize: str) -> dict:
     torch, cxx = torch_folder(), compiler()
     import pybind11
 
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas"
+    flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
     flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(
         f"\\&fastllm::k_{isa}" for isa in isas
     )
@@ -94,7 +94,7 @@ def write_ninja(folder: Path, target: Path, sanitize: str) -> dict:
     for name, isa in sources(isas).items():
         objects.append(Path(name).stem + ".o")
         lines += [f"build {objects[-1]}: cc {ROOT / name}", f"  isa = {isa}"]
-    lines += [f"build {target}: link {' '.join(objects)}", ""]
+    lines += [f"build _C.so: link {' '.join(objects)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
@@ -108,13 +108,18 @@ class BuildExtension(build_ext):
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{'-' + sanitize if sanitize else ''}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            info = write_ninja(folder, target, sanitize)
+            info = write_ninja(folder, sanitize)
             ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
             command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
             done = subprocess.run([*command, "-C", str(folder)], text=True, stdout=subprocess.PIPE)
             if done.returncode:
                 print(done.stdout)
                 raise Unavailable("compiling the C++ extension failed:\n" + done.stdout[-1500:])
+            fresh = target.with_suffix(
+                ".new"
+            )  # a process may have the old file mapped: replace it, never write into it
+            shutil.copy2(folder / "_C.so", fresh)
+            fresh.replace(target)
         except (Unavailable, ImportError) as problem:
             info = {"extension": False, "reason": str(problem)}
             target.unlink(missing_ok=True)  # an older binary would hide the failure

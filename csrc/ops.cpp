@@ -1,4 +1,5 @@
-// Every C++ op, one list. The schemas are defined in Python (fastllm/ops/), so that they exist without this library too.
+// Every C++ op, one list. The schemas are defined in Python (fastllm/ops/), so that they exist without this library
+// too.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>

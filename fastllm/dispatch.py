@@ -169,7 +169,7 @@ class Op:
         return getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)(*args)
 
     def __call__(self, backend: str, *args):
-        """Run on `backend`, as `choose` named it; interpreted Triton is not for the dispatcher, which sees CPU tensors."""
+        """Run on `backend`, as `choose` named it; interpreted Triton past the dispatcher, which sees CPU tensors."""
         if backend == "triton" and not args[0].is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)

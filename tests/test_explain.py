@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ import torch
 import fastllm
 from fastllm import dispatch, info
 
+ROOT = Path(__file__).resolve().parents[1]
 Q = (1, 2, 4, 8)
 needs_extension = pytest.mark.skipif(dispatch.extension is None, reason=f"{dispatch.missing_extension}")
 
 
 def run(code, **environment):
-    environment = {**os.environ, **environment}
+    environment = {"PYTHONPATH": str(ROOT), **os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 

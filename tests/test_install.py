@@ -29,7 +29,8 @@ def copy_tree(target: Path, names) -> Path:
 
 
 def python(*arguments, cwd, path=None, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(path or cwd), "PYTHONWARNINGS": "default", **environment}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTLLM_")}
+    environment = {**inherited, "PYTHONPATH": str(path or cwd), "PYTHONWARNINGS": "default", **environment}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
 
 

@@ -1,8 +1,8 @@
 // Attention forward, and what forward and backward share: blocks, packing, scores.
 //
-// Everything is "vector over queries": scores s[k][q], probabilities p[k][q] and outputs o[d][q] are stored transposed, so
-// that keys and values are only broadcast from where they lie, and the softmax over keys is vertical: no shuffles, no
-// horizontal sums. Only queries are transposed on the way in and outputs on the way out.
+// Everything is "vector over queries": scores s[k][q], probabilities p[k][q] and outputs o[d][q] are stored transposed,
+// so that keys and values are only broadcast from where they lie, and the softmax over keys is vertical: no shuffles,
+// no horizontal sums. Only queries are transposed on the way in and outputs on the way out.
 //
 // A kernel has a vector type V, a storage type S of the tensors, and a word type W of the matrix products (tile.inl).
 
@@ -10,7 +10,7 @@ template <class V, class S, class W>
 struct AttentionBlocks {
   using T = typename V::T;
   using X = Words<V, W>;
-  static constexpr int kPer = X::kPer;                            // numbers along the summed dimension in a word
+  static constexpr int kPer = X::kPer;  // numbers along the summed dimension in a word
   static constexpr int64_t kQueries = ScoreTile<V>::kQueries, kVectors = kQueries / V::L;  // a block of queries
 
   static int64_t words(int64_t D) { return (D + kPer - 1) / kPer; }
@@ -69,7 +69,8 @@ struct AttentionBlocks {
     }
   }
 
-  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n. `scratch`: kQueries rows.
+  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n. `scratch`: kQueries
+  // rows.
   static void pack_transposed(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, W* scratch) {
     const int64_t width = words(D), full = width / V::L * V::L;
     pack_word_rows(x, row, step, n, D, scratch, width);
@@ -129,8 +130,8 @@ struct AttentionBlocks {
 template <class V, class S, class W>
 struct AttentionFwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
-  using typename Blocks::T;
   using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  using typename Blocks::T;
   static constexpr int64_t kKeys = 96;  // s is then 24 KiB for 64 queries: with a row of keys it fits in L1
 
   static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
@@ -235,13 +236,13 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
           product<Start::kScale, V>(a.Dv, vectors - first, value, p, kQueries, steps, w.o + first * V::L, kQueries,
                                     rescale + first);
         else
-          product<Start::kAdd, V>(a.Dv, vectors - first, value.at(0, k / kPer), p, kQueries, steps,
-                                  w.o + first * V::L, kQueries);
+          product<Start::kAdd, V>(a.Dv, vectors - first, value.at(0, k / kPer), p, kQueries, steps, w.o + first * V::L,
+                                  kQueries);
       }
     }
 
     // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
-    T* lse = (T*)a.lse + bh * a.T + q0;
+    double* lse = a.lse + bh * a.T + q0;
     for (int64_t i = 0; i < n; ++i) {
       double m = w.m[i], l = w.l[i], rescaled = 1;
       if (a.sink) {
@@ -250,7 +251,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
         l = l * rescaled + ::exp(sink - top);
         m = top;
       }
-      lse[i] = l == 0 ? T(-INFINITY) : T(m + log(l));
+      lse[i] = l == 0 ? -INFINITY : m + log(l);
       w.l[i] = l == 0 ? T(0) : T(rescaled / l);
     }
     Blocks::unpack_transposed(w.o, w.l, n, a.Dv, (S*)Blocks::row(a.o, b, h, q0), a.o.t, a.o.d);
@@ -258,9 +259,13 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 };
 
 template <class V, class S, class W>
-int64_t attention_fwd_items(const Attention& a) { return AttentionFwd<V, S, W>::items(a); }
+int64_t attention_fwd_items(const Attention& a) {
+  return AttentionFwd<V, S, W>::items(a);
+}
 template <class V, class S, class W>
-int64_t attention_fwd_bytes(const Attention& a) { return AttentionFwd<V, S, W>::bytes(a); }
+int64_t attention_fwd_bytes(const Attention& a) {
+  return AttentionFwd<V, S, W>::bytes(a);
+}
 template <class V, class S, class W>
 void attention_fwd(const Attention& a, int64_t item, void* workspace) {
   AttentionFwd<V, S, W>::run(a, item, workspace);

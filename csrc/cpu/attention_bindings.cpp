@@ -58,8 +58,7 @@ struct Problem {
     a.scale = options.scale, a.softcap = options.softcap, a.q_offset = options.q_offset;
     a.left = options.left < kFar ? options.left : -1;
     a.right = options.right < kFar ? options.right : -1;
-    if (options.mask)
-      STD_TORCH_CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
+    if (options.mask) STD_TORCH_CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
     a.mask = broadcast(options.mask, a, op, "mask", kTypes);
     a.bias = broadcast(options.bias, a, op, "bias", options.bias ? type_of(*options.bias, op) : kFloat);
     if (options.alibi_slopes) {
@@ -90,13 +89,14 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,
                                          double dropout_p) {
   const char* op = "attention_fwd";
-  Problem problem(op, q, k, v,
-                  {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+  Problem problem(
+      op, q, k, v,
+      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
   Attention& a = problem.a;
   const Type t = problem.type;
-  const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, compute_type(t));
+  const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, ScalarType::Double);
   a.o = heads(o, op, "o", t);
-  a.lse = lse.data_ptr();
+  a.lse = (double*)lse.data_ptr();
   const Kernels& table = kernels();
   for_items(table.attention_fwd_items[t](a), table.attention_fwd_bytes[t](a), worth_threads(a),
             [&](int64_t item, void* memory) { table.attention_fwd[t](a, item, memory); });
@@ -108,8 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
     int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad) {
   const char* op = "attention_bwd";
-  Problem problem(op, q, k, v,
-                  {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+  Problem problem(
+      op, q, k, v,
+      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
   Attention& a = problem.a;
   const Type t = problem.type;
   const ScalarType compute = compute_type(t);
@@ -117,24 +118,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   for (const Tensor& x : {grad_o, o})
     STD_TORCH_CHECK(x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
                     ": o and its gradient must be [B, H, T, Dv]");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == compute, op,
-                  ": lse must be contiguous [B, H, T] in the compute type");
-  a.lse = lse.data_ptr();
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == ScalarType::Double, op,
+                  ": lse must be contiguous float64 [B, H, T]");
+  a.lse = (double*)lse.data_ptr();
   const MaybeTensor dlse_flat = dlse ? MaybeTensor(torch::stable::contiguous(*dlse)) : MaybeTensor();
   if (dlse_flat) {
-    STD_TORCH_CHECK(dlse_flat->numel() == lse.numel() && dlse_flat->scalar_type() == compute, op,
+    STD_TORCH_CHECK(dlse_flat->numel() == lse.numel() && dlse_flat->scalar_type() == ScalarType::Double, op,
                     ": dlse must be like lse");
-    a.dlse = dlse_flat->data_ptr();
+    a.dlse = (const double*)dlse_flat->data_ptr();
   }
   const Tensor dq = new_heads(q, a.D), dk = new_heads(k, a.D), dv = new_heads(v, a.Dv);
   a.dq = heads(dq, op, "dq", t), a.dk = heads(dk, op, "dk", t), a.dv = heads(dv, op, "dv", t);
 
-  // Gradients that several items add to are summed in the compute type, whatever the type of the input.
+  // A bias that is broadcast collects many scores in an element: in double. Otherwise the compute type will do.
   Tensor dbias = none_like(bias ? *bias : q), dbias_sum = dbias;
   if (bias && bias_grad) {
-    dbias_sum = empty(q, shape_of(*bias), compute);
+    const bool shared = bias->numel() < a.B * a.H * a.T * a.S;
+    const ScalarType sum_type = shared ? ScalarType::Double : compute;
+    dbias_sum = empty(q, shape_of(*bias), sum_type);
     torch::stable::zero_(dbias_sum);
-    a.dbias = broadcast(dbias_sum, a, op, "bias", compute == ScalarType::Double ? kDouble : kFloat);
+    a.dbias = broadcast(dbias_sum, a, op, "bias", sum_type == ScalarType::Double ? kDouble : kFloat);
   }
   Tensor dsink = none_like(q), dsink_partial = dsink;
   if (sink) {
@@ -145,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   // Too few items for the threads: cut the keys into ranges, whose dq are summed afterwards.
   const Kernels& table = kernels();
   a.chunks = 1;
-  const int64_t items = table.attention_bwd_items[t](a), threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
+  const int64_t items = table.attention_bwd_items[t](a),
+                threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
   const bool one_range = a.dbias.data && a.dbias.s == 0;  // a sum over all keys has one owner
   if (items > 0 && items < 2 * threads && threads > 1 && !one_range)
     a.chunks = std::max<int64_t>(1, std::min(a.S / 96, (2 * threads + items - 1) / items));
@@ -158,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (a.chunks > 1)
     for_range(a.B * a.H * a.T, 64, [&](int64_t begin, int64_t end) { table.attention_bwd_sum_dq[t](a, begin, end); });
   if (bias && bias_grad)
-    dbias = bias->scalar_type() == compute ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
+    dbias =
+        bias->scalar_type() == dbias_sum.scalar_type() ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
   if (sink) {
     dsink = empty(*sink, {a.H}, sink->scalar_type());
     for (int64_t h = 0; h < a.H; ++h) {

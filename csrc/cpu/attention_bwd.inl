@@ -1,13 +1,13 @@
 // Attention backward. With p = exp(score - lse), dp = do.v and delta = sum(o * do) - dlse per query,
 //   dscore = p * (dp - delta),  dv = p^T do,  dq = scale * dscore k,  dk = scale * dscore^T q:
-// five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that every
-// sum is made by one thread in one order.
+// five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that
+// every sum is made by one thread in one order.
 
 template <class V, class S, class W>
 struct AttentionBwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
-  using typename Blocks::T;
   using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  using typename Blocks::T;
   static constexpr int64_t kKeys = 48;  // the tiles of p and dscore are 12 KiB each
 
   static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
@@ -19,7 +19,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
-    T *s, *dp, *dq, *dk, *dv, *lse, *delta, *mask, *bias, *keep, *slope;
+    T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
@@ -34,6 +34,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       key_rows = arena.take<W>(kKeys / kPer * a.D);
       scratch = arena.take<W>(kQueries * (Dw > Dvw ? Dw : Dvw));
       lse = arena.take<T>(rows);
+      lse_low = arena.take<T>(rows);
       delta = arena.take<T>(rows);
       q = arena.take<W>(rows * Dw);
       grad_o = arena.take<W>(rows * Dvw);
@@ -76,8 +77,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + q0 * Dvw, w.scratch);
       pack_right_rows(q, a.q.t, a.q.d, n, a.D, w.q_rows + q0 / kPer * Blocks::padded(a.D));
       pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
-      const T* lse = (const T*)a.lse + (b * a.H + h) * a.T + q0;
-      const T* dlse = a.dlse ? (const T*)a.dlse + (b * a.H + h) * a.T + q0 : nullptr;
+      const double* lse = a.lse + (b * a.H + h) * a.T + q0;
+      const double* dlse = a.dlse ? a.dlse + (b * a.H + h) * a.T + q0 : nullptr;
       for (int64_t i = 0; i < kQueries; ++i) {
         T delta = 0;
         if (i < n) {
@@ -85,31 +86,35 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
             return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
                        Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
           });
-          if (dlse) delta = delta - dlse[i];
+          if (dlse) delta -= T(dlse[i]);
         }
         w.delta[q0 + i] = delta;
         // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
-        w.lse[q0 + i] = i >= n ? T(0) : lse[i] == T(-INFINITY) ? T(1e30) : lse[i];
+        const double l = i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i];
+        w.lse[q0 + i] = T(l);
+        w.lse_low[q0 + i] = T(l - T(l));
       }
     }
   }
 
-  // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score that
-  // bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
+  // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score
+  // that bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
   static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors, T scale,
-                              const T* keep, const T* lse, const T* delta) {
+                              const T* keep, int64_t q0) {
     for (int64_t v = first; v < vectors; ++v) {
-      const V c = V::set(scale), shift = V::set(0) - V::load(lse + v * V::L), dl = V::load(delta + v * V::L);
+      const int64_t q = q0 + v * V::L;
+      const V c = V::set(scale), shift = V::set(0) - V::load(w.lse + q), low = V::load(w.lse_low + q);
+      const V delta = V::load(w.delta + q);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t place = k * kQueries + v * V::L;
-        const V p = exp(fma(V::load(w.s + place), c, shift));
+        const V p = exp(fma(V::load(w.s + place), c, shift) - low);
         V dp = V::load(w.dp + place), kept = p;
         if (keep) {
           dp = dp * V::load(keep + place);
           kept = p * V::load(keep + place);
         }
         kept.store(w.s + place);
-        (p * (dp - dl)).store(w.dp + place);
+        (p * (dp - delta)).store(w.dp + place);
       }
     }
   }
@@ -121,12 +126,14 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       }
   }
 
-  // dbias += d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all sums
-  // into an element of dbias, so their order is fixed.
+  // dbias += d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all
+  // sums into an element of dbias, so their order is fixed. A is T, or double where many scores are summed into one
+  // element.
+  template <class A>
   static void add_bias_gradient(const Attention& a, const T* ds, const ScoreTile<V>& scores, int64_t k0, int64_t begin,
                                 int64_t end, int64_t first) {
     const Scores& x = a.dbias;
-    T* to = (T*)x.data + scores.b * x.b + scores.h * x.h + scores.q0 * x.t + k0 * x.s;
+    A* to = (A*)x.data + scores.b * x.b + scores.h * x.h + scores.q0 * x.t + k0 * x.s;
     for (int64_t q = first * V::L; q < scores.queries; q += V::L) {
       const int64_t m = clamp(scores.queries - q, 0, V::L);
       for (int64_t k = begin; k < end; k += V::L) {
@@ -135,13 +142,16 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
         for (int64_t j = 0; j < V::L; ++j) r[j] = j < n ? V::load(ds + (k + j) * kQueries + q) : V::set(0);
         transpose(r);
         for (int64_t i = 0; i < m; ++i) {
-          T* p = to + (q + i) * x.t + k * x.s;
-          if (x.s == 1)
-            store(r[i] + load<V>(p, n), p, n);
-          else if (x.s == 0)
-            *p += sum(r[i]);
-          else
-            for (int64_t j = 0; j < n; ++j) p[j * x.s] += ds[(k + j) * kQueries + q + i];
+          A* p = to + (q + i) * x.t + k * x.s;
+          if constexpr (sizeof(A) == sizeof(T)) {
+            if (x.s == 1) {
+              store(r[i] + load<V>(p, n), p, n);
+              continue;
+            }
+          }
+          T lanes[V::L];
+          r[i].store(lanes);
+          for (int64_t j = 0; j < n; ++j) p[j * x.s] += lanes[j];
         }
       }
     }
@@ -179,9 +189,9 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + at,
                                kQueries);
       if (!plain) scores.finish(w.s, k0, k, end, first);
-      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
-                      w.lse + q0, w.delta + q0);
-      if (a.dbias.data) add_bias_gradient(a, w.dp, scores, k0, k, end, first);
+      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, q0);
+      if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first);
+      if (a.dbias.data && a.dbias.type == kFloat) add_bias_gradient<T>(a, w.dp, scores, k0, k, end, first);
       if (a.softcap > 0) cap_gradients(w, k, end, first, vectors);
 
       Broadcast<W> p{(const W*)w.s, kQueries, 1}, ds{(const W*)w.dp, kQueries, 1};
@@ -199,7 +209,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     }
   }
 
-  // An item is a range of keys of one key head; of all heads, or batches, whose scores share a bias that has a gradient.
+  // An item is a range of keys of one key head; of all heads, or batches, whose scores share a bias that has a
+  // gradient.
   static int64_t heads_apart(const Attention& a) { return a.dbias.data && a.dbias.h == 0 ? 1 : a.Hkv; }
   static int64_t batches_apart(const Attention& a) { return a.dbias.data && a.dbias.b == 0 ? 1 : a.B; }
   static int64_t items(const Attention& a) { return heads_apart(a) * batches_apart(a) * a.chunks; }
@@ -230,8 +241,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
         const Range range = seeing_queries(a, k0, keys);
         for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
           const int64_t n = clamp(a.T - q0, 0, kQueries), vectors = (n + V::L - 1) / V::L;
-          const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep,
-                                    a.softcap > 0 ? w.slope : nullptr};
+          const ScoreTile<V> scores{
+              a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, a.softcap > 0 ? w.slope : nullptr};
           tile_gradients(a, w, scores, k0, keys, key, value, key_rows, w.dk + (k0 - begin) * D,
                          w.dv + (k0 - begin) * Dv);
         }
@@ -244,8 +255,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
   // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries.
   static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
+    const double sink = ((const T*)a.sink)[h];
+    const double* lse = a.lse + (b * a.H + h) * a.T;
     double total = 0;
-    for (int64_t i = 0; i < a.T; ++i) total -= ::exp(double(((const T*)a.sink)[h]) - w.lse[i]) * w.delta[i];
+    for (int64_t i = 0; i < a.T; ++i) total -= ::exp(sink - lse[i]) * w.delta[i];
     ((T*)a.dsink_partial)[b * a.H + h] = T(total);
   }
 
@@ -281,9 +294,13 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 };
 
 template <class V, class S, class W>
-int64_t attention_bwd_items(const Attention& a) { return AttentionBwd<V, S, W>::items(a); }
+int64_t attention_bwd_items(const Attention& a) {
+  return AttentionBwd<V, S, W>::items(a);
+}
 template <class V, class S, class W>
-int64_t attention_bwd_bytes(const Attention& a) { return AttentionBwd<V, S, W>::bytes(a); }
+int64_t attention_bwd_bytes(const Attention& a) {
+  return AttentionBwd<V, S, W>::bytes(a);
+}
 template <class V, class S, class W>
 void attention_bwd(const Attention& a, int64_t item, void* workspace) {
   AttentionBwd<V, S, W>::run(a, item, workspace);

@@ -1,6 +1,7 @@
 // Which keys a block of queries sees, and its scores: the one place where scores are made, forward and backward.
 //
-// Tiles are [key][query]: kKeys rows of `row` queries. Query i of the block at q0 stands at key position q0 + i + q_offset.
+// Tiles are [key][query]: kKeys rows of `row` queries. Query i of the block at q0 stands at key position q0 + i +
+// q_offset.
 
 struct Range {
   int64_t begin, end;
@@ -18,8 +19,9 @@ inline Range seeing_queries(const Attention& a, int64_t k0, int64_t n) {
   return {a.right < 0 ? 0 : clamp(k0 - a.right - a.q_offset, 0, end), end};
 }
 
-// The end of a run of keys from `key` (before `end`) whose first seeing query lies in the same vector of the block at q0,
-// and that vector: what lies before it on the causal side is not computed. Runs have even length, for words of two keys.
+// The end of a run of keys from `key` (before `end`) whose first seeing query lies in the same vector of the block at
+// q0, and that vector: what lies before it on the causal side is not computed. Runs have even length, for words of two
+// keys.
 template <class V>
 inline int64_t run_end(const Attention& a, int64_t q0, int64_t key, int64_t end, int64_t vectors, int64_t& first) {
   first = 0;
@@ -66,16 +68,21 @@ void load_scores(const Scores& x, int64_t b, int64_t h, int64_t q0, int64_t k0, 
                  int64_t vectors, int64_t row, typename V::T* tile) {
   const int64_t at = b * x.b + h * x.h + q0 * x.t + k0 * x.s;
   switch (x.type) {
-    case kFloat: return load_transposed<V>(x, (const float*)x.data + at, keys, queries, vectors, row, tile);
-    case kBFloat16: return load_transposed<V>(x, (const bf16*)x.data + at, keys, queries, vectors, row, tile);
-    case kHalf: return load_transposed<V>(x, (const half*)x.data + at, keys, queries, vectors, row, tile);
-    case kDouble: return load_transposed<V>(x, (const double*)x.data + at, keys, queries, vectors, row, tile);
-    default: return load_transposed<V>(x, (const uint8_t*)x.data + at, keys, queries, vectors, row, tile);
+    case kFloat:
+      return load_transposed<V>(x, (const float*)x.data + at, keys, queries, vectors, row, tile);
+    case kBFloat16:
+      return load_transposed<V>(x, (const bf16*)x.data + at, keys, queries, vectors, row, tile);
+    case kHalf:
+      return load_transposed<V>(x, (const half*)x.data + at, keys, queries, vectors, row, tile);
+    case kDouble:
+      return load_transposed<V>(x, (const double*)x.data + at, keys, queries, vectors, row, tile);
+    default:
+      return load_transposed<V>(x, (const uint8_t*)x.data + at, keys, queries, vectors, row, tile);
   }
 }
 
-// Philox4x32-7: four random words from a counter and a key (Salmon et al. 2011). The counter is (query, key / 4, head of
-// the batch), so that a probability's word depends on its place alone: forward and backward, on any backend, agree.
+// Philox4x32-7: four random words from a counter and a key (Salmon et al. 2011). The counter is (query, key / 4, head
+// of the batch), so that a probability's word depends on its place alone: forward and backward, on any backend, agree.
 inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint64_t seed, uint32_t* words) {
   uint32_t c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 7; ++round) {
@@ -141,7 +148,8 @@ struct ScoreTile {
       }
   }
 
-  // s[k][q] holds q.k for the keys k0 + [begin, end) and the vectors from `first`; it becomes the score, -inf where hidden.
+  // s[k][q] holds q.k for the keys k0 + [begin, end) and the vectors from `first`; it becomes the score, -inf where
+  // hidden.
   void finish(T* s, int64_t k0, int64_t begin, int64_t end, int64_t first) const {
     const V hidden = V::set(-INFINITY), c = V::set(scale), one = V::set(1);
     const V cap = V::set(T(a.softcap)), per_cap = V::set(a.softcap > 0 ? T(1 / a.softcap) : T(0));

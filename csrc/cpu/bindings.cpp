@@ -21,15 +21,15 @@ Rows rows_of(const Tensor& x, const char* op) {
   return r;
 }
 void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op, ": ",
-                  name, " must be contiguous, with the shape and dtype of x");
+  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,
+                  ": ", name, " must be contiguous, with the shape and dtype of x");
 }
 void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
   STD_TORCH_CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
 }
 
-// Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the same
-// for any number of threads.
+// Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the
+// same for any number of threads.
 int64_t stripes_of(int64_t N) { return std::min<int64_t>(64, (N + 7) / 8); }
 
 // out[d] = sum over stripes of partial[stripe][d], in order, rounded to out's type.

@@ -43,8 +43,8 @@ void select(const std::string& name) {
     if (name.empty() || name == table->name) choice = table;
   }
   if (!choice)
-    throw std::invalid_argument("FASTLLM_CPU: expected one of " + choices + " (what this CPU and this build have), got '" +
-                                name + "'");
+    throw std::invalid_argument("FASTLLM_CPU: expected one of " + choices +
+                                " (what this CPU and this build have), got '" + name + "'");
   selected_table = choice;
 }
 

@@ -16,4 +16,13 @@
 #define NOINLINE
 #endif
 
+// Loops over registers: unrolled early, so that an array of sums never goes through memory.
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#elif defined(__GNUC__)
+#define UNROLLED _Pragma("GCC unroll 16")
+#else
+#define UNROLLED
+#endif
+
 #include "cpu/table.h"

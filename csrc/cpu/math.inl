@@ -1,9 +1,9 @@
 // Functions of a Vec, written once for every width.
 
 inline Vec exp(Vec x) {
-  // e^x = 2^n 2^r with n = round(x log2(e)): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the sum.
-  // The polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0. Below log(2^-126) the result is exactly 0; max keeps a NaN
-  // that is its second argument.
+  // e^x = 2^n 2^r with n = round(x log2(e)): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
+  // sum. The polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0. Below log(2^-126) the result is exactly 0; max
+  // keeps a NaN that is its second argument.
   const Vec lowest = Vec::set(-87.33654f), magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
   const Vec clamped = max(lowest, x);
   const Vec shifted = fma(clamped, log2e, magic), n = shifted - magic;
@@ -54,8 +54,8 @@ inline V inside(V x, int64_t n) {
   return n == V::L ? x : select_lt(V::iota(), V::set(typename V::T(n)), x, V::set(0));
 }
 
-// A sum over a row: f(s, i, n) adds the terms at [i, i + n) to s. Four independent chains: faster, and rounding errors grow
-// four times slower.
+// A sum over a row: f(s, i, n) adds the terms at [i, i + n) to s. Four independent chains: faster, and rounding errors
+// grow four times slower.
 template <class V, class F>
 inline typename V::T sum_over(int64_t D, F f) {
   V s[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};

@@ -20,8 +20,8 @@ struct Words<Vec, Pair> {
 
 // Lane i of the words is (low[i], high[i]), rounded to nearest even.
 inline void store_pairs(Vec low, Vec high, Pair* to) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }

@@ -1,7 +1,7 @@
 // What bindings.cpp knows of a CPU kernel: its arguments and one function pointer per storage type.
 //
-// Every instruction set compiles all kernels into a table of its own (scalar.cpp, avx2.cpp, ...); dispatch.cpp picks one.
-// Kernels get raw pointers and a range of independent items; they never allocate, throw, or start threads.
+// Every instruction set compiles all kernels into a table of its own (scalar.cpp, avx2.cpp, ...); dispatch.cpp picks
+// one. Kernels get raw pointers and a range of independent items; they never allocate, throw, or start threads.
 #pragma once
 #include <stdint.h>
 
@@ -14,8 +14,8 @@ enum Type { kFloat, kBFloat16, kHalf, kDouble, kTypes };  // the order of every 
 struct Norm {
   int64_t D;
   double eps, weight_offset;
-  const void *x, *residual;  // [N, D], storage type; residual may be null
-  void *y, *h;               // [N, D]; h = x + residual is null where residual is
+  const void *x, *residual;   // [N, D], storage type; residual may be null
+  void *y, *h;                // [N, D]; h = x + residual is null where residual is
   const void *weight, *bias;  // [D] in the compute type, or null
   void *mean, *rstd;          // [N] in the compute type; mean is null for rms_norm
   const void *dy, *dh;        // backward: [N, D]; dh may be null. h above is read then
@@ -51,7 +51,7 @@ struct Attention {
   double scale, softcap;
   int64_t q_offset, left, right;  // left, right: keys visible before and after a query's position; -1 is unbounded
   Heads q, k, v, o;
-  void* lse;    // [B, H, T] in the compute type, natural logarithm
+  double* lse;  // [B, H, T], natural logarithm; in fp32 its rounding would be the largest error of the backward pass
   Scores mask;  // bytes (type kTypes), 0 = hidden; data may be null
   Scores bias;  // any storage type; data may be null
   const void *alibi_slopes, *sink;  // [B, H] and [H] in the compute type; may be null
@@ -60,10 +60,10 @@ struct Attention {
   uint64_t seed;
 
   Heads grad_o, dq, dk, dv;  // backward
-  const void* dlse;          // [B, H, T] in the compute type; may be null
+  const double* dlse;        // [B, H, T]; may be null
   int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
   void* dq_partial;          // [B, H, chunks, T, D] in the compute type
-  Scores dbias;              // like bias, zeroed, in the compute type; data may be null
+  Scores dbias;              // like bias, zeroed; kDouble, or kFloat (the compute type); data may be null
   void* dsink_partial;       // [B, H] in the compute type; null without a sink
 };
 

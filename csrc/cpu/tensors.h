@@ -26,11 +26,16 @@ using torch::headeronly::ScalarType;
 
 inline Type type_of(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return kFloat;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kHalf;
-    case ScalarType::Double: return kDouble;
-    default: STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16, float16 or float64 tensor");
+    case ScalarType::Float:
+      return kFloat;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::Double:
+      return kDouble;
+    default:
+      STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16, float16 or float64 tensor");
   }
   return kTypes;
 }
@@ -38,18 +43,29 @@ inline ScalarType compute_type(Type t) { return t == kDouble ? ScalarType::Doubl
 
 inline double element(const void* data, Type t, int64_t i) {
   switch (t) {
-    case kFloat: return ((const float*)data)[i];
-    case kBFloat16: return widen(((const bf16*)data)[i]);
-    case kHalf: return widen(((const half*)data)[i]);
-    default: return ((const double*)data)[i];
+    case kFloat:
+      return ((const float*)data)[i];
+    case kBFloat16:
+      return widen(((const bf16*)data)[i]);
+    case kHalf:
+      return widen(((const half*)data)[i]);
+    default:
+      return ((const double*)data)[i];
   }
 }
 inline void set_element(void* data, Type t, int64_t i, double x) {
   switch (t) {
-    case kFloat: ((float*)data)[i] = float(x); break;
-    case kBFloat16: narrow(float(x), ((bf16*)data)[i]); break;
-    case kHalf: narrow(float(x), ((half*)data)[i]); break;
-    default: ((double*)data)[i] = x;
+    case kFloat:
+      ((float*)data)[i] = float(x);
+      break;
+    case kBFloat16:
+      narrow(float(x), ((bf16*)data)[i]);
+      break;
+    case kHalf:
+      narrow(float(x), ((half*)data)[i]);
+      break;
+    default:
+      ((double*)data)[i] = x;
   }
 }
 

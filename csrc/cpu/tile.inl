@@ -1,7 +1,8 @@
-// The one matrix product of the attention kernels: c[i][j] (+)= sum over k of a(i, k) * b(k, j), with b in vectors over j.
+// The one matrix product of the attention kernels: c[i][j] (+)= sum over k of a(i, k) * b(k, j), with b in vectors over
+// j.
 //
-// a is only ever broadcast, so it may have any strides and is read where it lies; b and c have unit stride in j. A word is
-// one number, or (avx512_bf16.cpp) a pair of bf16 that VDPBF16PS multiplies and adds in one instruction.
+// a is only ever broadcast, so it may have any strides and is read where it lies; b and c have unit stride in j. A word
+// is one number, or (avx512_bf16.cpp) a pair of bf16 that VDPBF16PS multiplies and adds in one instruction.
 
 template <class W>
 struct Broadcast {  // a(i, k) = data[i * row + k * step]
@@ -13,29 +14,28 @@ struct Broadcast {  // a(i, k) = data[i * row + k * step]
 enum class Start { kZero, kAdd, kScale };  // c was zero, is added to, or is multiplied with scale[j] and added to
 
 template <Start kStart, int R, int N, class V, class W>
-inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c, int64_t c_row, const V* scale) {
+inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c, int64_t c_row,
+                 const V* scale) {
   using X = Words<V, W>;
   using T = typename V::T;
   V sum[R][N];
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < N; ++j) sum[i][j] = V::set(0);
+  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < N; ++j) sum[i][j] = V::set(0);
   for (int64_t k = 0; k < K; ++k) {
     typename X::Vector right[N];
-    for (int j = 0; j < N; ++j) right[j] = X::load(b + k * b_row + j * V::L);
+    UNROLLED for (int j = 0; j < N; ++j) right[j] = X::load(b + k * b_row + j * V::L);
     const W* left = a.data + k * a.step;
-    for (int i = 0; i < R; ++i) {
+    UNROLLED for (int i = 0; i < R; ++i) {
       const typename X::Vector l = X::broadcast(left + i * a.row);
-      for (int j = 0; j < N; ++j) sum[i][j] = X::dot(l, right[j], sum[i][j]);
+      UNROLLED for (int j = 0; j < N; ++j) sum[i][j] = X::dot(l, right[j], sum[i][j]);
     }
   }
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < N; ++j) {
-      T* to = c + i * c_row + j * V::L;
-      // What was there comes last: the rounding errors of a long sum grow with the number of products, not of keys.
-      if (kStart == Start::kAdd) sum[i][j] = sum[i][j] + V::load(to);
-      if (kStart == Start::kScale) sum[i][j] = fma(V::load(to), scale[j], sum[i][j]);
-      sum[i][j].store(to);
-    }
+  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < N; ++j) {
+    T* to = c + i * c_row + j * V::L;
+    // What was there comes last: the rounding errors of a long sum grow with the number of products, not of keys.
+    if (kStart == Start::kAdd) sum[i][j] = sum[i][j] + V::load(to);
+    if (kStart == Start::kScale) sum[i][j] = fma(V::load(to), scale[j], sum[i][j]);
+    sum[i][j].store(to);
+  }
 }
 
 // Rows in tiles of kRows<N>, and the rest in smaller ones.

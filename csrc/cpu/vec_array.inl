@@ -40,17 +40,19 @@ struct ArrayVec {
 };
 
 #define ARRAY_VEC template <class T, int L>
-#define LANES(expression)                                \
-  ArrayVec<T, L> r;                                      \
-  for (int i = 0; i < L; ++i) r.v[i] = (expression);     \
+#define LANES(expression)                            \
+  ArrayVec<T, L> r;                                  \
+  for (int i = 0; i < L; ++i) r.v[i] = (expression); \
   return r;
-ARRAY_VEC ArrayVec<T, L> operator+(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] + b.v[i]) }
-ARRAY_VEC ArrayVec<T, L> operator-(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] - b.v[i]) }
-ARRAY_VEC ArrayVec<T, L> operator*(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] * b.v[i]) }
-ARRAY_VEC ArrayVec<T, L> operator/(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] / b.v[i]) }
+ARRAY_VEC ArrayVec<T, L> operator+(ArrayVec<T, L> a, ArrayVec<T, L> b){
+    LANES(a.v[i] + b.v[i])} ARRAY_VEC ArrayVec<T, L> operator-(ArrayVec<T, L> a, ArrayVec<T, L> b){
+    LANES(a.v[i] - b.v[i])} ARRAY_VEC ArrayVec<T, L> operator*(ArrayVec<T, L> a, ArrayVec<T, L> b){
+    LANES(a.v[i] * b.v[i])} ARRAY_VEC ArrayVec<T, L> operator/(ArrayVec<T, L> a, ArrayVec<T, L> b) {
+  LANES(a.v[i] / b.v[i])
+}
 
-// One rounding, as everywhere else. A machine without the instruction gets it from double, slowly: two roundings would make
-// long sums of products less exact than PyTorch's.
+// One rounding, as everywhere else. A machine without the instruction gets it from double, slowly: two roundings would
+// make long sums of products less exact than PyTorch's.
 inline float fma1(float a, float b, float c) {
 #if defined(__FP_FAST_FMAF)
   return fmaf(a, b, c);
@@ -59,13 +61,13 @@ inline float fma1(float a, float b, float c) {
 #endif
 }
 inline double fma1(double a, double b, double c) { return a * b + c; }
-ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c) { LANES(fma1(a.v[i], b.v[i], c.v[i])) }
+ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c){LANES(fma1(a.v[i], b.v[i], c.v[i]))}
 
-ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b) { LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
-ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> x, ArrayVec<T, L> y) {
-  LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i])
-}
-ARRAY_VEC T sum(ArrayVec<T, L> a) {  // in halves: three roundings for eight lanes, not seven
+ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b){
+    LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i])} ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b,
+                                                                                 ArrayVec<T, L> x, ArrayVec<T, L> y){
+    LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i])} ARRAY_VEC T
+    sum(ArrayVec<T, L> a) {  // in halves: three roundings for eight lanes, not seven
   for (int n = L / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
   return a.v[0];

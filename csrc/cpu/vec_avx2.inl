@@ -14,7 +14,9 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
   }
   static __m256 widen8(__m128i x, const half*) { return _mm256_cvtph_ps(x); }
-  static Vec load(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
+  static Vec load(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
   static Vec load(const uint8_t* p, int64_t n) {
     uint8_t lanes[8] = {};
     for (int i = 0; i < 8 && i < n; ++i) lanes[i] = p[i];
@@ -82,8 +84,8 @@ inline float max_of(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 inline Vec scale_by_power_of_two(Vec x, Vec n_plus_magic) {
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v),
-                                               _mm256_slli_epi32(_mm256_castps_si256(n_plus_magic.v), 23)))};
+  return {_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n_plus_magic.v), 23)))};
 }
 
 inline void transpose(Vec* r) {  // 8 x 8 in place: pairs of rows, then of pairs, then halves

@@ -12,7 +12,9 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
   static __m512 widen16(__m256i x, const half*) { return _mm512_cvtph_ps(x); }
-  static Vec load(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+  static Vec load(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+  }
   static Vec load(const uint8_t* p, int64_t n) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
   }
@@ -65,8 +67,8 @@ inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec scale_by_power_of_two(Vec x, Vec n_plus_magic) {
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v),
-                                               _mm512_slli_epi32(_mm512_castps_si512(n_plus_magic.v), 23)))};
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n_plus_magic.v), 23)))};
 }
 
 inline void transpose(Vec* r) {  // 16 x 16 in place: pairs of rows, then of pairs, then of quarters

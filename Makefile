@@ -1,0 +1,65 @@
+# Everything works in .venv, which the first command that needs it makes. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV   ?= .venv
+BENCH  ?= --quick
+TESTS  ?= tests
+# pip prefers the CPU wheel (2.13.0+cpu) to the index's own, which brings gigabytes of CUDA; an index that cannot be
+# reached costs a second. With a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test test-all lint bench demo readme clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## make .venv with everything that tests, lint and bench need
+
+$(VENV)/.installed: constraints-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "fastllm needs Python 3.10 or newer, which '$(PYTHON)' is not. Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+	  || echo "'$(PYTHON)' has no Python.h, which the C++ kernels need. On Debian and Ubuntu: apt-get install python3-dev"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and the tools of constraints-dev.txt into $(VENV); this takes a minute or more"
+	@$(PIP) install -qq --retries 1 --no-deps --extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' constraints-dev.txt)"
+	@$(PIP) install -qq -r constraints-dev.txt
+	@touch $@
+
+build: $(VENV)/.built ## compile the C++ kernels and install the package, editable
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
+	  || echo "No C++ compiler: building without the CPU kernels, everything runs on plain PyTorch. On Debian and Ubuntu: apt-get install g++"
+	$(PIP) install -q --no-build-isolation --no-deps --editable .
+	@touch $@
+
+test: build ## the fast tests: CPU only, under 15 minutes on 2 cores
+	$(BIN)/python -m pytest $(TESTS) -m "not slow"
+
+test-all: build ## the slow tests too
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup ## ruff and clang-format, without changing anything
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+bench: build ## ratios against PyTorch into report/bench; BENCH="attention --full" chooses
+	$(BIN)/fastllm bench $(BENCH) --out report/bench
+
+demo: build ## the main job: verify the kernels, train on real text with and without them, write report/index.html
+	$(BIN)/fastllm demo
+
+readme: build ## refresh what the README takes from the code and from report/demo.json
+	$(BIN)/python -m fastllm.bench.readme
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info fastllm/_C.*.so fastllm/_build_info.json $(VENV)/.built report .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""The same cases under pytest-benchmark: `pytest bench --benchmark-only`, `-k "attention and forward"`.
+
+Its times are not paired: compare contenders within a group, and trust `fastllm bench` where the difference is small.
+"""
+
+import pytest
+import torch
+
+from fastllm import verify
+from fastllm.bench import cases, run, timing
+
+pytest.importorskip("pytest_benchmark")
+
+
+@pytest.mark.parametrize("who", ["ours", "torch", "naive"])
+@pytest.mark.parametrize("passes", cases.PASSES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", cases.BENCH, ids=str)
+def test_bench(benchmark, case, dtype, passes, who):
+    benchmark.group = f"{case} {dtype} {passes}"
+    dtype = getattr(torch, dtype)
+    if who == "ours":
+        wrong = [row for row in verify.check(case, dtype) if row.verdict.startswith("FAIL")]
+        assert not wrong, f"a wrong result is not timed: {wrong}"
+    call = run.contender(getattr(case, who), case, passes, dtype, "cpu")
+    benchmark.extra_info.update(bytes=case.bytes(passes, dtype), flops=case.flops[passes])
+    benchmark.pedantic(call, warmup_rounds=1, rounds=7, iterations=timing.calls_that_last(0.02, call))

@@ -1,0 +1,236 @@
+"""The cases: what each op is given, what it must cost, who else can do it. `verify`, bench and pytest share them.
+
+A case is one call at one size; dtype and pass (forward, backward, both) are chosen by whoever runs it. Every callable
+takes the same inputs. Sizes of the bench are those of real models, sizes of `verify` are small and awkward.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import fastllm
+from fastllm import reference
+
+PASSES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `flops` and `values` are the arithmetic and the memory traffic that nobody can avoid."""
+
+    op: str
+    name: str
+    shapes: dict[str, tuple]  # of the floating inputs, in order
+    ours: Callable
+    torch: Callable  # PyTorch's own kernel: the peer of the accuracy rule and the rival that counts
+    naive: Callable  # the same in plain PyTorch operations, from fastllm.reference
+    flops: dict[str, float]  # pass -> floating point operations
+    values: dict[str, int]  # pass -> values of the dtype read and written
+    outputs: tuple[str, ...] = ("y",)
+    compiled: Callable | None = None  # what torch.compile is given, where that is not `torch`
+    part: Callable = field(default=lambda x: x)  # the share of an input or output that is checked against fp64
+
+    def inputs(self, dtype, device="cpu", seed=0) -> list[torch.Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        made = [torch.randn(shape, generator=random) for shape in self.shapes.values()]
+        return [x.to(dtype).to(device) for x in made]
+
+    def bytes(self, passes: str, dtype) -> int:
+        return self.values[passes] * dtype.itemsize
+
+    def __str__(self):
+        return f"{self.op} {self.name}"
+
+
+def _both(costs: dict) -> dict:
+    return costs | {"both": costs["forward"] + costs["backward"]}
+
+
+def visible_pairs(T, S, left, right, q_offset) -> int:
+    """How many (query, key) pairs a window leaves; -1 is unbounded."""
+    i = torch.arange(T) + q_offset
+    first = (i - left).clamp(min=0) if left >= 0 else torch.zeros(T, dtype=torch.int64)
+    last = (i + right).clamp(max=S - 1) if right >= 0 else torch.full((T,), S - 1)
+    return int((last - first + 1).clamp(min=0).sum())
+
+
+def attention(
+    B, H, T, D, *, Hkv=None, S=None, Dv=None, causal=False, window=None, q_offset=None, lse=False, masked=False
+):
+    """q [B, H, T, D] on k [B, Hkv, S, D] and v [B, Hkv, S, Dv]; with `masked`, under a random boolean mask."""
+    Hkv, S, Dv = Hkv or H, S or T, Dv or D
+    offset = S - T if q_offset is None else q_offset
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    plain = not (causal or window or masked)
+    top_left = causal and not window and not masked and offset == 0
+
+    @functools.cache
+    def mask(device):
+        kept = torch.ones(1, 1, T, S, dtype=torch.bool)
+        if masked:
+            kept = torch.rand(1, 1, T, S, generator=torch.Generator().manual_seed(1)) < 0.7
+            kept[..., 0] = True  # PyTorch's kernels give NaN for a query that sees nothing
+        return kept.to(device)
+
+    @functools.cache
+    def dense(device):
+        i, j = torch.arange(T, device=device)[:, None] + offset, torch.arange(S, device=device)
+        kept = mask(device)
+        kept = kept & (j >= i - left) if left >= 0 else kept
+        return kept & (j <= i + right) if right >= 0 else kept
+
+    def ours(q, k, v):
+        given = mask(q.device) if masked else None
+        return fastllm.attention(q, k, v, causal=causal, window=window, q_offset=q_offset, mask=given, return_lse=lse)
+
+    def sdpa(q, k, v):
+        given = None if plain or top_left else dense(q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=given, is_causal=top_left, enable_gqa=H != Hkv)
+
+    def naive(q, k, v):
+        given = mask(q.device) if masked else None
+        o, logsumexp = reference.attention(
+            q, k, v, scale=D**-0.5, mask=given, q_offset=offset, window_left=left, window_right=right
+        )
+        return (o, logsumexp) if lse else o
+
+    def flex(q, k, v):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def seen(b, h, i, j):
+            kept = j >= i + offset - left if left >= 0 else j >= 0
+            return kept & (j <= i + offset + right) if right >= 0 else kept
+
+        blocks = None if plain else create_block_mask(seen, None, None, T, S, device=q.device.type)
+        return flex_attention(q, k, v, block_mask=blocks, enable_gqa=H != Hkv)
+
+    words = ["causal"] * causal + [f"window {left},{right}"] * bool(window) + ["mask"] * masked + ["lse"] * lse
+    words += [f"q_offset {q_offset}"] if q_offset is not None else []
+    size = f"{B}x{H if H == Hkv else f'{H}/{Hkv}'}x{T if T == S else f'{T}/{S}'}x{D if D == Dv else f'{D}/{Dv}'}"
+    pairs = B * H * visible_pairs(T, S, left, right, offset)
+    qo, kv = B * H * T * (D + Dv), B * Hkv * S * (D + Dv)
+    return Case(
+        op="attention",
+        name=" ".join([size, *words]),
+        shapes={"q": (B, H, T, D), "k": (B, Hkv, S, D), "v": (B, Hkv, S, Dv)},
+        outputs=("o", "lse") if lse else ("o",),
+        ours=ours,
+        torch=naive if lse else sdpa,  # PyTorch's kernels do not return the log-sum-exp
+        naive=naive,
+        compiled=flex,
+        flops=_both({"forward": 2.0 * pairs * (D + Dv), "backward": 2.0 * pairs * (3 * D + 2 * Dv)}),
+        values=_both({"forward": qo + kv, "backward": 2 * (qo + kv)}),
+        part=lambda x: x[-1:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads: fp64 scores are large
+    )
+
+
+def norm(op, N, D, *, residual=False):
+    """layer_norm or rms_norm of N rows of D values, with weight (and bias), perhaps after adding a residual."""
+    eps = {"layer_norm": 1e-5, "rms_norm": 1e-6}[op]
+    plain, ours, naive = getattr(F, op), getattr(fastllm, op), getattr(reference, op)
+    weights = {"weight": (D,), "bias": (D,)} if op == "layer_norm" else {"weight": (D,)}
+
+    def split(inputs):
+        return (inputs[0], inputs[1], inputs[2:]) if residual else (inputs[0], None, inputs[1:])
+
+    def rival(*inputs):
+        x, r, w = split(inputs)
+        h = x if r is None else x + r
+        y = plain(h, (D,), *w, eps=eps)
+        return y if r is None else (y, h)
+
+    def with_function(function):
+        def call(*inputs):
+            x, r, w = split(inputs)
+            return function(x, *w, eps=eps, residual=r)
+
+        return call
+
+    rows, each = N * D, 2 if residual else 1  # a residual is one more tensor in and one more out, both ways
+    return Case(
+        op=op,
+        name=f"{N}x{D}" + " residual" * residual,
+        shapes={"x": (N, D)} | ({"residual": (N, D)} if residual else {}) | weights,
+        outputs=("y", "h") if residual else ("y",),
+        ours=with_function(ours),
+        torch=rival,
+        naive=with_function(naive),
+        flops=_both({"forward": 7.0 * rows, "backward": 11.0 * rows}),
+        values=_both({"forward": 2 * each * rows, "backward": (3 + residual) * rows}),
+    )
+
+
+def softmax(*shape, log=False, causal=False, scale=1.0):
+    """softmax or log_softmax over the last of `shape`."""
+    op = "log_softmax" if log else "softmax"
+    T, S = (1, *shape)[-2:]
+
+    @functools.cache
+    def hidden(device):
+        return torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
+
+    def rival(x):
+        x = x if scale == 1.0 else x * scale
+        x = x.masked_fill(hidden(x.device), -math.inf) if causal else x
+        return getattr(torch, op)(x, -1)
+
+    size = math.prod(shape)
+    return Case(
+        op=op,
+        name="x".join(map(str, shape)) + " causal" * causal + (f" scale {scale}" if scale != 1.0 else ""),
+        shapes={"x": shape},
+        ours=lambda x: getattr(fastllm, op)(x, causal=causal, scale=scale),
+        torch=rival,
+        naive=lambda x: reference.softmax(x, causal=causal, scale=scale, log=log),
+        flops=_both({"forward": 5.0 * size, "backward": 4.0 * size}),
+        values=_both({"forward": 2 * size, "backward": 3 * size}),
+    )
+
+
+BENCH = [
+    attention(1, 8, 2048, 64, causal=True),
+    attention(4, 12, 1024, 64, causal=True),  # GPT-2 small
+    attention(1, 32, 2048, 128, causal=True),  # Llama 7B
+    attention(1, 32, 2048, 64, Hkv=8, causal=True),  # Llama 3.2 1B
+    attention(1, 8, 512, 64),
+    attention(16, 12, 128, 64),  # BERT base
+    attention(64, 4, 64, 32),  # a small classifier on short sentences
+    attention(1, 8, 4096, 64, window=(511, 0)),
+    attention(1, 8, 1024, 128, Dv=64, causal=True),
+    norm("layer_norm", 2048, 768),
+    norm("layer_norm", 2048, 768, residual=True),
+    norm("layer_norm", 8192, 2048),
+    norm("rms_norm", 2048, 768),
+    norm("rms_norm", 2048, 768, residual=True),
+    norm("rms_norm", 4096, 768),
+    norm("rms_norm", 4096, 4096, residual=True),
+    softmax(512, 512),
+    softmax(4096, 1024),
+    softmax(8, 12, 256, 256, causal=True),
+    softmax(4096, 1024, log=True),
+]
+QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17)]
+
+VERIFY = [
+    attention(2, 3, 129, 64),
+    attention(2, 4, 127, 64, causal=True),
+    attention(1, 4, 200, 32, Hkv=2, causal=True),
+    attention(1, 6, 65, 128, Hkv=1, Dv=80),
+    attention(1, 2, 33, 64, S=190, causal=True),
+    attention(1, 2, 100, 64, S=150, causal=True, q_offset=0),
+    attention(1, 4, 160, 64, Hkv=2, window=(31, 16)),
+    attention(1, 2, 90, 40, masked=True),
+    attention(1, 2, 96, 64, causal=True, lse=True),
+    norm("layer_norm", 127, 768),
+    norm("layer_norm", 64, 1000, residual=True),
+    norm("rms_norm", 127, 768),
+    norm("rms_norm", 64, 1000, residual=True),
+    softmax(63, 1001),
+    softmax(2, 3, 70, 90, causal=True, scale=0.125),
+    softmax(63, 1001, log=True),
+]
