@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
+  m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));
+  m.impl("attention_varlen_bwd", TORCH_BOX(&fastllm::cpu::attention_varlen_bwd));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -60,16 +60,16 @@ def philox(c0, c1, c2, seed):
     return c0, c1, c2, c3
 
 
-def dropout_keep(seed, dropout_p, B, H, T, S):
+def dropout_keep(seed, dropout_p, B, H, T, S, first_head=0):
     """[B, H, T, S]: 0 with probability dropout_p, else 1 / (1 - dropout_p), decided by seed and place alone.
 
-    The word for (b, h, i, j) is number j % 4 of Philox counter (i, j // 4, b * H + h): every backend drops the same.
+    The word for (b, h, i, j) is number j % 4 of Philox counter (i, j // 4, first_head + b * H + h), on every backend.
     """
     device = seed.device
-    head = torch.arange(B * H, device=device).view(-1, 1, 1).expand(-1, T, (S + 3) // 4)
+    head = first_head + torch.arange(B * H, device=device).view(-1, 1, 1).expand(-1, T, (S + 3) // 4)
     row, group = (torch.arange(n, device=device) for n in (T, (S + 3) // 4))
     words = philox(row[None, :, None].expand_as(head), group[None, None, :].expand_as(head), head, seed)
-    words = torch.stack(words, -1).reshape(B, H, T, -1)[..., :S]
+    words = torch.stack(words, -1).reshape(B, H, T, (S + 3) // 4 * 4)[..., :S]
     return (words >= int(dropout_p * 2**32)).double() / (1 - dropout_p)
 
 
@@ -89,6 +89,7 @@ def attention(
     window_right=-1,
     dropout_p=0.0,
     seed=None,
+    first_head=0,
 ):
     """o = dropout(softmax(scores)) v and lse = log sum exp(scores), the sink being one more score with no value.
 
@@ -121,7 +122,7 @@ def attention(
     lse = (m + torch.log(l)).masked_fill(empty, -math.inf).squeeze(-1)
     p = p / l
     if dropout_p:
-        p = p * dropout_keep(seed, dropout_p, B, H, T, S).to(p.dtype)
+        p = p * dropout_keep(seed, dropout_p, B, H, T, S, first_head).to(p.dtype)
     o = (p.to(v.dtype).reshape(B, Hkv, H // Hkv * T, S) @ v).reshape(B, H, T, Dv)
     return o, lse
 

@@ -242,7 +242,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     }
 
     // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
-    double* lse = a.lse + bh * a.T + q0;
+    double* lse = a.lse + b * a.lse_b + h * a.lse_h + q0;
     for (int64_t i = 0; i < n; ++i) {
       double m = w.m[i], l = w.l[i], rescaled = 1;
       if (a.sink) {

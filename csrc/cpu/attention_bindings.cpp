@@ -43,7 +43,8 @@ struct Problem {
   Type type;
   InComputeType alibi_slopes, sink;
 
-  Problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& options)
+  // `sequences` is how many have ALiBi slopes of their own: the batch, unless that is packed.
+  Problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& options, int64_t sequences)
       : type(type_of(q, op)), alibi_slopes(options.alibi_slopes, type, op), sink(options.sink, type, op) {
     a.q = heads(q, op, "q", type), a.k = heads(k, op, "k", type), a.v = heads(v, op, "v", type);
     a.B = q.size(0), a.H = q.size(1), a.T = q.size(2), a.D = q.size(3);
@@ -63,7 +64,7 @@ struct Problem {
     a.bias = broadcast(options.bias, a, op, "bias", options.bias ? type_of(*options.bias, op) : kFloat);
     if (options.alibi_slopes) {
       const int64_t n = options.alibi_slopes->numel();
-      STD_TORCH_CHECK(n == a.H || n == a.B * a.H, op, ": alibi_slopes must be [H] or [B, H]");
+      STD_TORCH_CHECK(n == a.H || n == sequences * a.H, op, ": alibi_slopes must be [H] or [B, H]");
       a.alibi_slopes = alibi_slopes.data();
       a.alibi_stride_b = options.alibi_slopes->dim() == 2 ? a.H : 0;
     }
@@ -79,6 +80,31 @@ struct Problem {
   }
 };
 
+void check_grad_o(const char* op, const Attention& a, const Tensor& grad_o, const Tensor& o, const Tensor& lse) {
+  for (const Tensor& x : {grad_o, o})
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
+                    ": o and its gradient must have q's shape with v's head size");
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == ScalarType::Double, op,
+                  ": lse must be contiguous float64, one number per query and head");
+}
+MaybeTensor flat_dlse(const char* op, const MaybeTensor& dlse, const Tensor& lse) {
+  if (!dlse) return {};
+  STD_TORCH_CHECK(dlse->numel() == lse.numel() && dlse->scalar_type() == ScalarType::Double, op,
+                  ": dlse must be like lse");
+  return torch::stable::contiguous(*dlse);
+}
+
+// The sink's gradient: the sum over batch entries of dsink_partial [n, H].
+Tensor sum_sink(const char* op, const Attention& a, Type t, int64_t n, const Tensor& sink) {
+  const Tensor dsink = empty(sink, {a.H}, sink.scalar_type());
+  for (int64_t h = 0; h < a.H; ++h) {
+    double total = 0;
+    for (int64_t b = 0; b < n; ++b) total += element(a.dsink_partial, t == kDouble ? kDouble : kFloat, b * a.H + h);
+    set_element(dsink.data_ptr(), type_of(dsink, op), h, total);
+  }
+  return dsink;
+}
+
 // A fork and join costs about a microsecond: as much as this many multiplications.
 bool worth_threads(const Attention& a) { return double(a.B) * a.H * a.T * a.S * (a.D + a.Dv) > 100e3; }
 
@@ -91,12 +117,14 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
   const char* op = "attention_fwd";
   Problem problem(
       op, q, k, v,
-      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p},
+      q.size(0));
   Attention& a = problem.a;
   const Type t = problem.type;
   const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, ScalarType::Double);
   a.o = heads(o, op, "o", t);
   a.lse = (double*)lse.data_ptr();
+  a.lse_b = a.H * a.T, a.lse_h = a.T;
   const Kernels& table = kernels();
   for_items(table.attention_fwd_items[t](a), table.attention_fwd_bytes[t](a), worth_threads(a),
             [&](int64_t item, void* memory) { table.attention_fwd[t](a, item, memory); });
@@ -110,23 +138,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const char* op = "attention_bwd";
   Problem problem(
       op, q, k, v,
-      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
+      {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p},
+      q.size(0));
   Attention& a = problem.a;
   const Type t = problem.type;
   const ScalarType compute = compute_type(t);
+  check_grad_o(op, a, grad_o, o, lse);
   a.grad_o = heads(grad_o, op, "grad_o", t), a.o = heads(o, op, "o", t);
-  for (const Tensor& x : {grad_o, o})
-    STD_TORCH_CHECK(x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
-                    ": o and its gradient must be [B, H, T, Dv]");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == ScalarType::Double, op,
-                  ": lse must be contiguous float64 [B, H, T]");
   a.lse = (double*)lse.data_ptr();
-  const MaybeTensor dlse_flat = dlse ? MaybeTensor(torch::stable::contiguous(*dlse)) : MaybeTensor();
-  if (dlse_flat) {
-    STD_TORCH_CHECK(dlse_flat->numel() == lse.numel() && dlse_flat->scalar_type() == ScalarType::Double, op,
-                    ": dlse must be like lse");
-    a.dlse = (const double*)dlse_flat->data_ptr();
-  }
+  a.lse_b = a.H * a.T, a.lse_h = a.T;
+  const MaybeTensor dlse_flat = flat_dlse(op, dlse, lse);
+  if (dlse_flat) a.dlse = (const double*)dlse_flat->data_ptr();
   const Tensor dq = new_heads(q, a.D), dk = new_heads(k, a.D), dv = new_heads(v, a.Dv);
   a.dq = heads(dq, op, "dq", t), a.dk = heads(dk, op, "dk", t), a.dv = heads(dv, op, "dv", t);
 
@@ -139,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     torch::stable::zero_(dbias_sum);
     a.dbias = broadcast(dbias_sum, a, op, "bias", sum_type == ScalarType::Double ? kDouble : kFloat);
   }
-  Tensor dsink = none_like(q), dsink_partial = dsink;
+  Tensor dsink_partial = none_like(q);
   if (sink) {
     dsink_partial = empty(q, {a.B, a.H}, compute);
     a.dsink_partial = dsink_partial.data_ptr();
@@ -164,15 +186,158 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (bias && bias_grad)
     dbias =
         bias->scalar_type() == dbias_sum.scalar_type() ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
-  if (sink) {
-    dsink = empty(*sink, {a.H}, sink->scalar_type());
-    for (int64_t h = 0; h < a.H; ++h) {
-      double total = 0;
-      for (int64_t b = 0; b < a.B; ++b) total += element(a.dsink_partial, t == kDouble ? kDouble : kFloat, b * a.H + h);
-      set_element(dsink.data_ptr(), type_of(dsink, op), h, total);
-    }
+  return {dq, dk, dv, dbias, sink ? sum_sink(op, a, t, a.B, *sink) : none_like(q)};
+}
+
+namespace {
+
+Heads from(Heads x, int64_t t, int64_t element_bytes) {
+  x.data = (char*)x.data + t * x.t * element_bytes;
+  return x;
+}
+
+std::vector<int64_t> bounds(const char* op, const char* name, const Tensor& cu, int64_t total) {
+  const ScalarType type = cu.scalar_type();
+  STD_TORCH_CHECK(
+      cu.dim() == 1 && cu.numel() >= 1 && cu.is_contiguous() && (type == ScalarType::Int || type == ScalarType::Long),
+      op, ": ", name, " must be int32 or int64 [sequences + 1]");
+  std::vector<int64_t> at(cu.numel());
+  for (size_t n = 0; n < at.size(); ++n)
+    at[n] = type == ScalarType::Int ? ((const int32_t*)cu.data_ptr())[n] : ((const int64_t*)cu.data_ptr())[n];
+  bool rises = at[0] == 0 && at.back() <= total;
+  for (size_t n = 1; n < at.size(); ++n) rises = rises && at[n - 1] <= at[n];
+  STD_TORCH_CHECK(rises, op, ": ", name, " must start at 0, never fall, and end at ", total, " at most");
+  return at;
+}
+
+// Packed sequences: each is a problem of its own, on its part of the same memory, that the kernels cannot tell from any
+// other. `whole` is the problem of one batch entry with all tokens.
+std::vector<Attention> sequences(const char* op, const Attention& whole, Type type, const Tensor& cu_q,
+                                 const Tensor& cu_k, std::optional<int64_t> q_offset) {
+  const std::vector<int64_t> q = bounds(op, "cu_seqlens_q", cu_q, whole.T),
+                             k = bounds(op, "cu_seqlens_k", cu_k, whole.S);
+  STD_TORCH_CHECK(q.size() == k.size(), op, ": cu_seqlens_q and cu_seqlens_k must have one length");
+  const int64_t bytes = type == kDouble ? 8 : type == kFloat ? 4 : 2, wide = type == kDouble ? 8 : 4;
+  std::vector<Attention> parts;
+  for (size_t n = 0; n + 1 < q.size(); ++n) {
+    Attention a = whole;
+    a.T = q[n + 1] - q[n], a.S = k[n + 1] - k[n];
+    a.q_offset = q_offset ? *q_offset : a.S - a.T;
+    for (Heads* x : {&a.q, &a.o, &a.grad_o, &a.dq}) *x = from(*x, q[n], bytes);
+    for (Heads* x : {&a.k, &a.v, &a.dk, &a.dv}) *x = from(*x, k[n], bytes);
+    a.lse += q[n];
+    if (a.dlse) a.dlse += q[n];
+    if (a.alibi_stride_b) a.alibi_slopes = (const char*)a.alibi_slopes + n * a.H * wide;
+    if (a.dsink_partial) a.dsink_partial = (char*)a.dsink_partial + n * a.H * wide;
+    a.first_head = int64_t(n) * a.H;
+    parts.push_back(a);
   }
-  return {dq, dk, dv, dbias, dsink};
+  return parts;
+}
+
+// run(part, item, memory) for every item of every part; `items` and `bytes` tell how many each has and what it needs.
+template <class Items, class Bytes, class Run>
+void for_parts(const std::vector<Attention>& parts, Items items, Bytes bytes, Run run) {
+  std::vector<int64_t> first{0};
+  int64_t most = 0;
+  bool threads = false;
+  for (const Attention& a : parts) {
+    first.push_back(first.back() + (a.T ? items(a) : 0));
+    most = std::max(most, bytes(a));
+    threads = threads || worth_threads(a) || parts.size() > 16;
+  }
+  for_items(first.back(), most, threads, [&](int64_t item, void* memory) {
+    const size_t n = std::upper_bound(first.begin(), first.end(), item) - first.begin() - 1;
+    run(parts[n], item - first[n], memory);
+  });
+}
+
+// [total, H, D] as [1, H, total, D].
+Tensor as_batch(const Tensor& x, const char* op) {
+  STD_TORCH_CHECK(x.dim() == 3, op, ": q, k and v must be [total, H, D]");
+  return torch::stable::transpose(torch::stable::unsqueeze(x, 0), 1, 2);
+}
+// A new [total, H, D], zero where sequences may not reach.
+Tensor new_packed(const Tensor& like, int64_t D) {
+  Tensor x = empty(like, {like.size(0), like.size(1), D}, like.scalar_type());
+  torch::stable::zero_(x);
+  return x;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                                MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed,
+                                                double scale, double softcap, std::optional<int64_t> q_offset,
+                                                int64_t window_left, int64_t window_right, double dropout_p) {
+  const char* op = "attention_varlen_fwd";
+  const MaybeTensor none;
+  Problem problem(op, as_batch(q, op), as_batch(k, op), as_batch(v, op),
+                  {none, none, alibi_slopes, sink, seed, scale, softcap, q_offset.value_or(0), window_left,
+                   window_right, dropout_p},
+                  cu_seqlens_q.numel() - 1);
+  const Type t = problem.type;
+  const Tensor o = new_packed(q, v.size(2));
+  Tensor lse = empty(q, {q.size(1), q.size(0)}, ScalarType::Double);
+  torch::stable::fill_(lse, -INFINITY);
+  problem.a.o = heads(as_batch(o, op), op, "o", t);
+  problem.a.lse = (double*)lse.data_ptr();
+  problem.a.lse_h = q.size(0);
+  const Kernels& table = kernels();
+  for_parts(sequences(op, problem.a, t, cu_seqlens_q, cu_seqlens_k, q_offset), table.attention_fwd_items[t],
+            table.attention_fwd_bytes[t], table.attention_fwd[t]);
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
+    Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q,
+    Tensor cu_seqlens_k, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
+    std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right, double dropout_p) {
+  const char* op = "attention_varlen_bwd";
+  const MaybeTensor none;
+  const int64_t N = cu_seqlens_q.numel() - 1;
+  Problem problem(op, as_batch(q, op), as_batch(k, op), as_batch(v, op),
+                  {none, none, alibi_slopes, sink, seed, scale, softcap, q_offset.value_or(0), window_left,
+                   window_right, dropout_p},
+                  N);
+  Attention& a = problem.a;
+  const Type t = problem.type;
+  check_grad_o(op, a, as_batch(grad_o, op), as_batch(o, op), lse);
+  a.grad_o = heads(as_batch(grad_o, op), op, "grad_o", t), a.o = heads(as_batch(o, op), op, "o", t);
+  a.lse = (double*)lse.data_ptr();
+  a.lse_h = q.size(0);
+  const MaybeTensor dlse_flat = flat_dlse(op, dlse, lse);
+  if (dlse_flat) a.dlse = (const double*)dlse_flat->data_ptr();
+  const Tensor dq = new_packed(q, a.D), dk = new_packed(k, a.D), dv = new_packed(v, a.Dv);
+  a.dq = heads(as_batch(dq, op), op, "dq", t);
+  a.dk = heads(as_batch(dk, op), op, "dk", t), a.dv = heads(as_batch(dv, op), op, "dv", t);
+  Tensor dsink_partial = none_like(q);
+  if (sink) {
+    dsink_partial = empty(q, {N, a.H}, compute_type(t));
+    torch::stable::zero_(dsink_partial);
+    a.dsink_partial = dsink_partial.data_ptr();
+  }
+
+  std::vector<Attention> parts = sequences(op, a, t, cu_seqlens_q, cu_seqlens_k, q_offset);
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t partial = 0;
+  for (Attention& part : parts) {  // few sequences: cut the keys of each into ranges, as for a batch
+    part.chunks = N * a.Hkv >= 2 * threads ? 1 : std::max<int64_t>(1, std::min(part.S / 96, 2 * threads));
+    partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
+  }
+  const Tensor dq_partial = empty(q, {partial}, compute_type(t));
+  partial = 0;
+  for (Attention& part : parts) {
+    part.dq_partial = (char*)dq_partial.data_ptr() + partial * (t == kDouble ? 8 : 4);
+    partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
+  }
+  const Kernels& table = kernels();
+  for_parts(parts, table.attention_bwd_items[t], table.attention_bwd_bytes[t], table.attention_bwd[t]);
+  for (const Attention& part : parts)
+    if (part.chunks > 1)
+      for_range(part.H * part.T, 64,
+                [&](int64_t begin, int64_t end) { table.attention_bwd_sum_dq[t](part, begin, end); });
+  return {dq, dk, dv, sink ? sum_sink(op, a, t, N, *sink) : none_like(q)};
 }
 
 }  // namespace fastllm::cpu

@@ -77,8 +77,9 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + q0 * Dvw, w.scratch);
       pack_right_rows(q, a.q.t, a.q.d, n, a.D, w.q_rows + q0 / kPer * Blocks::padded(a.D));
       pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
-      const double* lse = a.lse + (b * a.H + h) * a.T + q0;
-      const double* dlse = a.dlse ? a.dlse + (b * a.H + h) * a.T + q0 : nullptr;
+      const int64_t at = b * a.lse_b + h * a.lse_h + q0;
+      const double* lse = a.lse + at;
+      const double* dlse = a.dlse ? a.dlse + at : nullptr;
       for (int64_t i = 0; i < kQueries; ++i) {
         T delta = 0;
         if (i < n) {
@@ -256,7 +257,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries.
   static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
     const double sink = ((const T*)a.sink)[h];
-    const double* lse = a.lse + (b * a.H + h) * a.T;
+    const double* lse = a.lse + b * a.lse_b + h * a.lse_h;
     double total = 0;
     for (int64_t i = 0; i < a.T; ++i) total -= ::exp(sink - lse[i]) * w.delta[i];
     ((T*)a.dsink_partial)[b * a.H + h] = T(total);

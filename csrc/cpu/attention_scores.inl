@@ -131,7 +131,7 @@ struct ScoreTile {
 
   // keep[k][q] = 1 / (1 - dropout_p), or 0 with probability dropout_p.
   void draw(int64_t k0, int64_t keys) const {
-    const uint32_t threshold = uint32_t(a.dropout_p * 4294967296.0), bh = uint32_t(b * a.H + h);
+    const uint32_t threshold = uint32_t(a.dropout_p * 4294967296.0), bh = uint32_t(a.first_head + b * a.H + h);
     const T kept = T(1 / (1 - a.dropout_p));
     for (int64_t group = k0 / 4; group * 4 < k0 + keys; ++group)
       for (int64_t v = 0; v < vectors; ++v) {

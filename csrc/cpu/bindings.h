@@ -29,4 +29,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
     int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad);
 
+std::tuple<Tensor, Tensor> attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                                MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed,
+                                                double scale, double softcap, std::optional<int64_t> q_offset,
+                                                int64_t window_left, int64_t window_right, double dropout_p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
+    Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor cu_seqlens_q,
+    Tensor cu_seqlens_k, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
+    std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right, double dropout_p);
+
 }  // namespace fastllm::cpu

@@ -52,8 +52,10 @@ struct Attention {
   int64_t q_offset, left, right;  // left, right: keys visible before and after a query's position; -1 is unbounded
   Heads q, k, v, o;
   double* lse;  // [B, H, T], natural logarithm; in fp32 its rounding would be the largest error of the backward pass
-  Scores mask;  // bytes (type kTypes), 0 = hidden; data may be null
-  Scores bias;  // any storage type; data may be null
+  int64_t lse_b, lse_h;             // its strides, and dlse's
+  int64_t first_head;               // what b * H + h starts at in the counters of dropout
+  Scores mask;                      // bytes (type kTypes), 0 = hidden; data may be null
+  Scores bias;                      // any storage type; data may be null
   const void *alibi_slopes, *sink;  // [B, H] and [H] in the compute type; may be null
   int64_t alibi_stride_b;           // 0 for slopes [H]
   double dropout_p;

@@ -33,17 +33,17 @@ def _bwd_fake(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, *option
     )
 
 
-_OPTIONS = (
+OPTIONS = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? seed, float scale, float softcap,"
     " SymInt q_offset, SymInt window_left, SymInt window_right, float dropout_p"
 )
 attention_fwd = Op(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)",
     "attention",
     _fwd_fake,
 )
 attention_bwd = Op(
-    f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_OPTIONS},"
+    f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS},"
     " bool bias_grad)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     "attention",
@@ -137,13 +137,8 @@ def attention(
     if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
         q, k, v = _autocast(q, k, v)
     _check(q, k, v)
-    (B, H, T, D), S = q.shape, k.shape[2]
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
-    if softcap < 0 or not math.isfinite(softcap):
-        raise ValueError(f"attention: softcap must be 0 (off) or positive, got {softcap}")
-    left, right = _window(window)
-    right = 0 if causal and right < 0 else min(right, 0) if causal else right
+    (B, H, T, _), S = q.shape, k.shape[2]
+    options = check_options("attention", q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
     if mask is not None:
         if isinstance(mask, torch.Tensor) and mask.dtype in FLOATS:
             raise TypeError(
@@ -152,16 +147,13 @@ def attention(
         check_tensor("attention", "mask", mask, like=q, dtypes=(torch.bool,))
         check_broadcast("attention", "mask", mask, (B, H, T, S))
         mask = as_4d(mask)
-    options = dict(
-        scale=D**-0.5 if scale is None else float(scale),
-        softcap=float(softcap),
-        q_offset=S - T if q_offset is None else q_offset,
-        window_left=left,
-        window_right=right,
-        dropout_p=float(dropout_p),
-    )
-    scores = _check_scores(q, B, H, T, S, bias, alibi_slopes, sink)
-    bias, alibi_slopes, sink = scores
+    if bias is not None:
+        check_tensor("attention", "bias", bias)
+        if bias.device != q.device:
+            raise ValueError(f"attention: bias must be on {q.device} like q, got {bias.device}")
+        check_broadcast("attention", "bias", bias, (B, H, T, S))
+        bias = as_4d(bias)
+    head_tensors("attention", q, B, H, alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     backend = choose("attention", q, _triton_lacks(q, dropout_p))
     if backend == "reference":
@@ -194,43 +186,55 @@ def _check(q, k, v):
         check_tensor("attention", name, x, like=None if name == "q" else q)
         if x.ndim != 4:
             raise ValueError(f"attention: {name} must be [B, H, T, D], got {list(x.shape)}")
-    (B, H, _, D), (Bk, Hkv, S, Dk), (Bv, Hv, Sv, Dv) = q.shape, k.shape, v.shape
+
+
+def check_options(op, q, k, v, causal, window, q_offset, scale, softcap, dropout_p):
+    """The shapes of q, k, v [B, H, T, D] and the numbers among the options, the latter in the schema's order."""
+    (B, H, T, D), (Bk, Hkv, S, Dk), (Bv, Hv, Sv, Dv) = q.shape, k.shape, v.shape
     if (Bk, Bv) != (B, B) or Hkv != Hv or S != Sv:
         raise ValueError(
-            "attention: k and v must agree in [B, Hkv, S] and have q's B, "
+            f"{op}: k and v must agree in [B, Hkv, S] and have q's B, "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if D != Dk or D == 0 or Dv == 0:
-        raise ValueError(f"attention: q and k must have one head size D >= 1, got {D} and {Dk} (v has {Dv})")
+        raise ValueError(f"{op}: q and k must have one head size D >= 1, got {D} and {Dk} (v has {Dv})")
     if H and (Hkv == 0 or H % Hkv):
-        raise ValueError(f"attention: q's {H} heads must be a multiple of k's {Hkv} heads")
+        raise ValueError(f"{op}: q's {H} heads must be a multiple of k's {Hkv} heads")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap < 0 or not math.isfinite(softcap):
+        raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
+    left, right = _window(op, window)
+    right = 0 if causal and right < 0 else min(right, 0) if causal else right
+    return dict(
+        scale=D**-0.5 if scale is None else float(scale),
+        softcap=float(softcap),
+        q_offset=S - T if q_offset is None else q_offset,
+        window_left=left,
+        window_right=right,
+        dropout_p=float(dropout_p),
+    )
 
 
-def _window(window):
+def _window(op, window):
     """(left, right) with -1 for unbounded."""
     if window is None:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"attention: window must be (left, right), got {window!r}")
+        raise ValueError(f"{op}: window must be (left, right), got {window!r}")
     sides = tuple(-1 if side is None else side for side in window)
     if any(not isinstance(side, (int, torch.SymInt)) or side < -1 for side in sides):
-        raise ValueError(f"attention: window sides must be integers >= 0, or -1 or None for unbounded, got {window!r}")
+        raise ValueError(f"{op}: window sides must be integers >= 0, or -1 or None for unbounded, got {window!r}")
     return sides
 
 
-def _check_scores(q, B, H, T, S, bias, alibi_slopes, sink):
-    if bias is not None:
-        check_tensor("attention", "bias", bias)
-        if bias.device != q.device:
-            raise ValueError(f"attention: bias must be on {q.device} like q, got {bias.device}")
-        check_broadcast("attention", "bias", bias, (B, H, T, S))
-        bias = as_4d(bias)
+def head_tensors(op, q, B, H, alibi_slopes, sink):
+    """Checks the options that have a number per head."""
     for name, x, shapes in (("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("sink", sink, [(H,)])):
         if x is not None:
-            check_tensor("attention", name, x)
+            check_tensor(op, name, x)
             if x.device != q.device:
-                raise ValueError(f"attention: {name} must be on {q.device} like q, got {x.device}")
+                raise ValueError(f"{op}: {name} must be on {q.device} like q, got {x.device}")
             if tuple(x.shape) not in shapes:
                 wanted = " or ".join(str(list(s)) for s in shapes)
-                raise ValueError(f"attention: {name} must be {wanted}, got {list(x.shape)}")
-    return bias, alibi_slopes, sink
+                raise ValueError(f"{op}: {name} must be {wanted}, got {list(x.shape)}")
