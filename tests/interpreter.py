@@ -1,0 +1,95 @@
+"""Makes Triton's interpreter right for bf16 and tf32. Imported by conftest where there is no GPU; not for production.
+
+The interpreter keeps a bf16 tensor as the raw bits in uint16 and then computes on those bits as if they were integers,
+and it rounds fp32 to bf16 by cutting. Here bf16 operands are widened to fp32, the result is rounded to nearest even,
+and products of fp16 and bf16 are summed in fp32, as on a GPU; a tf32 product sees operands of 10 mantissa bits.
+Holds for Triton 3.6; TRITON_INTERPRET=1 has to be set before Triton is imported.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_original = {
+    name: getattr(InterpreterBuilder, name)
+    for name in ("cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "create_dot")
+}
+
+
+def _is_bf16(handle):
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _round_to_bf16(x):
+    """The bits of fp32 `x` rounded to bf16, ties to even, NaN kept."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    ties_to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.where(np.isnan(x), np.uint16(0x7FC0), ((bits + ties_to_even) >> np.uint32(16)).astype(np.uint16))
+
+
+def _bf16(x):
+    return TensorHandle(_round_to_bf16(x), tl.bfloat16)
+
+
+def _values(handle):
+    """The numbers in a tensor: fp32 for bf16, the array itself for every other dtype."""
+    if _is_bf16(handle):
+        return (handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return handle.data
+
+
+def _round_to_tf32(x):
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def cast_impl(self, src, dst_type):
+    to_bf16 = dst_type.scalar == tl.bfloat16
+    if to_bf16 and not _is_bf16(src):
+        return _bf16(src.data.astype(np.float32))
+    if _is_bf16(src) and not to_bf16:
+        return TensorHandle(_values(src).astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
+    return _original["cast_impl"](self, src, dst_type)
+
+
+def create_fp_to_fp(self, src, dst_type, rounding_mode):
+    types = (src.dtype.scalar, dst_type.scalar)
+    if tl.bfloat16 in types and all(t.primitive_bitwidth > 8 for t in types):
+        return cast_impl(self, src, dst_type)
+    return _original["create_fp_to_fp"](self, src, dst_type, rounding_mode)
+
+
+def binary_op(self, lhs, rhs, op):
+    if not (_is_bf16(lhs) or _is_bf16(rhs)):
+        return _original["binary_op"](self, lhs, rhs, op)
+    result = op(_values(lhs), _values(rhs))
+    return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
+
+
+def unary_op(self, arg, op):
+    return _bf16(op(_values(arg))) if _is_bf16(arg) else _original["unary_op"](self, arg, op)
+
+
+def create_fma(self, x, y, z):
+    if _is_bf16(z):
+        return _bf16(_values(x) * _values(y) + _values(z))
+    return TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    if a.dtype.primitive_bitwidth in (8, 64):
+        return _original["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
+    lhs, rhs = _values(a).astype(np.float32), _values(b).astype(np.float32)
+    if a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
+        lhs, rhs = _round_to_tf32(lhs), _round_to_tf32(rhs)
+    return TensorHandle(np.matmul(lhs, rhs).astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def get_bf16(self, value):
+    return _bf16(np.array([value], np.float32))
+
+
+for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, create_dot, get_bf16):
+    setattr(InterpreterBuilder, function.__name__, function)
