@@ -1,0 +1,12 @@
+"""Training and evaluating language models and classifiers on the kernels: the commands that need the `llm` extra."""
+
+import importlib
+
+
+def require(module: str, package: str | None = None):
+    """Import a third-party module that only the `llm` extra brings. Raises ImportError that names the cure."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = package or module
+        raise ImportError(f"{package} is needed here: pip install 'fastllm-kernels[llm]', or {package}") from error

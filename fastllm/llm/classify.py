@@ -1,0 +1,226 @@
+"""`fastllm classify`: train and evaluate the reference transformer as a text classifier on TSV files."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastllm.llm import require
+from fastllm.llm.data import SPLITS, atomic, read_tsv
+from fastllm.llm.tokens import Vocabulary, bucketed, collate
+from fastllm.llm.train import OPTIMIZERS, Recipe, train
+from fastllm.model import Config, Transformer
+
+# "paper": the sizes of Vaswani et al. 2017. "cpu": minutes on two cores.
+PRESETS = {
+    "paper": dict(d_model=512, heads=8, layers=6, d_ff=2048),
+    "cpu": dict(d_model=128, heads=4, layers=2, d_ff=512),
+}
+
+
+@dataclass
+class Task:
+    """A classification set as numbers: the splits as lists of (token numbers, class number)."""
+
+    vocabulary: Vocabulary
+    classes: list[str]
+    splits: dict
+    rows: dict
+    left_out: dict = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder, *, vocabulary=20000, max_len=256):
+        """From train.tsv, valid.tsv, test.tsv. A class that is not in train is left out of the others, and counted."""
+        rows, left_out = {}, {}
+        for split in SPLITS:
+            rows[split], left_out[f"{split} malformed"] = read_tsv(Path(folder) / f"{split}.tsv")
+        classes = sorted({label for _, label in rows["train"]})
+        if len(classes) < 2:
+            raise ValueError(f"{folder}/train.tsv: two classes at least are needed, got {classes}")
+        number = {label: n for n, label in enumerate(classes)}
+        for split in ("valid", "test"):
+            known = [row for row in rows[split] if row[1] in number]
+            left_out[f"{split} of unknown class"] = len(rows[split]) - len(known)
+            rows[split] = known
+        words = Vocabulary.of((text for text, _ in rows["train"]), vocabulary)
+        splits = {s: [(words.encode(text, max_len), number[label]) for text, label in rows[s]] for s in SPLITS}
+        return cls(words, classes, splits, rows, {what: n for what, n in left_out.items() if n})
+
+    def batches(self, split, batch, seed=None):
+        """One pass over a split, bucketed by length; in random order with a seed."""
+        data = self.splits[split]
+        for indices in bucketed([len(tokens) for tokens, _ in data], batch, seed):
+            yield collate([data[i][0] for i in indices], [data[i][1] for i in indices])
+
+    def epochs(self, batch, seed):
+        """Passes over the train split without end, each in its own order."""
+        epoch = 0
+        while True:
+            yield from self.batches("train", batch, seed + epoch)
+            epoch += 1
+
+    def config(self, preset="cpu", **changes) -> Config:
+        sizes = dict(vocab=len(self.vocabulary), kind="encoder", classes=len(self.classes), max_len=1024)
+        return Config(**sizes | PRESETS[preset] | changes)
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch.tokens, batch.mask), batch.labels)
+
+
+def tokens_in(batch):
+    return batch.real_tokens
+
+
+@torch.no_grad()
+def predict(model, task, split, batch=64):
+    """(logits [N, classes], labels [N]) over a split."""
+    model.eval()
+    pairs = [(model(b.tokens, b.mask), b.labels) for b in task.batches(split, batch)]
+    return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def valid_loss(task):
+    def evaluate(model):
+        logits, labels = predict(model, task, "valid")
+        return dict(
+            loss=float(F.cross_entropy(logits, labels)), accuracy=float((logits.argmax(-1) == labels).float().mean())
+        )
+
+    return evaluate
+
+
+def scores(truth, predicted) -> dict:
+    """Accuracy, and precision, recall and F1 averaged over the classes with equal weight."""
+    metrics = require("sklearn.metrics", "scikit-learn")
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, predicted, average="macro", zero_division=0
+    )
+    return dict(
+        accuracy=float(metrics.accuracy_score(truth, predicted)),
+        precision=float(precision),
+        recall=float(recall),
+        f1=float(f1),
+    )
+
+
+def baselines(task) -> dict:
+    """Test scores of always the most frequent class, and of TF-IDF with logistic regression."""
+    text = require("sklearn.feature_extraction.text", "scikit-learn")
+    linear = require("sklearn.linear_model", "scikit-learn")
+    (train_x, train_y), (test_x, test_y) = (zip(*task.rows[split], strict=True) for split in ("train", "test"))
+    majority = max(sorted(set(train_y)), key=train_y.count)
+    vectors = text.TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
+    model = linear.LogisticRegression(max_iter=1000, C=10.0)
+    model.fit(vectors.fit_transform(train_x), train_y)
+    return {
+        "most frequent class": scores(test_y, [majority] * len(test_y)),
+        "TF-IDF + logistic regression": scores(test_y, model.predict(vectors.transform(test_x))),
+    }
+
+
+def fit(task, config, recipe, *, batch=32, accelerated=True, checkpoint=None, what="classifier"):
+    """Train on the task's train split. Returns the model with its best parameters, and the history."""
+    torch.manual_seed(recipe.seed)
+    model = Transformer(config, accelerated)
+    extra = dict(config=asdict(config), vocabulary=task.vocabulary.entries, classes=task.classes)
+    history = train(
+        model,
+        task.epochs(batch, recipe.seed),
+        loss_of,
+        tokens_in,
+        recipe,
+        evaluate=valid_loss(task),
+        checkpoint=checkpoint,
+        extra=extra,
+        what=what,
+    )
+    return model, history
+
+
+def run(
+    data,
+    out="runs/classify",
+    *,
+    preset="cpu",
+    epochs=5,
+    batch=32,
+    vocabulary=20000,
+    max_len=256,
+    optimizer="adamw",
+    lr=5e-4,
+    dropout=0.1,
+    weight_decay=0.05,
+    patience=3,
+    seed=0,
+    naive=False,
+) -> dict:
+    """Train, keep the best checkpoint in out/best.pt, evaluate on test, write out/result.json and return it."""
+    require("sklearn.metrics", "scikit-learn")
+    task = Task.load(data, vocabulary=vocabulary, max_len=max_len)
+    per_epoch = math.ceil(len(task.splits["train"]) / batch)
+    recipe = Recipe(
+        steps=epochs * per_epoch,
+        optimizer=optimizer,
+        lr=lr,
+        warmup=min(200, per_epoch),
+        weight_decay=weight_decay,
+        evaluate_every=per_epoch,
+        patience=patience,
+        seed=seed,
+    )
+    config = task.config(preset, dropout=dropout)
+    model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, checkpoint=Path(out) / "best.pt")
+    logits, labels = predict(model, task, "test")
+    result = dict(
+        data=str(data),
+        config=asdict(config),
+        left_out=task.left_out,
+        history=history,
+        test={"transformer": scores(labels, logits.argmax(-1))} | baselines(task),
+    )
+    with atomic(Path(out) / "result.json") as file:
+        json.dump(result, file)
+    return result
+
+
+def add_arguments(subparsers):
+    parser = subparsers.add_parser("classify", help="train a text classifier on train.tsv, valid.tsv, test.tsv")
+    parser.add_argument("data", help="folder with the three files, as `fastllm data` builds them")
+    parser.add_argument("--out", default="runs/classify")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    for name, kind, default in (
+        ("epochs", int, 5),
+        ("batch", int, 32),
+        ("vocabulary", int, 20000),
+        ("max-len", int, 256),
+        ("lr", float, 5e-4),
+        ("dropout", float, 0.1),
+        ("weight-decay", float, 0.05),
+        ("patience", int, 3),
+        ("seed", int, 0),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
+    parser.set_defaults(run=main)
+
+
+def main(args) -> int:
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
+    result = run(**options)
+    show_scores(result["test"])
+    history = result["history"]
+    print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
+    print(f"checkpoint and result: {args.out}")
+    return 0
+
+
+def show_scores(test: dict):
+    from fastllm.text import show
+
+    names = ("accuracy", "precision", "recall", "f1")
+    show(("test", *names), [(who, *(f"{found[name]:.3f}" for name in names)) for who, found in test.items()])

@@ -1,0 +1,191 @@
+"""`fastllm pretrain`: train and evaluate the reference transformer as a byte-level language model on plain text."""
+
+import bz2
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastllm.llm.data import SPLITS, atomic
+from fastllm.llm.tokens import Bytes, windows
+from fastllm.llm.train import OPTIMIZERS, Recipe, train
+from fastllm.model import Config, Transformer
+
+# The parts of Llama (rotary, RMSNorm, SwiGLU) in two sizes; "paper" has those of Vaswani et al. 2017.
+MODERN = dict(kind="decoder", vocab=Bytes.size, norm="rmsnorm", positions="rotary", activation="swiglu")
+PRESETS = {
+    "paper": MODERN | dict(d_model=512, heads=8, layers=6, d_ff=2048, scale_embedding=False),
+    "cpu": MODERN | dict(d_model=192, heads=3, layers=4, d_ff=512, scale_embedding=False),
+}
+
+
+@dataclass
+class Task:
+    """The three splits as bytes."""
+
+    splits: dict
+    context: int
+
+    @classmethod
+    def load(cls, folder, context):
+        splits = {s: Bytes().encode((Path(folder) / f"{s}.txt").read_text("utf-8", errors="replace")) for s in SPLITS}
+        for split, tokens in splits.items():
+            if len(tokens) <= context:
+                raise ValueError(f"{folder}/{split}.txt: {len(tokens)} bytes are too few for a context of {context}")
+        return cls(splits, context)
+
+    def batches(self, batch, seed):
+        return windows(self.splits["train"], self.context, batch, seed)
+
+    def config(self, preset="cpu", **changes) -> Config:
+        return Config(**PRESETS[preset] | dict(max_len=self.context) | changes)
+
+
+def loss_of(model, batch):
+    logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def tokens_in(batch):
+    return batch[:, 1:].numel()
+
+
+@torch.no_grad()
+def perplexity(model, tokens, context, limit=1 << 17, batch=8) -> dict:
+    """Over windows of `context` tokens side by side, `limit` tokens at most, spread over the whole text."""
+    model.eval()
+    starts = torch.arange(0, len(tokens) - context, context)
+    if len(starts) * context > limit:
+        starts = starts[:: math.ceil(len(starts) * context / limit)]
+    cut = tokens[starts[:, None] + torch.arange(context + 1)].long()
+    total = sum(float(loss_of(model, part)) * len(part) for part in cut.split(batch))
+    loss = total / len(cut)
+    return dict(loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2), tokens=len(cut) * context)
+
+
+def baselines(task) -> dict:
+    """Test perplexity per byte of byte frequencies, and what bzip2 makes of the test text."""
+    counts = torch.bincount(task.splits["train"].long(), minlength=256).double() + 1
+    test = torch.bincount(task.splits["test"].long(), minlength=256).double()
+    loss = float(-(test * (counts / counts.sum()).log()).sum() / test.sum())
+    whole = bytes(task.splits["test"].tolist())
+    bits = 8 * len(bz2.compress(whole, 9)) / len(whole)
+    return {
+        "byte frequencies": dict(loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2)),
+        "bzip2 -9 on the test text": dict(loss=bits * math.log(2), perplexity=2.0**bits, bits_per_byte=bits),
+    }
+
+
+def prompt_from(tokens, count=64) -> str:
+    """The beginning of a paragraph, or else of a line, behind the first tenth of a text."""
+    text = Bytes().decode(tokens[len(tokens) // 10 :][:4096])
+    for separator in ("\n\n", "\n"):
+        if found := text.partition(separator)[2].strip():
+            return found[:count]
+    return text[:count]
+
+
+def sample(model, prompt: str, count: int, seed=0, temperature=0.8, top_k=40) -> str:
+    tokens = Bytes().encode(prompt).long()[None]
+    random = torch.Generator().manual_seed(seed)
+    made = model.generate(tokens, count, temperature=temperature, top_k=top_k, generator=random)
+    return Bytes().decode(made[0])
+
+
+def fit(task, config, recipe, *, batch=8, accelerated=True, checkpoint=None, what="language model"):
+    """Train on the task's train split. Returns the model with its best parameters, and the history."""
+    torch.manual_seed(recipe.seed)
+    model = Transformer(config, accelerated)
+    history = train(
+        model,
+        task.batches(batch, recipe.seed),
+        loss_of,
+        tokens_in,
+        recipe,
+        evaluate=lambda model: perplexity(model, task.splits["valid"], task.context, limit=1 << 15),
+        checkpoint=checkpoint,
+        extra=dict(config=asdict(config), tokenizer="bytes"),
+        what=what,
+    )
+    return model, history
+
+
+def run(
+    data,
+    out="runs/pretrain",
+    *,
+    preset="cpu",
+    steps=1000,
+    batch=8,
+    context=512,
+    optimizer="adamw",
+    lr=2e-3,
+    dropout=0.0,
+    weight_decay=0.1,
+    patience=5,
+    seed=0,
+    naive=False,
+    prompt="\n",
+) -> dict:
+    """Train, keep the best checkpoint in out/best.pt, evaluate on test, write out/result.json and return it."""
+    task = Task.load(data, context)
+    recipe = Recipe(
+        steps=steps,
+        optimizer=optimizer,
+        lr=lr,
+        warmup=min(100, max(1, steps // 10)),
+        weight_decay=weight_decay,
+        evaluate_every=max(1, steps // 10),
+        patience=patience,
+        seed=seed,
+    )
+    config = task.config(preset, dropout=dropout)
+    model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, checkpoint=Path(out) / "best.pt")
+    test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
+    text = sample(model, prompt, min(300, context - len(Bytes().encode(prompt))))
+    result = dict(data=str(data), config=asdict(config), history=history, test=test, sample=text)
+    with atomic(Path(out) / "result.json") as file:
+        json.dump(result, file)
+    return result
+
+
+def add_arguments(subparsers):
+    parser = subparsers.add_parser("pretrain", help="train a language model on train.txt, valid.txt, test.txt")
+    parser.add_argument("data", help="folder with the three files, as `fastllm data` builds them")
+    parser.add_argument("--out", default="runs/pretrain")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    for name, kind, default in (
+        ("steps", int, 1000),
+        ("batch", int, 8),
+        ("context", int, 512),
+        ("lr", float, 2e-3),
+        ("dropout", float, 0.0),
+        ("weight-decay", float, 0.1),
+        ("patience", int, 5),
+        ("seed", int, 0),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    parser.add_argument("--prompt", default="\n", help="what the sample continues")
+    parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
+    parser.set_defaults(run=main)
+
+
+def main(args) -> int:
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
+    result = run(**options)
+    show_perplexity(result["test"])
+    history = result["history"]
+    print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
+    print(f"sample:\n{result['sample']}\n\ncheckpoint and result: {args.out}")
+    return 0
+
+
+def show_perplexity(test: dict):
+    from fastllm.text import show
+
+    rows = [(who, f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.3f}") for who, found in test.items()]
+    show(("test", "perplexity per byte", "bits per byte"), rows)

@@ -1,0 +1,196 @@
+"""The reference transformer: the naive and the accelerated one are one model."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_as_accurate
+
+import fastllm
+from fastllm import dispatch
+from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer, choose_token
+
+SMALL = dict(vocab=41, d_model=32, heads=4, kv_heads=2, layers=2, d_ff=48, max_len=64, dropout=0.0)
+
+
+def make(accelerated=True, seed=0, **options):
+    torch.manual_seed(seed)
+    return Transformer(Config(**SMALL | options), accelerated)
+
+
+def data(kind):
+    """tokens and the other arguments of forward; the second sequence of each batch ends in padding."""
+    tokens = torch.randint(1, 41, (2, 10))
+    mask = torch.arange(10) < torch.tensor([[10], [6]])
+    if kind != "encoder-decoder":
+        return tokens, dict(mask=mask if kind == "encoder" else None)
+    return tokens, dict(source=torch.randint(1, 41, (2, 7)), source_mask=torch.arange(7) < torch.tensor([[7], [4]]))
+
+
+def outputs_and_gradients(model, tokens, others):
+    """Logits and loss in one vector, and the gradients by name."""
+    logits = model(tokens, **others).flatten(0, -2)
+    targets = tokens[:, 0] if len(logits) == len(tokens) else tokens.flatten()
+    loss = F.cross_entropy(logits, targets % logits.shape[-1])
+    # The bias of the keys shifts all scores of a row alike: its gradient is 0, and what is computed is rounding alone.
+    parameters = {
+        name: p for name, p in getattr(model, "_orig_mod", model).named_parameters() if not name.endswith("key.bias")
+    }
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    return torch.cat([logits.flatten(), loss[None]]), dict(zip(parameters, gradients, strict=True))
+
+
+def assert_same_training(ours, peer, exact, kind, seen_as):
+    """Logits, loss and gradients of `ours` are those of `exact`, as far as the dtype `seen_as` can tell.
+
+    check.py's rule is for one op, and tests of the ops hold it; in a model the roundings of many ops meet, and either
+    side can be lucky. So what comes out is rounded to a coarser dtype first, each gradient scaled to unit norm.
+    """
+    tokens, others = data(kind)
+    found = [outputs_and_gradients(model, tokens, others) for model in (ours, peer, exact)]
+    assert_as_accurate(*(output.to(seen_as) for output, _ in found[:2]), found[2][0], "logits and loss")
+    for name, truth in found[2][1].items():
+        scaled = [by_name[name].double() / truth.norm() for _, by_name in found]
+        assert_as_accurate(*(gradient.to(seen_as) for gradient in scaled[:2]), scaled[2], name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(norm=n, positions=p, activation=a)
+        for n, p, a in zip((*NORMS, "rmsnorm"), POSITIONS, ACTIVATIONS, strict=True)
+    ]
+    + [dict(window=(3, 3), tie_embeddings=False, scale_embedding=False)],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_accelerated_is_naive(kind, options):
+    options = dict(options, kind=kind, classes=3 if kind == "encoder" else 0)
+    naive, ours, exact = make(False, **options), make(True, **options), make(False, **options).double()
+    assert naive.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(naive.state_dict().values(), ours.state_dict().values(), strict=True))
+    assert_same_training(ours, naive, exact, kind, torch.float16)
+    assert_same_training(ours.double(), naive, exact, kind, torch.float32)
+
+
+def test_shapes():
+    tokens = torch.randint(41, (2, 10))
+    assert make(kind="encoder")(tokens).shape == (2, 10, 32)
+    assert make(kind="encoder", classes=3)(tokens).shape == (2, 3)
+    assert make(kind="decoder")(tokens).shape == (2, 10, 41)
+    assert make(kind="encoder-decoder")(tokens, source=tokens[:, :4]).shape == (2, 10, 41)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder-decoder"])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_padding_changes_nothing(accelerated, kind):
+    """A sequence alone and the same one padded in a batch agree in fp64 far better than fp32 knows."""
+    model = make(accelerated, kind=kind, classes=3 if kind == "encoder" else 0)
+    tokens, others = data(kind)
+    inputs = dict(tokens=tokens, **others)
+    name, mask = ("tokens", "mask") if kind == "encoder" else ("source", "source_mask")
+    length = int(inputs[mask][1].sum())
+    alone = dict(tokens=tokens[1:], source=others.get("source", tokens)[1:]) | {name: inputs[name][1:, :length]}
+    if kind == "encoder":
+        del alone["source"]
+    peer = model(**alone)
+    model.double()
+    padded = model(**inputs)[1:]
+    assert_as_accurate(padded.float(), peer, model(**alone))
+    inputs[name] = torch.where(inputs[mask], inputs[name], 7)
+    assert torch.equal(model(**inputs)[1:], padded), "what is padded is seen"
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_decoder_does_not_look_ahead(accelerated):
+    model = make(accelerated)
+    tokens = torch.randint(41, (1, 10))
+    changed = tokens.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 41
+    assert torch.equal(model(tokens)[:, :6], model(changed)[:, :6])
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_generation_with_and_without_a_cache(kind, positions):
+    model = make(kind=kind, positions=positions).double()
+    tokens, others = data(kind)
+    others.pop("mask", None)
+    with_cache = model.generate(tokens, 12, **others)
+    assert with_cache.shape == (2, 22)
+    assert torch.equal(with_cache[:, :10], tokens)
+    assert torch.equal(with_cache, model.generate(tokens, 12, cache=False, **others))
+    assert torch.equal(with_cache[:, 10], model.eval()(tokens, **others)[:, -1].argmax(-1))
+
+
+def test_sampling():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
+    assert choose_token(logits[:1], 0.0, None, None).tolist() == [3]
+    drawn = choose_token(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {2, 3}
+    model = make()
+    start = torch.randint(41, (2, 3))
+    made = [model.generate(start, 8, temperature=1.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_generation_stops_and_keeps_the_mode():
+    model = make().train()
+    start = torch.randint(41, (2, 3))
+    stop = int(model.generate(start, 1)[0, -1])
+    made = model.generate(start[:1], 9, stop=stop)
+    assert made.shape == (1, 4) and made[0, -1] == stop
+    assert model.training
+
+
+def test_overfits_a_tiny_batch():
+    model = make(positions="rotary")
+    tokens = torch.randint(41, (2, 12))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 < math.log(41)
+    assert torch.equal(model.generate(tokens[:, :3], 9), tokens)
+
+
+def test_explain_names_the_ops():
+    ops = {call.op for call in fastllm.explain(make(True), torch.randint(41, (1, 4))).calls}
+    assert ops == {"attention", "layer_norm"}
+    assert not fastllm.explain(make(False), torch.randint(41, (1, 4))).calls
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k == "encoder-decoder" else pytest.mark.slow) for k in KINDS]
+)
+def test_compiles_whole(kind):
+    """fullgraph=True: a graph break is an error. Compiled and eager run the same kernels on the same numbers."""
+    if dispatch.extension is None:
+        pytest.skip(f"the C++ extension is needed: {dispatch.missing_extension}")
+    torch.use_deterministic_algorithms(False)  # inductor does not fill fresh memory
+    options = dict(kind=kind, classes=3 if kind == "encoder" else 0, layers=1)
+    model, exact = make(**options), make(False, **options).double()
+    assert_same_training(torch.compile(model, fullgraph=True), model, exact, kind, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda: Config(vocab=5, kind="sideways"), "kind must be one of"),
+        (lambda: Config(vocab=5, norm="batchnorm"), "norm must be one of"),
+        (lambda: Config(vocab=0), "vocab must be at least 1"),
+        (lambda: Config(vocab=5, d_model=30, heads=4), "heads must divide d_model"),
+        (lambda: Config(vocab=5, kv_heads=3), "kv_heads divide heads"),
+        (lambda: Config(vocab=5, classes=2), "only an encoder classifies"),
+        (lambda: make()(torch.zeros(1, 65, dtype=torch.int64)), "65 positions, but max_len=64"),
+        (lambda: make()(torch.zeros(1, 4, dtype=torch.int64), source=torch.zeros(1, 4)), "takes no source"),
+        (lambda: make(kind="encoder-decoder")(torch.zeros(1, 4, dtype=torch.int64)), "needs a source"),
+        (lambda: make(kind="encoder").generate(torch.zeros(1, 4, dtype=torch.int64), 1), "does not generate"),
+    ],
+)
+def test_wrong_use_is_named(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()

@@ -1,0 +1,177 @@
+"""The modules: torch's own constructors and state dicts, torch's own answers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_as_accurate, compare
+
+import fastllm
+import fastllm.nn as fnn
+
+NORMS = [
+    (fnn.LayerNorm, torch.nn.LayerNorm, {}),
+    (fnn.LayerNorm, torch.nn.LayerNorm, dict(eps=1e-3, bias=False)),
+    (fnn.LayerNorm, torch.nn.LayerNorm, dict(elementwise_affine=False)),
+    (fnn.RMSNorm, torch.nn.RMSNorm, {}),
+    (fnn.RMSNorm, torch.nn.RMSNorm, dict(eps=1e-3)),
+    (fnn.RMSNorm, torch.nn.RMSNorm, dict(elementwise_affine=False)),
+]
+
+
+def functional(module, x, *weights):
+    if isinstance(module, torch.nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, *weights, eps=module.eps)
+    return F.rms_norm(x, module.normalized_shape, *weights, eps=module.eps)
+
+
+@pytest.mark.parametrize("shape", [(33,), (3, 7)], ids=str)
+@pytest.mark.parametrize("ours, theirs, options", NORMS)
+def test_norm_is_torchs(ours, theirs, options, shape):
+    a, b = ours(shape, **options), theirs(shape, **options)
+    assert isinstance(a, theirs) and repr(a) == repr(b)
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for parameter in b.parameters():
+        torch.nn.init.normal_(parameter)
+    a.load_state_dict(b.state_dict())
+    weights = [w for w in (a.weight, getattr(a, "bias", None)) if w is not None]
+    inputs = [torch.randn(4, 5, *shape), *weights]
+
+    def call(x, *given):
+        return torch.func.functional_call(a, dict(zip(("weight", "bias"), given)), (x,))
+
+    def peer(x, *given):
+        return functional(b, x, *given)
+
+    compare(call, peer, peer, inputs, [torch.randn(4, 5, *shape)], torch.float32)
+
+
+@pytest.mark.parametrize("module", [fnn.LayerNorm((3, 7)), fnn.RMSNorm((3, 7)), fnn.LayerNorm(7)], ids=str)
+def test_norm_adds_the_residual(module):
+    x, r = torch.randn(2, 5, 3, 7), torch.randn(2, 5, 3, 7)
+    y, h = module(x, r)
+    assert torch.equal(h, x + r)
+    assert y.shape == x.shape
+    weights = [w for w in (module.weight, getattr(module, "bias", None)) if w is not None]
+    truth = functional(module, h.double(), *(w.double() for w in weights))
+    assert_as_accurate(y, functional(module, h, *weights), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_without_eps_is_torchs_on_tiny_rows(dtype):
+    """The default eps decides the result here: torch takes that of the dtype it computes in."""
+    x = torch.full((2, 8), 1e-4, dtype=dtype)
+    peer = torch.nn.RMSNorm(8)(x.float()).to(dtype)
+    truth = F.rms_norm(x.double(), (8,), eps=torch.finfo(torch.float32).eps)
+    assert_as_accurate(fnn.RMSNorm(8, dtype=dtype)(x), peer, truth)
+    assert_as_accurate(torch.nn.RMSNorm(8, dtype=dtype)(x), peer, truth)
+
+
+def test_norm_names_the_shape_it_wants():
+    for x in (torch.randn(2, 7, 3), torch.randn(7)):
+        with pytest.raises(ValueError, match=r"LayerNorm: x must be \[..., 3, 7\]"):
+            fnn.LayerNorm((3, 7))(x)
+
+
+class TorchAttention(fnn.Attention):
+    """The same block around torch's kernel."""
+
+    def attend(self, q, k, v, mask):
+        T, S = q.shape[2], k.shape[2]
+        i, j = torch.arange(T)[:, None] + S - T, torch.arange(S)
+        seen = torch.ones(T, S, dtype=torch.bool)
+        if self.causal:
+            seen = seen & (j <= i)
+        if self.window:
+            seen = seen & (j >= i - self.window[0]) & (j <= i + self.window[1])
+        seen = seen if mask is None else seen & mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(causal=True),
+        dict(kv_heads=2),
+        dict(kv_heads=1, causal=True),
+        dict(window=(3, 2)),
+        dict(head_dim=12),
+        dict(causal=True, rotary=fnn.Rotary(8, 64)),
+        dict(mask=True),
+        dict(context=True),
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_attention_forward_and_backward(options):
+    options = dict(options)
+    masked, cross = options.pop("mask", False), options.pop("context", False)
+    ours, theirs = fnn.Attention(32, 4, **options), TorchAttention(32, 4, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    # A bias of the keys shifts all scores of a row alike: its gradient is 0, and what is computed is rounding alone.
+    names = [name for name in ours.state_dict() if name != "key.bias"]
+    key_bias = torch.randn_like(ours.key.bias).detach()
+    theirs.load_state_dict(ours.state_dict())
+    mask = torch.arange(9) < torch.tensor([[9], [5]]) if masked else None
+    inputs = [torch.randn(2, 9, 32), torch.randn(2, 6, 32), *(ours.state_dict()[name] for name in names)]
+
+    def with_module(module):
+        def call(x, context, *weights):
+            given = dict(zip(names, weights, strict=True)) | {"key.bias": key_bias.to(x.dtype)}
+            return torch.func.functional_call(module, given, (x,), dict(context=context if cross else None, mask=mask))
+
+        return call
+
+    compare(with_module(ours), with_module(theirs), with_module(theirs), inputs, [torch.randn(2, 9, 32)], torch.float32)
+
+
+def test_attention_with_a_cache_continues():
+    attention = fnn.Attention(32, 4, 2, causal=True, rotary=fnn.Rotary(8, 64)).double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    cache, parts = fnn.KeyValues(), []
+    for part in x.split([4, 1, 3, 1], dim=1):
+        parts.append(attention(part, cache=cache))
+    assert len(cache) == 9
+    assert_as_accurate(torch.cat(parts, 1).float(), attention.float()(x.float()), attention.double()(x))
+
+
+def test_cross_attention_projects_its_context_once():
+    attention, cache = fnn.Attention(32, 4), fnn.KeyValues()
+    x, context = torch.randn(2, 3, 32), torch.randn(2, 5, 32)
+    first = attention(x, context, cache=cache)
+    attention.key = None  # a second projection would fail
+    assert torch.equal(first, attention(x, context, cache=cache))
+
+
+def test_rotary_depends_on_the_distance_alone():
+    rotary = fnn.Rotary(16, 64).double()
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
+    exact = fnn.Rotary(16, 64)(q.float(), 0)
+    assert torch.equal(exact, q.float())  # position 0 is not turned
+    near, far = ((rotary(q, p) * rotary(k, p - 3)).sum() for p in (5, 50))
+    peer = (rotary(q.float(), 50).double() * rotary(k.float(), 47).double()).sum()
+    assert_as_accurate(far.float(), peer.float(), near)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda: fnn.Attention(30, 4), "multiple of heads=4"),
+        (lambda: fnn.Attention(32, 4, 3), "multiple of kv_heads=3"),
+        (lambda: fnn.Rotary(7), "head_dim must be even"),
+        (lambda: fnn.Rotary(8, 4)(torch.randn(1, 1, 5, 8)), "past max_len=4"),
+        (lambda: fnn.Attention(8, 2, causal=True)(torch.randn(1, 2, 8), torch.randn(1, 2, 8)), "a context was given"),
+    ],
+)
+def test_wrong_use_is_named(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def test_attention_dropout_is_off_in_eval():
+    attention = fnn.Attention(8, 2, dropout=0.5)
+    x = torch.randn(1, 6, 8)
+    assert not torch.equal(attention(x), attention(x))
+    attention.eval()
+    assert torch.equal(attention(x), attention(x))
+    calls = fastllm.explain(attention, x).calls
+    assert [call.op for call in calls] == ["attention"]
