@@ -165,33 +165,44 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
   // p = exp(s * scale - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
   // rescale[v] is what the old sums have to be multiplied with. Dropout (`keep` is not null) does not touch the sum.
-  static void exponentials(T* s, int64_t keys, int64_t vectors, T scale, const T* keep, T* m, T* l, V* rescale) {
+  static void exponentials(T* s, const int64_t* ends, int64_t vectors, T scale, const T* keep, T* m, T* l, V* rescale) {
     for (int64_t v = 0; v < vectors; ++v) {
       T* column = s + v * V::L;
+      const int64_t keys = ends[v];
       const V c = V::set(scale), old = V::load(m + v * V::L);
-      V top[4] = {old, old, old, old};
-      for (int64_t k = 0; k < keys; ++k) top[k & 3] = max(top[k & 3], V::load(column + k * kQueries) * c);
-      const V now = max(max(top[0], top[1]), max(top[2], top[3]));
+      auto score = [&](int64_t k) { return V::load(column + k * kQueries); };
+      V top[2] = {old, old};
+      int64_t k = 0;
+      for (; k + 2 <= keys; k += 2) {
+        top[0] = max(top[0], score(k) * c);
+        top[1] = max(top[1], score(k + 1) * c);
+      }
+      if (k < keys) top[0] = max(top[0], score(k) * c);
+      const V now = max(top[0], top[1]);
       now.store(m + v * V::L);
       rescale[v] = exp(old - now);
 
       const V shift = V::set(0) - now;
       V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
-      for (int64_t k = 0; k < keys; k += 2) {
-        V p = exp(fma(V::load(column + k * kQueries), c, shift)), next = V::set(0);
-        if (k + 1 < keys) next = exp(fma(V::load(column + (k + 1) * kQueries), c, shift));
+      auto drop = [&](V p, int64_t k) { return keep ? p * V::load(keep + k * kQueries + v * V::L) : p; };
+      for (k = 0; k + 2 <= keys; k += 2) {
+        const V p = exp(fma(score(k), c, shift)), next = exp(fma(score(k + 1), c, shift));
         sum[0] = sum[0] + p;
         sum[1] = sum[1] + next;
-        if (keep) {
-          p = p * V::load(keep + k * kQueries + v * V::L);
-          if (k + 1 < keys) next = next * V::load(keep + (k + 1) * kQueries + v * V::L);
-        }
         if constexpr (kPer == 1) {
-          p.store(column + k * kQueries);
-          if (k + 1 < keys) next.store(column + (k + 1) * kQueries);
+          drop(p, k).store(column + k * kQueries);
+          drop(next, k + 1).store(column + (k + 1) * kQueries);
         } else {
-          store_pairs(p, next, (W*)column + k / 2 * kQueries);
+          store_pairs(drop(p, k), drop(next, k + 1), (W*)column + k / 2 * kQueries);
         }
+      }
+      if (k < keys) {
+        const V p = exp(fma(score(k), c, shift));
+        sum[0] = sum[0] + p;
+        if constexpr (kPer == 1)
+          drop(p, k).store(column + k * kQueries);
+        else
+          store_pairs(drop(p, k), V::set(0), (W*)column + k / 2 * kQueries);
       }
       (sum[0] + sum[1]).store(l + v * V::L);
     }
@@ -214,30 +225,25 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       const int64_t keys = clamp(range.end - k0, 0, kKeys);
       if (!scores.load(k0, keys)) continue;
       const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
-      int64_t first;
+      const bool plain = scores.plain(k0, keys);
+      int64_t ends[kVectors], first;  // of the keys that a vector of queries has scores for
       for (int64_t k = 0, end; k < keys; k = end) {
         end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
         product<Start::kZero, V>(end - k, vectors - first, key.at(k, 0), w.q + first * V::L, kQueries,
                                  Blocks::words(a.D), w.s + k * kQueries + first * V::L, kQueries);
+        if (!plain) scores.finish(w.s, k0, k, end, first);
+        for (int64_t v = k == 0 ? 0 : first; v < vectors; ++v) ends[v] = v < first ? 0 : end;
       }
-      const bool plain = scores.plain(k0, keys);
-      if (!plain) scores.finish(w.s, k0, 0, keys, 0);
       V rescale[kVectors];
-      exponentials(w.s, keys, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, w.m, w.l,
+      exponentials(w.s, ends, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, w.m, w.l,
                    rescale);
 
+      // Vectors with the same keys share a product; on the diagonal each has its own.
       const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
-      for (int64_t k = 0, end; k < keys; k = end) {
-        end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-        const W* p = (const W*)w.s + k / kPer * kQueries + first * V::L;
-        const int64_t steps = (end - k + kPer - 1) / kPer;
-        // Queries before `first` of the first run have met no key of this block: nothing to rescale there.
-        if (k == 0)
-          product<Start::kScale, V>(a.Dv, vectors - first, value, p, kQueries, steps, w.o + first * V::L, kQueries,
-                                    rescale + first);
-        else
-          product<Start::kAdd, V>(a.Dv, vectors - first, value.at(0, k / kPer), p, kQueries, steps, w.o + first * V::L,
-                                  kQueries);
+      for (int64_t v = 0, next; v < vectors; v = next) {
+        for (next = v + 1; next < vectors && ends[next] == ends[v];) ++next;
+        product<Start::kScale, V>(a.Dv, next - v, value, (const W*)w.s + v * V::L, kQueries,
+                                  (ends[v] + kPer - 1) / kPer, w.o + v * V::L, kQueries, rescale + v);
       }
     }
 
