@@ -152,8 +152,8 @@ def compare(models: dict, batches: list, loss_of, tokens_in, recipe, *, block=10
 
     Whatever else the machine does hits both, and the order changes from block to block. Speed is that of whole blocks,
     the first one left out; the ratio of a block is the second model's tokens/s over the first's on the same batches.
-    The spread is from the 20th to the 80th percentile of the blocks. Losses are those of every step. With recipe.seconds
-    it ends with the first block behind them, the third at the earliest.
+    The spread is from the 20th to the 80th percentile of the blocks. Losses are those of every step. With `seconds` in
+    the recipe it ends with the first block behind them, the third at the earliest.
     """
     names = list(models)
     steppers = {name: Stepper(model.train(), recipe, loss_of) for name, model in models.items()}
