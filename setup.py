@@ -73,7 +73,8 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
 
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"
+    flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall"
+    flags += " -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12's own intrinsics
     flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(
         f"\\&fastllm::k_{isa}" for isa in isas
     )
