@@ -137,6 +137,12 @@ def _options(dtype):
             "sink": ((q, q, q), {"sink": w[:2]}),
             "dropout_p": ((q, q, q), {"dropout_p": 0.1}),
         },
+        fastllm.attention_varlen: {
+            "packed batches, with attention's options but mask and bias": (
+                (q[0], q[0], q[0]),
+                {"cu_seqlens_q": torch.tensor([0, 2]), "cu_seqlens_k": torch.tensor([0, 2])},
+            )
+        },
         fastllm.layer_norm: {"weight, bias": ((x, w, w), {}), "residual": ((x, w, w), {"residual": x})},
         fastllm.rms_norm: {
             "weight": ((x, w), {}),

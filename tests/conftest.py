@@ -15,6 +15,25 @@ ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton"]
 
 
+INTERPRETED_SHARE = 7  # of the attention tests, one in this many: coprime to the number of dtypes, rules and options
+
+
+def pytest_collection_modifyitems(items):
+    """Interpreted attention takes seconds a test: the fast suite takes a share across all options, the slow one all."""
+    if torch.cuda.is_available():
+        return
+    interpreted = [
+        item
+        for item in items
+        if item.path.name == "test_attention.py"
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("backend") == "triton"
+    ]
+    for n, item in enumerate(interpreted):
+        if n % INTERPRETED_SHARE:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
