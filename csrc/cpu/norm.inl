@@ -20,15 +20,21 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
     const S* h = residual_sum<V, S>(a, row);
     T mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + load<V>(h + i, n); }) / T(D);
 
-    // The mean is rounded: what is left of it in the centred row corrects it. Then the variance from centred values:
-    // E[h^2] - mean^2 would cancel where the mean is large.
-    V mu = V::set(mean);
-    mean += sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + inside(load<V>(h + i, n) - mu, n); }) / T(D);
-    mu = V::set(mean);
-    const T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
-      const V d = inside(load<V>(h + i, n) - mu, n);
+    // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large. The mean is rounded: what
+    // is left of it in the centred row corrects both.
+    const V rounded = V::set(mean);
+    V left[2] = {V::set(0), V::set(0)};
+    int turn = 0;
+    T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
+      const V d = inside(load<V>(h + i, n) - rounded, n);
+      left[turn] = left[turn] + d;
+      turn ^= 1;
       return fma(d, d, s);
     });
+    const T correction = sum(left[0] + left[1]) / T(D);
+    squares -= correction * correction * T(D);
+    mean += correction;
+    const V mu = V::set(mean);
     const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
     ((T*)a.mean)[row] = mean;
     ((T*)a.rstd)[row] = rstd;

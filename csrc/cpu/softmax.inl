@@ -13,57 +13,77 @@ inline SoftmaxRow softmax_row(const Softmax& a, int64_t row) {
   return {row * a.S, visible, a.mask ? a.mask + b * stride[0] + h * stride[1] + t * stride[2] : nullptr};
 }
 
-// s[i] = scale * x[i] into `s`, -inf where the mask hides; returns the largest.
+// s[i] = scale * x[i], or -inf where the mask hides; the largest of them.
 template <class V, class S>
-typename V::T softmax_scores(const Softmax& a, SoftmaxRow row, typename V::T* s) {
+typename V::T masked_scores(const Softmax& a, SoftmaxRow row, typename V::T* s) {
   using T = typename V::T;
   const S* x = (const S*)a.x + row.begin;
   const V scale = V::set(T(a.scale)), hidden = V::set(-INFINITY);
   V m = hidden;
   for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
-    V v = load<V>(x + i, n) * scale;
-    if (row.mask) {
-      T keep[V::L];
-      for (int64_t j = 0; j < V::L; ++j) keep[j] = j < n && row.mask[(i + j) * a.mask_stride[3]] ? T(1) : T(0);
-      v = select_lt(V::set(0), V::load(keep), v, hidden);
-    }
+    T keep[V::L];
+    for (int64_t j = 0; j < V::L; ++j) keep[j] = j < n && row.mask[(i + j) * a.mask_stride[3]] ? T(1) : T(0);
+    const V v = select_lt(V::set(0), V::load(keep), load<V>(x + i, n) * scale, hidden);
     store(v, s + i, n);
-    if (n < V::L) v = select_lt(V::iota(), V::set(T(n)), v, hidden);
     m = max(m, v);
   });
   return max_of(m);
 }
 
+// Without a mask the scores need no memory: they are made from x again.
+template <class V, class S>
+typename V::T largest_score(const Softmax& a, SoftmaxRow row) {
+  using T = typename V::T;
+  const S* x = (const S*)a.x + row.begin;
+  const V scale = V::set(T(a.scale)), lowest = V::set(-INFINITY);
+  V m[4] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + 4 * V::L <= row.visible; i += 4 * V::L)
+    UNROLLED for (int u = 0; u < 4; ++u) m[u] = max(m[u], V::load(x + i + u * V::L) * scale);
+  for (; i < row.visible; i += V::L) {
+    const int64_t n = row.visible - i < V::L ? row.visible - i : V::L;
+    const V v = load<V>(x + i, n) * scale;
+    m[0] = max(m[0], n < V::L ? select_lt(V::iota(), V::set(T(n)), v, lowest) : v);
+  }
+  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+template <class V, class S, bool kMasked>
+void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* s) {
+  using T = typename V::T;
+  const S* x = (const S*)a.x + row.begin;
+  S* y = (S*)a.y + row.begin;
+  const T m = kMasked ? masked_scores<V, S>(a, row, s) : largest_score<V, S>(a, row);
+  const bool empty = !(m > -INFINITY) && !(m != m);
+  const V scale = V::set(T(a.scale)), shift = V::set(empty ? T(0) : m);
+  auto score = [&](int64_t i, int64_t n) { return kMasked ? load<V>(s + i, n) : load<V>(x + i, n) * scale; };
+
+  const T total = sum_over<V>(row.visible, [&](V sum, int64_t i, int64_t n) {
+    const V e = exp(score(i, n) - shift);
+    if (!a.log) store(e, s + i, n);
+    return sum + inside(e, n);
+  });
+  if (a.log) {
+    const V log_total = V::set(empty ? T(0) : T(log(double(total))));
+    for_vectors<V>(row.visible, [&](int64_t i, int64_t n) { store((score(i, n) - shift) - log_total, y + i, n); });
+  } else {
+    // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
+    const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
+    for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
+      const V e = load<V>(s + i, n), q = e * inverse;
+      store(fma(fma(q, minus_total, e), inverse, q), y + i, n);
+    });
+  }
+  const V hidden = V::set(a.log ? T(-INFINITY) : T(0));
+  for_vectors<V>(a.S - row.visible, [&](int64_t i, int64_t n) { store(hidden, y + row.visible + i, n); });
+}
+
 template <class V, class S>
 void softmax_fwd(const Softmax& a, int64_t begin, int64_t end, void* workspace) {
   using T = typename V::T;
-  T* s = (T*)workspace;
   for (int64_t r = begin; r < end; ++r) {
     const SoftmaxRow row = softmax_row(a, r);
-    S* y = (S*)a.y + row.begin;
-    const T m = softmax_scores<V, S>(a, row, s);
-    const bool empty = !(m > -INFINITY) && !(m != m);
-    const V shift = V::set(empty ? T(0) : m);
-
-    const T total = sum_over<V>(row.visible, [&](V sum, int64_t i, int64_t n) {
-      const V e = exp(load<V>(s + i, n) - shift);
-      if (!a.log) store(e, s + i, n);
-      return sum + inside(e, n);
-    });
-    if (a.log) {
-      const V log_total = V::set(empty ? T(0) : T(log(double(total))));
-      for_vectors<V>(row.visible,
-                     [&](int64_t i, int64_t n) { store((load<V>(s + i, n) - shift) - log_total, y + i, n); });
-    } else {
-      // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
-      const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
-      for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
-        const V e = load<V>(s + i, n), q = e * inverse;
-        store(fma(fma(q, minus_total, e), inverse, q), y + i, n);
-      });
-    }
-    const V hidden = V::set(a.log ? T(-INFINITY) : T(0));
-    for_vectors<V>(a.S - row.visible, [&](int64_t i, int64_t n) { store(hidden, y + row.visible + i, n); });
+    row.mask ? softmax_row_fwd<V, S, true>(a, row, (T*)workspace) : softmax_row_fwd<V, S, false>(a, row, (T*)workspace);
   }
 }
 

@@ -38,6 +38,11 @@ def as_4d(x: torch.Tensor) -> torch.Tensor:
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
 
 
+def wants_gradient(*tensors) -> bool:
+    """Whether autograd has to see this call; without it an op is called directly, which saves its bookkeeping."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def gradients_through(function, inputs, grads):
     """Gradients of `function(*inputs)` that can be differentiated again; None for what is None or needs none."""
     # Fresh aliases, so that a tensor given twice (attention(x, x, x)) gets a gradient for each of its roles.

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through, no_fp64
+from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through, no_fp64, wants_gradient
 
 
 def _heads_like(x, D):
@@ -160,8 +160,10 @@ def attention(
         o, lse = reference.attention(
             q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, seed=seed, **options
         )
-    else:
+    elif wants_gradient(q, k, v, bias, sink):
         o, lse = _Attention.apply(q, k, v, mask, bias, alibi_slopes, sink, seed, tuple(options.values()), backend)
+    else:
+        o, lse = attention_fwd(backend, q, k, v, mask, bias, alibi_slopes, sink, seed, *options.values())
     if not return_lse:
         return o
     return o, lse if q.dtype == torch.float64 else lse.float()

@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, gradients_through, no_fp64
+from fastllm.ops._common import check_tensor, gradients_through, no_fp64, wants_gradient
 
 
 def _rows(x):
@@ -123,9 +123,11 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     backend = choose("layer_norm", x, no_fp64(x))
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
-    return _LayerNorm.apply(
-        x.contiguous(), weight, bias, None if residual is None else residual.contiguous(), eps, backend
-    )
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    if wants_gradient(x, weight, bias, residual):
+        return _LayerNorm.apply(x, weight, bias, residual, eps, backend)
+    y, h, _, _ = layer_norm_fwd(backend, x, weight, bias, residual, eps)
+    return y if residual is None else (y, h)
 
 
 def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
@@ -143,8 +145,11 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
     backend = choose("rms_norm", x, no_fp64(x))
     if backend == "reference":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
-    residual = None if residual is None else residual.contiguous()
-    return _RMSNorm.apply(x.contiguous(), weight, residual, eps, weight_offset, backend)
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    if wants_gradient(x, weight, residual):
+        return _RMSNorm.apply(x, weight, residual, eps, weight_offset, backend)
+    y, h, _ = rms_norm_fwd(backend, x, weight, residual, eps, weight_offset)
+    return y if residual is None else (y, h)
 
 
 def _check(op, x, weight, bias, residual):

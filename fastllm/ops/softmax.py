@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64
+from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 
 
 def _like(x):
@@ -43,6 +43,10 @@ class _Softmax(torch.autograd.Function):
         else:
             dx = softmax_bwd(ctx.backend, dy.contiguous(), y, ctx.scale, ctx.log)
         return dx, None, None, None, None, None
+
+
+def _forward(x, mask, scale, causal, log, backend):
+    return softmax_fwd(backend, x, mask, scale, causal, log)
 
 
 def softmax(x, *, dim=-1, scale=1.0, mask=None, causal=False):
@@ -91,5 +95,7 @@ def _softmax(op, x, dim, scale, mask, causal, log):
             mask = None if mask is None else mask.expand(moved).flatten(0, -4)
             x = x.flatten(0, -4)
         mask = None if mask is None else as_4d(mask)
-        y = _Softmax.apply(as_4d(x).contiguous(), mask, scale, causal, log, backend).view(moved)
+        x = as_4d(x).contiguous()
+        run = _Softmax.apply if wants_gradient(x) else _forward
+        y = run(x, mask, scale, causal, log, backend).view(moved)
     return y if last else y.movedim(-1, dim)
