@@ -153,10 +153,11 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, May
 }
 
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "softmax_fwd: x must be contiguous [B, H, T, S]");
+  const bool plain = !mask && !causal && x.dim() >= 1;  // then the rows are all alike, whatever leads to them
+  STD_TORCH_CHECK((plain || x.dim() == 4) && x.is_contiguous(), "softmax_fwd: x must be contiguous [B, H, T, S]");
   const Type t = type_of(x, "softmax_fwd");
   Softmax a{};
-  a.H = x.size(1), a.T = x.size(2), a.S = x.size(3);
+  a.H = plain ? 1 : x.size(1), a.T = plain ? 1 : x.size(2), a.S = x.size(-1);
   a.scale = scale;
   a.causal = causal, a.log = log;
   a.x = x.data_ptr();
@@ -170,7 +171,7 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
   }
   const Tensor y = empty(x, shape_of(x), x.scalar_type());
   a.y = y.data_ptr();
-  const int64_t rows = x.size(0) * a.H * a.T, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
+  const int64_t rows = a.S ? x.numel() / a.S : 0, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
   const auto kernel = kernels().softmax_fwd[t];
   if (rows && a.S)
     for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end, workspace(bytes)); });
@@ -178,11 +179,11 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
 }
 
 Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log) {
-  STD_TORCH_CHECK(y.dim() == 4 && y.is_contiguous(), "softmax_bwd: y must be contiguous [B, H, T, S]");
+  STD_TORCH_CHECK(y.dim() >= 1 && y.is_contiguous(), "softmax_bwd: y must be contiguous [..., S]");
   check_like(dy, y, "softmax_bwd", "dy");
   const Type t = type_of(y, "softmax_bwd");
   Softmax a{};
-  a.S = y.size(3);
+  a.S = y.size(-1);
   a.scale = scale;
   a.log = log;
   a.y = y.data_ptr();

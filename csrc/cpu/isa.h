@@ -16,6 +16,13 @@
 #define NOINLINE
 #endif
 
+// Asks for a cache line ahead of its use; harmless past the end of memory.
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address)
+#endif
+
 // Loops over registers: unrolled early, so that an array of sums never goes through memory.
 #if defined(__clang__)
 #define UNROLLED _Pragma("unroll")

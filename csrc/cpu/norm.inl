@@ -11,6 +11,13 @@ inline const S* residual_sum(const Norm& a, int64_t row) {
   return h;
 }
 
+// While a row is written, what the next one reads is fetched: a row is too short for the CPU to see a stream.
+template <class S>
+inline void prefetch_next_row(const Norm& a, int64_t row, int64_t i) {
+  PREFETCH((const S*)a.x + (row + 1) * a.D + i);
+  if (a.residual) PREFETCH((const S*)a.residual + (row + 1) * a.D + i);
+}
+
 template <class V, class S>
 void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
   using T = typename V::T;
@@ -42,6 +49,7 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
     S* y = (S*)a.y + row * D;
     const V r = V::set(rstd);
     for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      prefetch_next_row<S>(a, row, i);
       V v = (load<V>(h + i, n) - mu) * r;
       if (weight) v = v * load<V>(weight + i, n);
       if (bias) v = v + load<V>(bias + i, n);
@@ -68,6 +76,7 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
     S* y = (S*)a.y + row * D;
     const V r = V::set(rstd);
     for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      prefetch_next_row<S>(a, row, i);
       V v = load<V>(h + i, n) * r;
       if (weight) v = v * (load<V>(weight + i, n) + offset);
       store(v, y + i, n);
@@ -111,6 +120,8 @@ void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
     S* dx = (S*)a.dx + row * D;
     const S* dh = a.dh ? (const S*)a.dh + row * D : nullptr;
     for_vectors<V>(D, [&](int64_t i, int64_t n) {
+      PREFETCH(h + D + i);
+      PREFETCH(dy + D + i);
       const V x = (load<V>(h + i, n) - mu) * r;
       V d = g(i, n) - x * mean_gx;
       if (kCentred) d = d - mean_g;

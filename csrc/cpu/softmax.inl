@@ -70,6 +70,7 @@ void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* s) {
     // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
     const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
     for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
+      PREFETCH(x + a.S + i);
       const V e = load<V>(s + i, n), q = e * inverse;
       store(fma(fma(q, minus_total, e), inverse, q), y + i, n);
     });
@@ -99,6 +100,8 @@ void softmax_bwd(const Softmax& a, int64_t begin, int64_t end) {
       return a.log ? s + load<V>(dy + i, n) : fma(load<V>(y + i, n), load<V>(dy + i, n), s);
     }));
     for_vectors<V>(a.S, [&](int64_t i, int64_t n) {
+      PREFETCH(y + a.S + i);
+      PREFETCH(dy + a.S + i);
       const V yi = load<V>(y + i, n), di = load<V>(dy + i, n);
       const V d = a.log ? select_lt(lowest, yi, di - exp(yi) * total, zero) : yi * (di - total);
       store(d * scale, dx + i, n);

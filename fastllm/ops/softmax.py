@@ -90,12 +90,13 @@ def _softmax(op, x, dim, scale, mask, causal, log):
     if backend == "reference":
         y = reference.softmax(x, scale=scale, mask=mask, causal=causal, log=log)
     else:
-        moved = x.shape
-        if x.ndim > 4:
-            mask = None if mask is None else mask.expand(moved).flatten(0, -4)
-            x = x.flatten(0, -4)
-        mask = None if mask is None else as_4d(mask)
-        x = as_4d(x).contiguous()
-        run = _Softmax.apply if wants_gradient(x) else _forward
-        y = run(x, mask, scale, causal, log, backend).view(moved)
+        moved, run = x.shape, _Softmax.apply if wants_gradient(x) else _forward
+        if backend == "cpu" and mask is None and not causal:
+            y = run(x.contiguous(), None, scale, False, log, backend)
+        else:
+            if x.ndim > 4:
+                mask = None if mask is None else mask.expand(moved).flatten(0, -4)
+                x = x.flatten(0, -4)
+            mask = None if mask is None else as_4d(mask)
+            y = run(as_4d(x).contiguous(), mask, scale, causal, log, backend).view(moved)
     return y if last else y.movedim(-1, dim)
