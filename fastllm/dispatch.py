@@ -124,7 +124,8 @@ def choose(op: str, x: torch.Tensor, unsupported=None) -> str:
 def _choose(op, x, unsupported):
     native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
     name = _forced or native
-    reason = _why_not(name, x) or (unsupported(name) if unsupported and name != "reference" else None) or ""
+    missing = _why_not(name, x)
+    reason = missing or (unsupported(name) if unsupported and name != "reference" else None) or ""
     if native == "reference" and not _forced:
         reason = f"no kernels for {x.device.type} tensors"
     if reason:
@@ -132,8 +133,8 @@ def _choose(op, x, unsupported):
             raise RuntimeError(f"{op}: backend {name!r} was forced, but {reason}")
         if _strict:
             raise RuntimeError(f"{op}: FASTLLM_STRICT is set and there is no kernel for this call: {reason}")
-        if extension is None and name == "cpu":
-            _warn_once(reason)
+        if missing:  # a whole backend, not an option of one call
+            _warn_once(missing)
         name = "reference"
     if _calls is not None:
         kernel = {"cpu": lambda: f"C++ {extension.selected()}", "triton": lambda: "Triton"}.get(

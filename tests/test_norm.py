@@ -94,6 +94,14 @@ def test_large_mean(backend, mean):
     compare(*layer_norm_pair(512), [t.to(backend) for t in (x, w, b)], [dy.to(backend)], torch.float32)
 
 
+@pytest.mark.parametrize("value", [0.0, 3.1, 1e6 + 0.3])
+def test_constant_rows(backend, value):
+    """The variance is 0, and rounding may not make it negative: with a tiny eps that would be a NaN."""
+    x = torch.full((3, 777), value, device=backend)
+    y = fastllm.layer_norm(x, eps=1e-12)
+    assert y.isfinite().all()
+
+
 def test_mixed_dtypes(backend):
     """bf16 activations with fp32 weights, as under autocast: outputs like x, gradients like the weights."""
     x, w, b = torch.randn(5, 40).bfloat16(), torch.randn(40), torch.randn(40)

@@ -46,6 +46,36 @@ void sum_stripes(const void* partial, Type compute, int64_t stripes, int64_t D, 
 }
 
 template <class Kernel>
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kernel, const Tensor& x,
+                                                    const MaybeTensor& weight, const MaybeTensor& bias,
+                                                    const MaybeTensor& residual, double eps, double weight_offset,
+                                                    bool has_mean) {
+  const Rows r = rows_of(x, op);
+  if (residual) check_like(*residual, x, op, "residual");
+  check_weight(weight, r.D, op, "weight");
+  check_weight(bias, r.D, op, "bias");
+  const Type t = type_of(x, op);
+  const InComputeType w(weight, t, op), b(bias, t, op);
+  const Tensor y = empty(x, r.shape, x.scalar_type());
+  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
+  const Tensor rstd = empty(x, r.leading, compute_type(t)), mean = has_mean ? empty(x, r.leading, compute_type(t)) : h;
+  Norm a{};
+  a.D = r.D;
+  a.eps = eps;
+  a.weight_offset = weight_offset;
+  a.x = x.data_ptr();
+  a.residual = residual ? residual->data_ptr() : nullptr;
+  a.y = y.data_ptr();
+  a.h = residual ? h.data_ptr() : nullptr;
+  a.weight = w.data();
+  a.bias = b.data();
+  a.mean = has_mean ? mean.data_ptr() : nullptr;
+  a.rstd = rstd.data_ptr();
+  for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel[t](a, begin, end); });
+  return {y, h, mean, rstd};
+}
+
+template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const Tensor& dy, const MaybeTensor& dh,
                                             const Tensor& h, const MaybeTensor& weight, const void* mean,
                                             const Tensor& rstd, bool has_bias, double weight_offset) {
@@ -87,55 +117,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
                                                           MaybeTensor residual, double eps) {
-  const char* op = "layer_norm_fwd";
-  const Rows r = rows_of(x, op);
-  if (residual) check_like(*residual, x, op, "residual");
-  check_weight(weight, r.D, op, "weight");
-  check_weight(bias, r.D, op, "bias");
-  const Type t = type_of(x, op);
-  const InComputeType w(weight, t, op), b(bias, t, op);
-  const Tensor y = empty(x, r.shape, x.scalar_type());
-  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
-  const Tensor mean = empty(x, r.leading, compute_type(t)), rstd = empty(x, r.leading, compute_type(t));
-  Norm a{};
-  a.D = r.D;
-  a.eps = eps;
-  a.x = x.data_ptr();
-  a.residual = residual ? residual->data_ptr() : nullptr;
-  a.y = y.data_ptr();
-  a.h = residual ? h.data_ptr() : nullptr;
-  a.weight = w.data();
-  a.bias = b.data();
-  a.mean = mean.data_ptr();
-  a.rstd = rstd.data_ptr();
-  const auto kernel = kernels().layer_norm_fwd[t];
-  for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return {y, h, mean, rstd};
+  return norm_fwd("layer_norm_fwd", kernels().layer_norm_fwd, x, weight, bias, residual, eps, 0.0, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
                                                 double weight_offset) {
-  const char* op = "rms_norm_fwd";
-  const Rows r = rows_of(x, op);
-  if (residual) check_like(*residual, x, op, "residual");
-  check_weight(weight, r.D, op, "weight");
-  const Type t = type_of(x, op);
-  const InComputeType w(weight, t, op);
-  const Tensor y = empty(x, r.shape, x.scalar_type());
-  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
-  const Tensor rstd = empty(x, r.leading, compute_type(t));
-  Norm a{};
-  a.D = r.D;
-  a.eps = eps;
-  a.weight_offset = weight_offset;
-  a.x = x.data_ptr();
-  a.residual = residual ? residual->data_ptr() : nullptr;
-  a.y = y.data_ptr();
-  a.h = residual ? h.data_ptr() : nullptr;
-  a.weight = w.data();
-  a.rstd = rstd.data_ptr();
-  const auto kernel = kernels().rms_norm_fwd[t];
-  for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  auto [y, h, none, rstd] =
+      norm_fwd("rms_norm_fwd", kernels().rms_norm_fwd, x, weight, MaybeTensor(), residual, eps, weight_offset, false);
   return {y, h, rstd};
 }
 

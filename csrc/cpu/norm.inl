@@ -40,6 +40,7 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
     });
     const T correction = sum(left[0] + left[1]) / T(D);
     squares -= correction * correction * T(D);
+    if (squares < 0) squares = 0;  // a constant row far from 0, where the two differ by rounding alone
     mean += correction;
     const V mu = V::set(mean);
     const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
