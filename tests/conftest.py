@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import fastllm
 from fastllm import dispatch
+from fastllm.llm import data, sources
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton"]
@@ -78,3 +79,36 @@ def use_backend(name):
             import interpreter  # noqa: F401, repairs bf16 in Triton's interpreter
         with fastllm.backend("triton"):
             yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_corpus(seed=0, n=160):
+    """Two classes that one word decides, and text in which every fourth letter is known from the one before it."""
+    random = torch.Generator().manual_seed(seed)
+    filler = "lorem ipsum dolor sit amet consetetur".split()
+
+    def row(i):
+        label = ("bad", "good")[i % 2]
+        length = int(torch.randint(3, 12, (1,), generator=random))
+        body = [filler[j] for j in torch.randint(len(filler), (length,), generator=random)]
+        body.insert(int(torch.randint(length, (1,), generator=random)), {"bad": "awful", "good": "lovely"}[label])
+        return f"{' '.join(body)} {i}", label
+
+    return {split: [row(i) for i in range(size)] for split, size in (("train", n), ("valid", 24), ("test", 24))}
+
+
+@pytest.fixture
+def registered(monkeypatch, tmp_path):
+    """The sets `tiny` and `prose` and the folder that they are built in; `gone` and `silent` cannot be had."""
+
+    def unavailable():
+        raise sources.Unavailable("no network here")
+
+    prose = {
+        split: "the cat sat on the mat; the dog lay on the log.\n" * n for split, n in zip(sources.SPLITS, (60, 8, 8))
+    }
+    builders = {"tiny": lambda: sources.Corpus(tiny_corpus(), "this file"), "gone": unavailable}
+    texts = {"prose": lambda: sources.Corpus(prose, "this file"), "silent": unavailable}
+    monkeypatch.setattr(data, "CLASSIFICATION", builders)
+    monkeypatch.setattr(data, "TEXT", texts)
+    monkeypatch.setattr(data, "OFFLINE", {"classification": "tiny", "text": "prose"})
+    return tmp_path / "data"
