@@ -29,6 +29,8 @@ ISA_FLAGS = {
     "avx512_bf16": AVX512 + " -mavx512bf16",
 }
 
+OPS = ["norm", "softmax", "attention", "attention_bwd"]  # csrc/cpu/<op>.inl: each instruction set's file once per op
+
 
 class Unavailable(Exception):
     """The extension cannot be built here; the text says why."""
@@ -57,14 +59,13 @@ def has_isa_flags(cxx: str) -> bool:
     return X86 and os.name == "posix" and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def sources(isas: list[str]) -> dict[str, str]:
-    files = {
-        "csrc/cpu/bindings.cpp": "",
-        "csrc/cpu/attention_bindings.cpp": "",
-        "csrc/cpu/dispatch.cpp": "",
-        "csrc/ops.cpp": "",
+def objects(isas: list[str]) -> dict[str, tuple[str, str]]:
+    """Object file -> source and the flags of its own."""
+    files = ["csrc/ops.cpp", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cpu").glob("*bindings.cpp"))]
+    plain = {f"{Path(name).stem}.o": (name, "") for name in [*files, "csrc/cpu/dispatch.cpp"]}
+    return plain | {
+        f"{op}_{isa}.o": (f"csrc/cpu/{isa}.cpp", f"{ISA_FLAGS[isa]} -DFASTLLM_OP={op}") for op in OPS for isa in isas
     }
-    return files | {f"csrc/cpu/{isa}.cpp": ISA_FLAGS[isa] for isa in isas}
 
 
 def write_ninja(folder: Path, sanitize: str) -> dict:
@@ -72,11 +73,13 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
     import pybind11
 
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
+    if wanted := os.environ.get("FASTLLM_BUILD_ISAS"):  # fewer, for a quick build while a kernel is written
+        isas = [isa for isa in isas if isa in wanted.split(",")]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall"
     flags += " -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12's own intrinsics
-    flags += " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS=" + ",".join(
-        f"\\&fastllm::k_{isa}" for isa in isas
+    flags += (
+        " -DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_ISAS='" + ",".join(f"TABLES({isa})" for isa in isas) + "'"
     )
     link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     if sanitize:
@@ -85,17 +88,16 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
     lines = [
         f"flags = {flags} " + " ".join(f"-isystem {p}" if p != includes[0] else f"-I{p}" for p in includes),
         "rule cc",
-        f"  command = {cxx} -MMD -MF $out.d $flags $isa -c $in -o $out",
+        f"  command = {cxx} -MMD -MF $out.d $flags $own -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {cxx} {link} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ltorch -lc10",
     ]
-    objects = []
-    for name, isa in sources(isas).items():
-        objects.append(Path(name).stem + ".o")
-        lines += [f"build {objects[-1]}: cc {ROOT / name}", f"  isa = {isa}"]
-    lines += [f"build _C.so: link {' '.join(objects)}", ""]
+    built = objects(isas)
+    for name, (source, own) in built.items():
+        lines += [f"build {name}: cc {ROOT / source}", f"  own = {own}"]
+    lines += [f"build _C.so: link {' '.join(built)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]

@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
   a.lse = (double*)lse.data_ptr();
   a.lse_b = a.H * a.T, a.lse_h = a.T;
   const Kernels& table = kernels();
-  for_items(table.attention_fwd_items[t](a), table.attention_fwd_bytes[t](a), worth_threads(a),
-            [&](int64_t item, void* memory) { table.attention_fwd[t](a, item, memory); });
+  for_items(table.attention->items[t](a), table.attention->bytes[t](a), worth_threads(a),
+            [&](int64_t item, void* memory) { table.attention->run[t](a, item, memory); });
   return {o, lse};
 }
 
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   // Too few items for the threads: cut the keys into ranges, whose dq are summed afterwards.
   const Kernels& table = kernels();
   a.chunks = 1;
-  const int64_t items = table.attention_bwd_items[t](a),
+  const int64_t items = table.attention_bwd->items[t](a),
                 threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
   const bool one_range = a.dbias.data && a.dbias.s == 0;  // a sum over all keys has one owner
   if (items > 0 && items < 2 * threads && threads > 1 && !one_range)
@@ -178,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dq_partial = none_like(q);
   if (a.chunks > 1) dq_partial = empty(q, {a.B, a.H, a.chunks, a.T, a.D}, compute);
   a.dq_partial = dq_partial.data_ptr();
-  for_items(items * a.chunks, table.attention_bwd_bytes[t](a), threads > 1,
-            [&](int64_t item, void* memory) { table.attention_bwd[t](a, item, memory); });
+  for_items(items * a.chunks, table.attention_bwd->bytes[t](a), threads > 1,
+            [&](int64_t item, void* memory) { table.attention_bwd->run[t](a, item, memory); });
 
   if (a.chunks > 1)
-    for_range(a.B * a.H * a.T, 64, [&](int64_t begin, int64_t end) { table.attention_bwd_sum_dq[t](a, begin, end); });
+    for_range(a.B * a.H * a.T, 64, [&](int64_t begin, int64_t end) { table.attention_bwd->sum_dq[t](a, begin, end); });
   if (bias && bias_grad)
     dbias =
         bias->scalar_type() == dbias_sum.scalar_type() ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
@@ -284,8 +284,8 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Te
   problem.a.lse = (double*)lse.data_ptr();
   problem.a.lse_h = q.size(0);
   const Kernels& table = kernels();
-  for_parts(sequences(op, problem.a, t, cu_seqlens_q, cu_seqlens_k, q_offset), table.attention_fwd_items[t],
-            table.attention_fwd_bytes[t], table.attention_fwd[t]);
+  for_parts(sequences(op, problem.a, t, cu_seqlens_q, cu_seqlens_k, q_offset), table.attention->items[t],
+            table.attention->bytes[t], table.attention->run[t]);
   return {o, lse};
 }
 
@@ -332,11 +332,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
     partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
   }
   const Kernels& table = kernels();
-  for_parts(parts, table.attention_bwd_items[t], table.attention_bwd_bytes[t], table.attention_bwd[t]);
+  for_parts(parts, table.attention_bwd->items[t], table.attention_bwd->bytes[t], table.attention_bwd->run[t]);
   for (const Attention& part : parts)
     if (part.chunks > 1)
       for_range(part.H * part.T, 64,
-                [&](int64_t begin, int64_t end) { table.attention_bwd_sum_dq[t](part, begin, end); });
+                [&](int64_t begin, int64_t end) { table.attention_bwd->sum_dq[t](part, begin, end); });
   return {dq, dk, dv, sink ? sum_sink(op, a, t, N, *sink) : none_like(q)};
 }
 

@@ -3,6 +3,8 @@
 // five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that
 // every sum is made by one thread in one order.
 
+#include "attention_blocks.inl"
+
 template <class V, class S, class W>
 struct AttentionBwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
@@ -322,3 +324,6 @@ void attention_bwd_sum_dq(const Attention& a, int64_t begin, int64_t end) {
     }
   }
 }
+
+constexpr AttentionBwdKernels kTable = {PER_TYPE_AND_WORD(attention_bwd_items), PER_TYPE_AND_WORD(attention_bwd_bytes),
+                                        PER_TYPE_AND_WORD(attention_bwd), PER_TYPE(attention_bwd_sum_dq)};

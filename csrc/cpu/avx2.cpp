@@ -18,5 +18,5 @@ using BFloat16Word = float;
 #include "kernels.inl"
 }  // namespace
 
-extern const Kernels k_avx2 = KERNEL_TABLE("avx2");
+EXPORT_TABLE(avx2)
 }  // namespace fastllm

@@ -18,5 +18,5 @@ using BFloat16Word = float;
 #include "kernels.inl"
 }  // namespace
 
-extern const Kernels k_avx512 = KERNEL_TABLE("avx512");
+EXPORT_TABLE(avx512)
 }  // namespace fastllm

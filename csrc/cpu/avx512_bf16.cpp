@@ -19,5 +19,5 @@ using BFloat16Word = Pair;
 #include "kernels.inl"
 }  // namespace
 
-extern const Kernels k_avx512_bf16 = KERNEL_TABLE("avx512_bf16");
+EXPORT_TABLE(avx512_bf16)
 }  // namespace fastllm

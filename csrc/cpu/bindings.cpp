@@ -117,26 +117,27 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
                                                           MaybeTensor residual, double eps) {
-  return norm_fwd("layer_norm_fwd", kernels().layer_norm_fwd, x, weight, bias, residual, eps, 0.0, true);
+  return norm_fwd("layer_norm_fwd", kernels().norm->layer_norm_fwd, x, weight, bias, residual, eps, 0.0, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
                                                 double weight_offset) {
-  auto [y, h, none, rstd] =
-      norm_fwd("rms_norm_fwd", kernels().rms_norm_fwd, x, weight, MaybeTensor(), residual, eps, weight_offset, false);
+  auto [y, h, none, rstd] = norm_fwd("rms_norm_fwd", kernels().norm->rms_norm_fwd, x, weight, MaybeTensor(), residual,
+                                     eps, weight_offset, false);
   return {y, h, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
                                                   Tensor rstd, bool has_bias) {
   STD_TORCH_CHECK(mean.numel() == rstd.numel(), "layer_norm_bwd: mean must have a number per row");
-  return norm_bwd("layer_norm_bwd", kernels().layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, has_bias, 0.0);
+  return norm_bwd("layer_norm_bwd", kernels().norm->layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, has_bias,
+                  0.0);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
                                         double weight_offset) {
   auto [dx, dweight, none] =
-      norm_bwd("rms_norm_bwd", kernels().rms_norm_bwd, dy, dh, h, weight, nullptr, rstd, false, weight_offset);
+      norm_bwd("rms_norm_bwd", kernels().norm->rms_norm_bwd, dy, dh, h, weight, nullptr, rstd, false, weight_offset);
   return {dx, dweight};
 }
 
@@ -160,7 +161,7 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
   const Tensor y = empty(x, shape_of(x), x.scalar_type());
   a.y = y.data_ptr();
   const int64_t rows = a.S ? x.numel() / a.S : 0, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
-  const auto kernel = kernels().softmax_fwd[t];
+  const auto kernel = kernels().softmax->fwd[t];
   if (rows && a.S)
     for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end, workspace(bytes)); });
   return y;
@@ -179,7 +180,7 @@ Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log) {
   const Tensor dx = empty(y, shape_of(y), y.scalar_type());
   a.dx = dx.data_ptr();
   const int64_t rows = a.S ? y.numel() / a.S : 0;
-  const auto kernel = kernels().softmax_bwd[t];
+  const auto kernel = kernels().softmax->bwd[t];
   if (rows) for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return dx;
 }

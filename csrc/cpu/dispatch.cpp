@@ -1,4 +1,4 @@
-// Picks one table of kernels: the widest that this CPU runs, or the one asked for by name.
+// Picks one instruction set's tables of kernels: the widest that this CPU runs, or the one asked for by name.
 #include "cpu/dispatch.h"
 
 #include <atomic>
@@ -7,9 +7,21 @@
 #include "cpu/table.h"
 
 namespace fastllm {
+
+#define DECLARE_TABLES(isa)                      \
+  extern const NormKernels norm_##isa;           \
+  extern const SoftmaxKernels softmax_##isa;     \
+  extern const AttentionKernels attention_##isa; \
+  extern const AttentionBwdKernels attention_bwd_##isa;
+DECLARE_TABLES(scalar)
+DECLARE_TABLES(avx2)
+DECLARE_TABLES(avx512)
+DECLARE_TABLES(avx512_bf16)
+
 namespace {
 
-const Kernels* const kBuilt[] = {FASTLLM_ISAS};  // narrowest first
+#define TABLES(isa) {#isa, &norm_##isa, &softmax_##isa, &attention_##isa, &attention_bwd_##isa}
+const Kernels kBuilt[] = {FASTLLM_ISAS};  // TABLES(...) of what setup.py builds, narrowest first
 std::atomic<const Kernels*> selected_table{nullptr};
 
 bool runs_here(const std::string& name) {
@@ -29,18 +41,18 @@ bool runs_here(const std::string& name) {
 
 std::vector<std::string> available() {
   std::vector<std::string> names;
-  for (const Kernels* table : kBuilt)
-    if (runs_here(table->name)) names.push_back(table->name);
+  for (const Kernels& table : kBuilt)
+    if (runs_here(table.name)) names.push_back(table.name);
   return names;
 }
 
 void select(const std::string& name) {
   const Kernels* choice = nullptr;
   std::string choices;
-  for (const Kernels* table : kBuilt) {
-    if (!runs_here(table->name)) continue;
-    choices += (choices.empty() ? "" : ", ") + std::string(table->name);
-    if (name.empty() || name == table->name) choice = table;
+  for (const Kernels& table : kBuilt) {
+    if (!runs_here(table.name)) continue;
+    choices += (choices.empty() ? "" : ", ") + std::string(table.name);
+    if (name.empty() || name == table.name) choice = &table;
   }
   if (!choice)
     throw std::invalid_argument("FASTLLM_CPU: expected one of " + choices +

@@ -140,3 +140,6 @@ template <class V, class S>
 void rms_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
   norm_bwd<V, S, false>(a, stripe, begin, end);
 }
+
+constexpr NormKernels kTable = {PER_TYPE(layer_norm_fwd), PER_TYPE(layer_norm_bwd), PER_TYPE(rms_norm_fwd),
+                                PER_TYPE(rms_norm_bwd)};

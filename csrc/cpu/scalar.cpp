@@ -18,5 +18,5 @@ using BFloat16Word = float;
 #include "kernels.inl"
 }  // namespace
 
-extern const Kernels k_scalar = KERNEL_TABLE("scalar");
+EXPORT_TABLE(scalar)
 }  // namespace fastllm

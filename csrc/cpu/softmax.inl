@@ -108,3 +108,5 @@ void softmax_bwd(const Softmax& a, int64_t begin, int64_t end) {
     });
   }
 }
+
+constexpr SoftmaxKernels kTable = {PER_TYPE(softmax_fwd), PER_TYPE(softmax_bwd)};

@@ -1,7 +1,8 @@
 // What bindings.cpp knows of a CPU kernel: its arguments and one function pointer per storage type.
 //
-// Every instruction set compiles all kernels into a table of its own (scalar.cpp, avx2.cpp, ...); dispatch.cpp picks
-// one. Kernels get raw pointers and a range of independent items; they never allocate, throw, or start threads.
+// Every instruction set (scalar.cpp, avx2.cpp, ...) is compiled once per op, into a table of that op's kernels;
+// dispatch.cpp picks the instruction set. Kernels get raw pointers and a range of independent items; they never
+// allocate, throw, or start threads.
 #pragma once
 #include <stdint.h>
 
@@ -69,25 +70,42 @@ struct Attention {
   void* dsink_partial;       // [B, H] in the compute type; null without a sink
 };
 
-struct Kernels {
-  const char* name;
+// One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
+
+struct NormKernels {
   void (*layer_norm_fwd[kTypes])(const Norm&, int64_t begin, int64_t end);
   void (*layer_norm_bwd[kTypes])(const Norm&, int64_t stripe, int64_t begin, int64_t end);
   void (*rms_norm_fwd[kTypes])(const Norm&, int64_t begin, int64_t end);
   void (*rms_norm_bwd[kTypes])(const Norm&, int64_t stripe, int64_t begin, int64_t end);
-  void (*softmax_fwd[kTypes])(const Softmax&, int64_t begin, int64_t end, void* workspace);
-  void (*softmax_bwd[kTypes])(const Softmax&, int64_t begin, int64_t end);
-  int64_t (*attention_fwd_items[kTypes])(const Attention&);
-  int64_t (*attention_fwd_bytes[kTypes])(const Attention&);
-  void (*attention_fwd[kTypes])(const Attention&, int64_t item, void* workspace);
-  int64_t (*attention_bwd_items[kTypes])(const Attention&);
-  int64_t (*attention_bwd_bytes[kTypes])(const Attention&);
-  void (*attention_bwd[kTypes])(const Attention&, int64_t item, void* workspace);
-  void (*attention_bwd_sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);
 };
 
-extern const Kernels k_scalar, k_avx2, k_avx512, k_avx512_bf16;
+struct SoftmaxKernels {
+  void (*fwd[kTypes])(const Softmax&, int64_t begin, int64_t end, void* workspace);
+  void (*bwd[kTypes])(const Softmax&, int64_t begin, int64_t end);
+};
 
-const Kernels& kernels();  // the table in use
+struct AttentionKernels {
+  int64_t (*items[kTypes])(const Attention&);
+  int64_t (*bytes[kTypes])(const Attention&);
+  void (*run[kTypes])(const Attention&, int64_t item, void* workspace);
+};
+
+struct AttentionBwdKernels {
+  int64_t (*items[kTypes])(const Attention&);
+  int64_t (*bytes[kTypes])(const Attention&);
+  void (*run[kTypes])(const Attention&, int64_t item, void* workspace);
+  void (*sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);
+};
+
+// All tables of one instruction set.
+struct Kernels {
+  const char* name;
+  const NormKernels* norm;
+  const SoftmaxKernels* softmax;
+  const AttentionKernels* attention;
+  const AttentionBwdKernels* attention_bwd;
+};
+
+const Kernels& kernels();  // the tables in use
 
 }  // namespace fastllm

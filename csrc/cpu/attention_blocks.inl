@@ -1,0 +1,131 @@
+// What attention's forward and backward share: blocks of queries, packing, and (attention_scores.inl) the scores.
+//
+// Everything is "vector over queries": scores s[k][q], probabilities p[k][q] and outputs o[d][q] are stored transposed,
+// so that keys and values are only broadcast from where they lie, and the softmax over keys is vertical: no shuffles,
+// no horizontal sums. Only queries are transposed on the way in and outputs on the way out.
+//
+// A kernel has a vector type V, a storage type S of the tensors, and a word type W of the matrix products (tile.inl).
+
+#include "tile.inl"
+#include "attention_scores.inl"
+
+template <class V, class S, class W>
+struct AttentionBlocks {
+  using T = typename V::T;
+  using X = Words<V, W>;
+  static constexpr int kPer = X::kPer;  // numbers along the summed dimension in a word
+  static constexpr int64_t kQueries = ScoreTile<V>::kQueries, kVectors = kQueries / V::L;  // a block of queries
+
+  static int64_t words(int64_t D) { return (D + kPer - 1) / kPer; }
+  static int64_t padded(int64_t D) { return (D + V::L - 1) / V::L * V::L; }
+
+  static const S* row(const Heads& x, int64_t b, int64_t h, int64_t t) {
+    return (const S*)x.data + b * x.b + h * x.h + t * x.t;
+  }
+
+  static V load_row(const S* p, int64_t stride, int64_t n) {
+    if (stride == 1) return load<V>(p, n);
+    T lanes[V::L] = {};
+    for (int64_t i = 0; i < n && i < V::L; ++i) lanes[i] = widen(p[i * stride]);
+    return V::load(lanes);
+  }
+
+  // dst[i][d] = rows of x, widened to the compute type, zeros from D to the padded width.
+  static void pack_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, T* dst) {
+    const int64_t width = padded(D);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t d = 0; d < width; d += V::L)
+        load_row(x + i * row + d * step, step, D - d < V::L ? D - d : V::L).store(dst + i * width + d);
+  }
+
+  // Words along d: a word holds x[i][d] (and x[i][d + 1]). Used where the sum runs over d.
+  static void pack_word_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, int64_t dst_row) {
+    for (int64_t i = 0; i < n; ++i) {
+      const S* p = x + i * row;
+      W* to = dst + i * dst_row;
+      if constexpr (kPer == 1) {
+        int64_t d = 0;
+        for (; d + V::L <= D; d += V::L) load_row(p + d * step, step, V::L).store(to + d);
+        for (; d < D; ++d) to[d] = widen(p[d * step]);
+      } else {
+        for (int64_t d = 0; d + 1 < D; d += 2) to[d / 2] = pair_of(p[d * step], p[(d + 1) * step]);
+        if (D % 2) to[D / 2] = pair_of(p[(D - 1) * step], S{0});
+      }
+    }
+  }
+
+  // Words along rows: a word holds x[i][d] (and x[i + 1][d]), zeros past row n. Used where the sum runs over rows.
+  static void pack_row_words(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, int64_t dst_row) {
+    if constexpr (kPer == 1) {
+      pack_word_rows(x, row, step, n, D, dst, dst_row);
+    } else {
+      for (int64_t i = 0; i < n; i += 2) {
+        const S *p = x + i * row, *next = p + row;
+        W* to = dst + i / 2 * dst_row;
+        if (i + 1 == n)
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d * step], S{0});
+        else if (step == 1)
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d], next[d]);
+        else
+          for (int64_t d = 0; d < D; ++d) to[d] = pair_of(p[d * step], next[d * step]);
+      }
+    }
+  }
+
+  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n. `scratch`: kQueries
+  // rows.
+  static void pack_transposed(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, W* scratch) {
+    const int64_t width = words(D), full = width / V::L * V::L;
+    pack_word_rows(x, row, step, n, D, scratch, width);
+    for (int64_t q = 0; q < kQueries; q += V::L) {
+      for (int64_t d = 0; d < full; d += V::L) {
+        V r[V::L];
+        for (int64_t i = 0; i < V::L; ++i)
+          r[i] = q + i < n ? V::load((const T*)(scratch + (q + i) * width + d)) : V::set(0);
+        transpose(r);
+        for (int64_t i = 0; i < V::L; ++i) r[i].store((T*)(dst + (d + i) * kQueries + q));
+      }
+      for (int64_t d = full; d < width; ++d)
+        for (int64_t i = 0; i < V::L; ++i) dst[d * kQueries + q + i] = q + i < n ? scratch[(q + i) * width + d] : W{0};
+    }
+  }
+
+  // x rows [0, n) of D = transposed src[d][q] * factor[q].
+  static void unpack_transposed(const T* src, const T* factor, int64_t n, int64_t D, S* x, int64_t row, int64_t step) {
+    for (int64_t q = 0; q < n; q += V::L)
+      for (int64_t d = 0; d < D; d += V::L) {
+        const V f = V::load(factor + q);
+        V r[V::L];
+        for (int64_t i = 0; i < V::L; ++i) r[i] = d + i < D ? V::load(src + (d + i) * kQueries + q) * f : V::set(0);
+        transpose(r);
+        const int64_t rows = n - q < V::L ? n - q : V::L, columns = D - d < V::L ? D - d : V::L;
+        for (int64_t i = 0; i < rows; ++i) {
+          S* to = x + (q + i) * row + d * step;
+          if (step == 1) {
+            store(r[i], to, columns);
+          } else {
+            T lanes[V::L];
+            r[i].store(lanes);
+            for (int64_t j = 0; j < columns; ++j) narrow(lanes[j], to[j * step]);
+          }
+        }
+      }
+  }
+
+  // Keys or values as the left operand of a product that sums over d: in place where their memory allows it.
+  static Broadcast<W> along_d(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
+    const S* p = row(x, b, h, t);
+    if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.t, x.d};
+    if constexpr (kPer == 2)
+      if (x.d == 1 && D % 2 == 0 && x.t % 2 == 0) return {(const W*)p, x.t / 2, 1};
+    pack_word_rows(p, x.t, x.d, n, D, buffer, words(D));
+    return {buffer, words(D), 1};
+  }
+  // The same for a product that sums over keys: rows of the operand are d.
+  static Broadcast<W> along_keys(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
+    const S* p = row(x, b, h, t);
+    if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.d, x.t};
+    pack_row_words(p, x.t, x.d, n, D, buffer, D);
+    return {buffer, 1, D};
+  }
+};
