@@ -1,5 +1,15 @@
 """fastllm: fused kernels for PyTorch transformers, forward and backward, on CPU and GPU."""
 
+from fastllm.compat import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    pad_input,
+    unpad_input,
+)
 from fastllm.dispatch import backend
 from fastllm.explain import explain
 from fastllm.ops.attention import attention
@@ -8,4 +18,21 @@ from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
 
 __version__ = "0.1.0"
-__all__ = ["attention", "attention_varlen", "backend", "explain", "layer_norm", "log_softmax", "rms_norm", "softmax"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "backend",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "layer_norm",
+    "log_softmax",
+    "pad_input",
+    "rms_norm",
+    "softmax",
+    "unpad_input",
+]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OPS = {"dispatch", "explain", "ops", "reference"}
 MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "rms_norm", "softmax", "log_softmax"}
-TOP = MODELS | {"bench", "cli", "info", "kernels", "llm", "text", "verify", "__version__"}
+TOP = MODELS | {"bench", "cli", "compat", "info", "kernels", "llm", "text", "verify", "__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": set(),
     "fastllm/reference.py": set(),
@@ -19,8 +19,9 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/explain.py": {"dispatch"},
     "fastllm/ops": {"dispatch", "ops", "reference"},
     "fastllm/nn.py": OPS,
+    "fastllm/compat.py": OPS,
     "fastllm/model.py": MODELS,
-    "fastllm/__init__.py": {"dispatch", "explain", "nn", "ops"},
+    "fastllm/__init__.py": {"compat", "dispatch", "explain", "nn", "ops"},
     "fastllm/__main__.py": {"cli"},
     "fastllm/cli.py": {"bench", "info", "llm", "verify"},
     "fastllm/info.py": TOP,

@@ -1,0 +1,274 @@
+"""Other libraries' names: their signatures, layouts and alignments, against PyTorch's own functions and fp64."""
+
+import inspect
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_as_accurate, compare
+
+from fastllm import compat, reference
+
+B, T, S, H, HKV, D = 2, 33, 47, 4, 2, 16
+
+SIGNATURES = {
+    "flash_attn_func": "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic"
+    " return_attn_probs",
+    "flash_attn_kvpacked_func": "q kv dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic"
+    " return_attn_probs",
+    "flash_attn_qkvpacked_func": "qkv dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic"
+    " return_attn_probs",
+    "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal"
+    " window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+    "flash_attn_varlen_kvpacked_func": "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p"
+    " softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
+    "flash_attn_varlen_qkvpacked_func": "qkv cu_seqlens max_seqlen dropout_p softmax_scale causal window_size softcap"
+    " alibi_slopes deterministic return_attn_probs",
+    "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
+    "layer_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
+    " zero_centered_weight is_rms_norm return_dropout_mask out_dtype out residual_out",
+    "liger_rms_norm": "X W eps offset casting_mode in_place",
+    "liger_layer_norm": "X W B eps",
+    "liger_softmax": "x",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_argument_order_is_theirs(name):
+    """Callers pass these by position."""
+    assert list(inspect.signature(getattr(compat, name)).parameters) == SIGNATURES[name].split()
+
+
+def truth(q, k, v, causal=False, window=(-1, -1), q_offset=None, **options):
+    """[B, T, H, D] through the reference."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o, _ = reference.attention(
+        q,
+        k,
+        v,
+        scale=options.pop("scale", q.shape[-1] ** -0.5),
+        q_offset=k.shape[2] - q.shape[2] if q_offset is None else q_offset,
+        window_left=window[0],
+        window_right=0 if causal else window[1],
+        **options,
+    )
+    return o.transpose(1, 2)
+
+
+def heads_inside(T=T, S=S, Hkv=HKV):
+    return torch.randn(B, T, H, D), torch.randn(B, S, Hkv, D), torch.randn(B, S, Hkv, D)
+
+
+OPTIONS = [
+    ({}, {}),
+    (dict(causal=True), dict(causal=True)),
+    (dict(window_size=(5, 3)), dict(window=(5, 3))),
+    (dict(causal=True, window_size=(7, 7)), dict(causal=True, window=(7, 7))),
+    (dict(softmax_scale=0.4, softcap=2.0), dict(scale=0.4, softcap=2.0)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given, meant", OPTIONS, ids=str)
+def test_flash_attn_func(given, meant, dtype):
+    compare(
+        lambda *a: compat.flash_attn_func(*a, **given),
+        lambda *a: truth(*a, **meant),
+        lambda *a: truth(*a, **meant),
+        heads_inside(),
+        [torch.randn(B, T, H, D)],
+        dtype,
+    )
+
+
+def test_flash_attn_returns_the_log_sum_exp():
+    q, k, v = heads_inside()
+    o, lse, probabilities = compat.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    expected = reference.attention(
+        *(x.transpose(1, 2).double() for x in (q, k, v)), scale=D**-0.5, q_offset=S - T, window_right=0
+    )
+    torch.testing.assert_close(lse.double(), expected[1])
+    assert lse.shape == (B, H, T) and probabilities is None and o.is_contiguous()
+
+
+def test_alibi_and_dropout_reach_the_kernel():
+    q, k, v = heads_inside()
+    slopes = torch.rand(H)
+    torch.testing.assert_close(
+        compat.flash_attn_func(q, k, v, alibi_slopes=slopes), truth(q, k, v, alibi_slopes=slopes)
+    )
+    torch.manual_seed(3)
+    a = compat.flash_attn_func(q, k, v, dropout_p=0.5)
+    torch.manual_seed(3)
+    assert torch.equal(a, compat.flash_attn_func(q, k, v, 0.5)) and not torch.equal(a, compat.flash_attn_func(q, k, v))
+
+
+def test_packed_forms_are_views_of_the_same():
+    q, k, v = heads_inside(S=T, Hkv=H)
+    expected = compat.flash_attn_func(q, k, v, causal=True, window_size=(9, 0))
+    options = 0.0, None, True, (9, 0)
+    assert torch.equal(compat.flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), *options), expected)
+    assert torch.equal(compat.flash_attn_kvpacked_func(q, torch.stack([k, v], 2), *options), expected)
+    cu = torch.arange(B + 1, dtype=torch.int32) * T
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    varlen = compat.flash_attn_varlen_func(q, k, v, cu, cu, T, T, *options)
+    torch.testing.assert_close(varlen.view(B, T, H, D), expected)
+    assert torch.equal(compat.flash_attn_varlen_qkvpacked_func(torch.stack([q, k, v], 1), cu, T, *options), varlen)
+    kv = torch.stack([k, v], 1)
+    assert torch.equal(compat.flash_attn_varlen_kvpacked_func(q, kv, cu, cu, T, T, *options), varlen)
+    o, lse, _ = compat.flash_attn_varlen_func(q, k, v, cu, cu, T, T, *options, return_attn_probs=True)
+    assert torch.equal(o, varlen) and lse.shape == (H, B * T)
+
+
+def test_pages_are_refused():
+    with pytest.raises(ValueError, match="block_table"):
+        compat.flash_attn_varlen_func(*[torch.zeros(3, 1, 4)] * 3, *[torch.tensor([0, 3])] * 2, 3, 3, block_table=1)
+
+
+def test_padding_goes_out_and_comes_back():
+    x = torch.randn(3, 7, 2, 5, requires_grad=True)
+    mask = torch.arange(7) < torch.tensor([[7], [0], [4]])
+    packed, indices, cu_seqlens, longest, lengths = compat.unpad_input(x, mask)
+    assert cu_seqlens.tolist() == [0, 7, 7, 11] and longest == 7 and lengths.tolist() == [7, 0, 4]
+    assert torch.equal(packed, x[mask])
+    padded = compat.pad_input(packed, indices, 3, 7)
+    assert torch.equal(padded, x * mask[:, :, None, None])
+    (padded * 2).sum().backward()
+    assert torch.equal(x.grad, 2.0 * mask[:, :, None, None].expand_as(x))
+    more = compat.unpad_input(x, mask.int(), (~mask).int())
+    assert len(more[0]) == 21 and more[4].tolist() == [7, 0, 4]
+
+
+MASKS = {
+    "none": None,
+    "padding": (torch.arange(S) < torch.tensor([[S], [9]]))[:, None, None],
+    "boolean": torch.rand(T, S) > 0.3,
+    "additive": torch.randn(B, 1, T, S),
+    "per head": torch.randn(1, H, 1, S),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_sdpa_masks(mask):
+    mask = MASKS[mask]
+    q, k, v = torch.randn(B, H, T, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D + 8)
+    additive = mask is not None and mask.is_floating_point()
+    inputs = [q, k, v, mask] if additive else [q, k, v]
+
+    def call(function):
+        return lambda q, k, v, bias=None: function(q, k, v, bias if additive else mask, scale=0.3)
+
+    torchs = call(F.scaled_dot_product_attention)
+    compare(call(compat.scaled_dot_product_attention), torchs, torchs, inputs, [torch.randn(B, H, T, D + 8)], q.dtype)
+
+
+SHAPES = [((T, D), (S, D)), ((3, T, D), (3, S, D)), ((2, 1, 3, T, D), (1, 2, 3, S, D)), ((B, H, T, D), (B, 1, S, D))]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("q_shape, k_shape", SHAPES, ids=str)
+def test_sdpa_leading_dimensions(q_shape, k_shape, is_causal):
+    q, k, v = torch.randn(q_shape), torch.randn(k_shape), torch.randn(k_shape)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=is_causal)
+    got = compat.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    assert_as_accurate(got, F.scaled_dot_product_attention(q, k, v, is_causal=is_causal), expected)
+
+
+def test_sdpa_fewer_key_heads():
+    q, k, v = torch.randn(3, B, H, T, D), torch.randn(3, B, HKV, S, D), torch.randn(3, B, HKV, S, D)
+    options = dict(is_causal=True, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+    got = compat.scaled_dot_product_attention(q, k, v, **options)
+    assert_as_accurate(got, F.scaled_dot_product_attention(q, k, v, **options), expected)
+    torch.testing.assert_close(compat.scaled_dot_product_attention(q[0], k[0], v[0], **options), got[0])
+    with pytest.raises(RuntimeError, match="broadcast"):
+        compat.scaled_dot_product_attention(q, k, v)
+    with pytest.raises(ValueError, match="is_causal"):
+        compat.scaled_dot_product_attention(q, k, v, torch.ones(T, S, dtype=torch.bool), is_causal=True)
+
+
+NORM_OPTIONS = [
+    dict(zip(("residual", "second", "prenorm", "zero_centered_weight", "is_rms_norm"), on))
+    for on in itertools.product([False, True], repeat=5)
+]
+
+
+@pytest.mark.parametrize("on", NORM_OPTIONS, ids=lambda on: "-".join(name for name, is_on in on.items() if is_on))
+def test_layer_norm_fn(on):
+    x, residual, x1 = (torch.randn(3, 5, 32) for _ in range(3))
+    w, b, w1, b1 = (torch.randn(32) for _ in range(4))
+    rowscale = torch.rand(3, 5)
+    given = dict(zero_centered_weight=on["zero_centered_weight"], is_rms_norm=on["is_rms_norm"], prenorm=on["prenorm"])
+    given |= dict(residual=residual) if on["residual"] else {}
+    given |= dict(x1=x1, weight1=w1, bias1=b1) if on["second"] else {}
+    h = x * rowscale[..., None] + x1 * on["second"] + residual * on["residual"]
+
+    def norm(w, b):
+        c = h if on["is_rms_norm"] else h - h.mean(-1, keepdim=True)
+        return c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (w + on["zero_centered_weight"]) + b
+
+    expected = [norm(w, b)] + [norm(w1, b1)] * on["second"] + [h] * on["prenorm"]
+    got = compat.layer_norm_fn(x, w, b, rowscale=rowscale, **given)
+    got = got if isinstance(got, tuple) else (got,)
+    assert len(got) == len(expected)
+    for a, e in zip(got, expected):
+        torch.testing.assert_close(a, e)
+
+
+def test_layer_norm_fn_keeps_the_stream_in_fp32():
+    x, w = torch.randn(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+    y, h = compat.rms_norm_fn(x, w, None, prenorm=True, residual_in_fp32=True)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    y, h = compat.rms_norm_fn(x, w, None, residual=h, prenorm=True, residual_in_fp32=True)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(h, 2 * x.float())
+    assert compat.layer_norm_fn(x, w, None, out_dtype=torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="out"):
+        compat.layer_norm_fn(x, w, None, out=x)
+
+
+def test_norm_dropout_is_torchs():
+    x, w = torch.randn(8, 64), torch.ones(64)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    _, h = compat.layer_norm_fn(x, w, None, dropout_p=0.5, prenorm=True)
+    assert torch.equal(h, dropped)
+
+
+def test_liger_names():
+    x, w, b = torch.randn(4, 32), torch.randn(32), torch.randn(32)
+    torch.testing.assert_close(compat.liger_rms_norm(x, w, 1e-6, 1.0), F.rms_norm(x, (32,), w + 1, 1e-6))
+    torch.testing.assert_close(compat.liger_layer_norm(x, w, b, 1e-5), F.layer_norm(x, (32,), w, b, 1e-5))
+    torch.testing.assert_close(compat.liger_softmax(x), x.softmax(-1))
+
+
+def test_stand_in_only_on_request():
+    assert "flash_attn" not in sys.modules
+    compat.install_flash_attn()
+    compat.install_flash_attn()
+    try:
+        from flash_attn import flash_attn_func
+        from flash_attn.bert_padding import pad_input, unpad_input
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func
+        from flash_attn.ops.triton.layer_norm import rms_norm_fn
+
+        assert (flash_attn_func, pad_input, unpad_input) == (
+            compat.flash_attn_func,
+            compat.pad_input,
+            compat.unpad_input,
+        )
+        assert (flash_attn_varlen_func, rms_norm_fn) == (compat.flash_attn_varlen_func, compat.rms_norm_fn)
+    finally:
+        compat.uninstall_flash_attn()
+    assert not [name for name in sys.modules if name.startswith("flash_attn")]
+
+
+def test_the_real_package_is_not_hidden(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="real flash_attn"):
+        compat.install_flash_attn()
