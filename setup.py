@@ -1,5 +1,7 @@
 """Builds fastllm._C: one translation unit per instruction set, through ninja, against the libtorch stable ABI.
 
+Where torch has CUDA and nvcc is there, also fastllm/_cuda.so, the CUDA C++ kernels: a library apart, so that a torch
+without CUDA never loads it. FASTLLM_CUDA_ARCHS="80 90a 100a" chooses its architectures, and wants it beside any torch.
 What cannot be built is left out and the reason is kept in fastllm/_build_info.json, which `fastllm info` prints:
 a machine without torch (pip's build isolation) or without a compiler still gets the pure Python package.
 """
@@ -29,6 +31,10 @@ ISA_FLAGS = {
     "avx512_bf16": AVX512 + " -mavx512bf16",
 }
 
+# sm_90a adds clusters; what is newer than both runs the PTX of the first.
+CUDA_ARCHS = os.environ.get("FASTLLM_CUDA_ARCHS", "")
+DEFAULT_CUDA_ARCHS = "80 90a"
+
 OPS = ["norm", "softmax", "attention", "attention_bwd"]  # csrc/cpu/<op>.inl: each instruction set's file once per op
 
 
@@ -51,6 +57,21 @@ def compiler() -> str:
         if path := shutil.which(name.split()[0]):
             return path
     raise Unavailable("no C++ compiler was found when fastllm was built (CXX, c++, g++, clang++)")
+
+
+def cuda_folder() -> Path:
+    """The CUDA toolkit: an installed one, or the wheels nvidia-cuda-nvcc, -crt, -runtime and nvidia-nvvm."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        places.insert(0, Path(nvcc).resolve().parents[1])
+    if wheels := importlib.util.find_spec("nvidia"):
+        places += [path for place in wheels.submodule_search_locations for path in sorted(Path(place).glob("cu*"))]
+    for place in filter(None, places):
+        if (Path(place) / "bin" / "nvcc").exists():
+            return Path(place)
+    raise Unavailable(
+        "nvcc was not found when fastllm was built (in PATH, CUDA_HOME, /usr/local/cuda or the wheel nvidia-cuda-nvcc)"
+    )
 
 
 def has_isa_flags(cxx: str) -> bool:
@@ -104,37 +125,100 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
     return {"extension": True, "compiler": version, "instruction_sets": isas, "sanitize": sanitize}
 
 
+def nvcc_command(cuda: Path) -> str:
+    """Up to the architectures and the file; the host compiler is the one that everything else is compiled with."""
+    flags = "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden"
+    return f"{cuda / 'bin' / 'nvcc'} -ccbin {compiler()} {flags} -I{ROOT / 'csrc'}"
+
+
+def write_cuda_ninja(folder: Path) -> dict:
+    torch, cuda, archs = torch_folder(), cuda_folder(), (CUDA_ARCHS or DEFAULT_CUDA_ARCHS).replace(",", " ").split()
+    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode arch=compute_{archs[0]},code=compute_{archs[0]}")
+    nvcc = f"{nvcc_command(cuda)} {' '.join(targets)}"
+    flags = "-std=c++17 -O2 -DNDEBUG -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
+    flags += f" -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
+    lines = [
+        "rule nvcc",
+        f"  command = {nvcc} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule cc",
+        f"  command = {compiler()} {flags} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",  # the CUDA runtime is linked in: whichever torch brings, or none, the library loads
+        f"  command = {nvcc} -shared $in -o $out -L{cuda / 'lib'} -L{torch / 'lib'} -ltorch_cpu -lc10",
+    ]
+    sources = {path: "nvcc" for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
+    sources |= {path: "cc" for path in sorted((ROOT / "csrc/cuda").glob("*.cpp"))}
+    lines += [f"build {path.stem}.o: {rule} {path}" for path, rule in sources.items()]
+    lines += [f"build _cuda.so: link {' '.join(f'{path.stem}.o' for path in sources)}", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+    version = subprocess.run([cuda / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    return {"built": True, "nvcc": version.strip().splitlines()[-2], "architectures": [f"sm_{arch}" for arch in archs]}
+
+
+def run_ninja(folder: Path, what: str):
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+    done = subprocess.run([*command, "-C", str(folder)], text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        print(done.stdout)
+        raise Unavailable(f"compiling {what} failed:\n{done.stdout[-1500:]}")
+
+
+def install(built: Path, target: Path):
+    fresh = target.with_suffix(".new")  # a process may have the old file mapped: replace it, never write into it
+    shutil.copy2(built, fresh)
+    fresh.replace(target)
+
+
 class BuildExtension(build_ext):
     def run(self):
         target = Path(self.get_ext_fullpath("fastllm._C")).resolve()
+        info = self.build_cpu(target)
+        info["cuda"] = self.build_cuda(target.with_name("_cuda.so"))
+        (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def build_cpu(self, target: Path) -> dict:
         sanitize = os.environ.get("FASTLLM_SANITIZE", "")
         folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{'-' + sanitize if sanitize else ''}"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             info = write_ninja(folder, sanitize)
-            ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-            command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-            done = subprocess.run([*command, "-C", str(folder)], text=True, stdout=subprocess.PIPE)
-            if done.returncode:
-                print(done.stdout)
-                raise Unavailable("compiling the C++ extension failed:\n" + done.stdout[-1500:])
-            fresh = target.with_suffix(
-                ".new"
-            )  # a process may have the old file mapped: replace it, never write into it
-            shutil.copy2(folder / "_C.so", fresh)
-            fresh.replace(target)
+            run_ninja(folder, "the C++ extension")
+            install(folder / "_C.so", target)
+            return info
         except (Unavailable, ImportError) as problem:
-            info = {"extension": False, "reason": str(problem)}
             target.unlink(missing_ok=True)  # an older binary would hide the failure
             print(f"fastllm: built without the C++ kernels: {problem}", file=sys.stderr)
             if os.environ.get("FASTLLM_REQUIRE_EXTENSION"):
                 raise SystemExit(1) from None
-        (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+            return {"extension": False, "reason": str(problem)}
+
+    def build_cuda(self, target: Path) -> dict:
+        folder = ROOT / "build" / "ninja-cuda"
+        try:
+            if not CUDA_ARCHS and not list((torch_folder() / "lib").glob("*torch_cuda.*")):
+                return {"built": False, "reason": "torch has no CUDA here (FASTLLM_CUDA_ARCHS would build them anyway)"}
+            info = write_cuda_ninja(folder)
+            run_ninja(folder, "the CUDA C++ kernels")
+            install(folder / "_cuda.so", target)
+            return info
+        except Unavailable as problem:
+            target.unlink(missing_ok=True)
+            print(f"fastllm: built without the CUDA C++ kernels: {problem}", file=sys.stderr)
+            if CUDA_ARCHS and os.environ.get("FASTLLM_REQUIRE_EXTENSION"):
+                raise SystemExit(1) from None
+            return {"built": False, "reason": str(problem)}
 
 
-setup(
-    packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench"],
-    package_data={"fastllm": ["_build_info.json"], "fastllm.llm": ["*.html"], "fastllm.bench": ["*.html"]},
-    ext_modules=[Extension("fastllm._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # the compile test reads from here how nvcc is called
+    setup(
+        packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench"],
+        package_data={"fastllm": ["_build_info.json"], "fastllm.llm": ["*.html"], "fastllm.bench": ["*.html"]},
+        ext_modules=[Extension("fastllm._C", sources=[])],
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -1,9 +1,10 @@
 """Which implementation runs a call, and the record of why.
 
-PyTorch's dispatcher does the work: every op is one schema `fastllm::<op>`, with a C++ kernel for CPU tensors (csrc/),
-a Python kernel for CUDA tensors that calls the Triton launcher of the same name (kernels/), and a fake kernel for
-tracing. What no kernel can do goes to `fastllm.reference`, is said by `fastllm.explain`, and is an error under
-FASTLLM_STRICT=1.
+PyTorch's dispatcher does the work: every op is one schema `fastllm::<op>`, with a C++ kernel for CPU tensors
+(csrc/cpu), a Python kernel for CUDA tensors that calls the Triton launcher of the same name (kernels/), and a fake
+kernel for tracing. What has a CUDA C++ kernel too (csrc/cuda) has it as `fastllm_cuda::<op>`; which of the two runs is
+what the table MEASURED says. What no kernel can do goes to `fastllm.reference`, is said by `fastllm.explain`, and is an
+error under FASTLLM_STRICT=1.
 """
 
 import contextlib
@@ -19,7 +20,15 @@ import torch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+# What has a CUDA C++ kernel, as `choose` calls it; its schemas are defined once more, in a library of their own.
+CUDA_OPS = frozenset({"layer_norm", "rms_norm", "softmax", "log_softmax"})
+
+# (op, name of the GPU) -> "cuda", where the CUDA C++ kernel was measured to be the faster one; else Triton runs.
+# Nothing has been measured yet.
+MEASURED: dict[tuple[str, str], str] = {}
+
 library = torch.library.Library("fastllm", "DEF")  # noqa: TOR901, the definitions live as long as the process
+cuda_library = torch.library.Library("fastllm_cuda", "DEF")  # noqa: TOR901
 
 _folder = Path(__file__).parent
 
@@ -59,6 +68,22 @@ def missing_triton() -> str | None:
     return None
 
 
+@functools.cache
+def missing_cuda() -> str | None:
+    """Why the CUDA C++ kernels cannot be used, or None; loads them. One that exists but does not load is an error."""
+    path = next(_folder.glob("_cuda.*"), None)
+    if path is None:
+        return build_info().get("cuda", {}).get("reason", "the CUDA C++ kernels have not been built (make build)")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"fastllm: the CUDA C++ kernels exist but do not load: {error}. They were built against another PyTorch; "
+            "rebuild them with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        ) from error
+    return None
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an op, as `explain` reports it."""
@@ -71,6 +96,11 @@ class Call:
     reason: str
 
 
+class Unsupported(RuntimeError):
+    """The backend that was forced, or under FASTLLM_STRICT any, has no kernel for a call."""
+
+
+cuda_device = "cuda"  # of tensors that CUDA C++ kernels take; the tests emulate a GPU on "cpu"
 _forced: str | None = None
 _calls: list | None = None
 _strict = os.environ.get("FASTLLM_STRICT", "") not in ("", "0")
@@ -124,24 +154,37 @@ def choose(op: str, x: torch.Tensor, unsupported=None) -> str:
 def _choose(op, x, unsupported):
     native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
     name = _forced or native
+    if name == "triton" and not _forced and _measured_faster(op, x):
+        if not (_why_not("cuda", x) or lacks(op, "cuda", unsupported)):
+            name = "cuda"
     missing = _why_not(name, x)
-    reason = missing or (unsupported(name) if unsupported and name != "reference" else None) or ""
+    reason = missing or lacks(op, name, unsupported) or ""
     if native == "reference" and not _forced:
         reason = f"no kernels for {x.device.type} tensors"
     if reason:
         if _forced:
-            raise RuntimeError(f"{op}: backend {name!r} was forced, but {reason}")
+            raise Unsupported(f"{op}: backend {name!r} was forced, but {reason}")
         if _strict:
-            raise RuntimeError(f"{op}: FASTLLM_STRICT is set and there is no kernel for this call: {reason}")
+            raise Unsupported(f"{op}: FASTLLM_STRICT is set and there is no kernel for this call: {reason}")
         if missing:  # a whole backend, not an option of one call
             _warn_once(missing)
         name = "reference"
     if _calls is not None:
-        kernel = {"cpu": lambda: f"C++ {extension.selected()}", "triton": lambda: "Triton"}.get(
-            name, lambda: "PyTorch"
-        )()
+        kernel = {"cpu": lambda: f"C++ {extension.selected()}", "triton": lambda: "Triton", "cuda": lambda: "CUDA C++"}
+        kernel = kernel.get(name, lambda: "PyTorch")()
         _calls.append(Call(op, name, kernel, tuple(x.shape), str(x.dtype).removeprefix("torch."), reason))
     return name
+
+
+def _measured_faster(op, x):
+    return MEASURED and MEASURED.get((op, torch.cuda.get_device_name(x.device))) == "cuda"
+
+
+def lacks(op: str, name: str, unsupported=None) -> str | None:
+    """Why backend `name`, where it is there, has no kernel for this call of `op`, or None."""
+    if name == "cuda" and op not in CUDA_OPS:
+        return f"{op} has no CUDA C++ kernel"
+    return unsupported(name) if unsupported and name != "reference" else None
 
 
 def _why_not(name: str, x: torch.Tensor) -> str | None:
@@ -152,7 +195,7 @@ def _why_not(name: str, x: torch.Tensor) -> str | None:
             return f"the tensors are on {x.device} (TRITON_INTERPRET=1 would interpret the kernels)"
         return missing_triton()
     if name == "cuda":
-        return "the CUDA C++ kernels are not built"
+        return missing_cuda() or (None if x.device.type == cuda_device else f"the tensors are on {x.device}")
     return None
 
 
@@ -161,16 +204,20 @@ class Op:
 
     def __init__(self, schema: str, module: str, fake):
         self.name, self.module = schema.partition("(")[0], module
-        library.define(schema)
-        torch.library.register_fake(f"fastllm::{self.name}", fake, lib=library)
+        for namespace in (library, cuda_library):
+            namespace.define(schema)
+            torch.library.register_fake(f"{namespace.ns}::{self.name}", fake, lib=namespace)
         library.impl(self.name, self.triton, "CUDA")
         self.dispatched = getattr(torch.ops.fastllm, self.name).default
+        self.cuda = getattr(torch.ops.fastllm_cuda, self.name).default
 
     def triton(self, *args):
         return getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)(*args)
 
     def __call__(self, backend: str, *args):
         """Run on `backend`, as `choose` named it; interpreted Triton past the dispatcher, which sees CPU tensors."""
+        if backend == "cuda":
+            return self.cuda(*args)
         if backend == "triton" and not args[0].is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)

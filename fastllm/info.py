@@ -13,8 +13,17 @@ import fastllm
 from fastllm import dispatch
 
 GPU_STATE = (
-    "the GPU kernels are tested in Triton's interpreter and compile-checked; they are not yet measured on hardware"
+    "the GPU kernels are compile-checked and tested on a CPU (Triton's in its interpreter, CUDA C++ in an emulator); "
+    "they are not yet measured on hardware"
 )
+
+
+# Backend -> its column in the support matrix, and what runs where it has no kernel.
+COLUMNS = {
+    "cpu": ("CPU (C++)", "plain PyTorch"),
+    "triton": ("NVIDIA GPU (Triton)", "plain PyTorch"),
+    "cuda": ("NVIDIA GPU (CUDA C++)", "-"),
+}
 
 
 def collect() -> dict:
@@ -51,7 +60,7 @@ def _missing() -> dict:
         "reference": None,
         "cpu": dispatch.missing_extension,
         "triton": dispatch.missing_triton() or no_gpu,
-        "cuda": "the CUDA C++ kernels are not built",
+        "cuda": dispatch.missing_cuda() or no_gpu,
     }
 
 
@@ -86,11 +95,18 @@ def lines(found: dict) -> str:
         f"{'kernels':<12}{cpu['instruction_set'] or 'plain PyTorch'} (available: {has}; FASTLLM_CPU chooses)",
         f"{'gpu':<12}{', '.join(found['gpu']) or 'none'}",
         f"{'built with':<12}{build.get('compiler', '-')}",
+        f"{'nvcc':<12}{_nvcc(build.get('cuda', {}))}",
         "backends",
     ]
     for name, state in found["backends"].items():
         text.append(f"  {name:<10}{'ready' if state['ready'] else 'no: ' + state['why_not']}")
     return "\n".join([*text, found["note"]])
+
+
+def _nvcc(cuda: dict) -> str:
+    if not cuda.get("built"):
+        return "not used"
+    return f"{cuda['nvcc'].split(', ')[-1]} for {', '.join(cuda['architectures'])}"
 
 
 class _Asked(Exception):
@@ -102,7 +118,7 @@ def kernels_for(function, *args, **options) -> dict:
     found, choose = {}, dispatch._choose
 
     def ask(op, x, unsupported):
-        found.update({name: unsupported(name) if unsupported else None for name in ("cpu", "triton")})
+        found.update({name: dispatch.lacks(op, name, unsupported) for name in COLUMNS})
         raise _Asked
 
     dispatch._choose = ask
@@ -169,10 +185,13 @@ def matrix() -> str:
         }
         for short, dtype in kinds.items()
     }
-    out = ["| op | option | CPU (C++) | NVIDIA GPU (Triton) |", "|---|---|---|---|"]
+    out = ["| op | option | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * 5 + "|"]
     for key in asked["fp32"]:
-        have = [[short for short in kinds if asked[short][key][name] is None] for name in ("cpu", "triton")]
-        out.append(f"| `{key[0]}` | {key[1]} | " + " | ".join(" ".join(h) or "plain PyTorch" for h in have) + " |")
+        cells = []
+        for name, (_, otherwise) in COLUMNS.items():
+            have = [short for short in kinds if asked[short][key][name] is None]
+            cells.append(" ".join(have) or otherwise)
+        out.append(f"| `{key[0]}` | {key[1]} | " + " | ".join(cells) + " |")
     return "\n".join(out)
 
 

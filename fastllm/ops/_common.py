@@ -27,10 +27,10 @@ def check_broadcast(op: str, name: str, x: torch.Tensor, shape):
 
 
 def no_fp64(x):
-    """`unsupported` for dispatch.choose: the Triton kernels compute in fp32."""
+    """`unsupported` for dispatch.choose: the GPU kernels compute in fp32."""
     if x.dtype != torch.float64:
         return None
-    return lambda backend: "float64: the Triton kernels compute in fp32" if backend == "triton" else None
+    return lambda backend: "float64: the GPU kernels compute in fp32" if backend in ("triton", "cuda") else None
 
 
 def as_4d(x: torch.Tensor) -> torch.Tensor:
