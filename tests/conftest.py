@@ -1,4 +1,7 @@
-"""A kernel's tests run once per backend: each C++ instruction set, and Triton (interpreted where there is no GPU)."""
+"""A kernel's tests run once per backend: each C++ instruction set, Triton and CUDA C++.
+
+Where there is no GPU, Triton's kernels are interpreted and the CUDA C++ kernels run in an emulator (emulator.py).
+"""
 
 import os
 
@@ -13,7 +16,7 @@ from fastllm import dispatch
 from fastllm.llm import data, sources
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton"]
+BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton", "cuda"]
 
 
 INTERPRETED_SHARE = 7  # of the attention tests, one in this many: coprime to the number of dtypes, rules and options
@@ -54,9 +57,9 @@ def backend(request):
     yield from use_backend(request.param)
 
 
-@pytest.fixture(params=BACKENDS[:-1])
+@pytest.fixture(params=BACKENDS[:-2])
 def cpu_backend(request):
-    """`backend`, for what Triton does not have yet."""
+    """`backend`, for what only the CPU kernels have."""
     yield from use_backend(request.param)
 
 
@@ -72,6 +75,14 @@ def use_backend(name):
         with fastllm.backend("cpu"):
             yield "cpu"
         dispatch.extension.select(before)
+    elif name == "cuda":
+        if not torch.cuda.is_available():
+            yield from emulated_cuda()
+            return
+        if reason := dispatch.missing_cuda():
+            pytest.skip(reason)
+        with fastllm.backend("cuda"):
+            yield "cuda"
     else:
         if reason := dispatch.missing_triton():
             pytest.skip(reason)
@@ -79,6 +90,31 @@ def use_backend(name):
             import interpreter  # noqa: F401, repairs bf16 in Triton's interpreter
         with fastllm.backend("triton"):
             yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def emulated_cuda(arch=80):
+    """Forces the CUDA C++ kernels on CPU tensors, through the emulator of a GPU."""
+    import emulator
+
+    if emulator.compiler() is None:
+        pytest.skip("no C++ compiler to build the emulated CUDA kernels with")
+    emulator.load()(arch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "missing_cuda", lambda: None)
+        patch.setattr(dispatch, "cuda_device", "cpu")
+        with fastllm.backend("cuda"):
+            yield "cpu"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What the CUDA C++ kernels leave to Triton is skipped, with the reason; test_cuda.py says what they may not."""
+    try:
+        return (yield)
+    except dispatch.Unsupported as why:
+        if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "cuda":
+            raise
+        pytest.skip(str(why))
 
 
 def tiny_corpus(seed=0, n=160):

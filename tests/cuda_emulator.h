@@ -1,0 +1,259 @@
+// A GPU on one CPU thread, for the kernels of csrc/cuda: what device.cuh says in PTX, here in C++.
+//
+// A block, or a cluster of blocks, runs at a time; its threads are fibers that run until a barrier or an exchange makes
+// them wait. Which one goes on first changes from launch to launch, so a missing barrier shows as a wrong number.
+// Shared memory is NaN when a block starts, and its end is watched; an asynchronous copy arrives only when it is waited
+// for; addresses must be aligned as the hardware wants them. A barrier that not all threads reach ends the process.
+// Precision is the hardware's where it matters: fp32 sums of products of 16-bit numbers, one rounding at the end.
+#pragma once
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define FASTLLM_EMULATED
+#define DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+
+namespace fastllm::emulator {
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "CUDA emulator: %s\n", what);
+  abort();
+}
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+union Lane {  // what one lane shows the others
+  float number;
+  struct {
+    uint32_t a[4], b[2];
+  } fragments;
+  const void* address;
+};
+struct Warp {
+  Barrier barrier;
+  Lane lanes[2][32];  // two places in turn, as whoever overwrites one has passed the barrier after the reads of it
+};
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<char[]> memory;
+  char* shared = nullptr;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t group;
+};
+
+struct Fiber {
+  jmp_buf here;
+  int thread = 0, block_in_cluster = 0, turn = 0;
+  Block* block = nullptr;
+  const Barrier* waits_for = nullptr;
+  uint64_t generation = 0;
+  bool started = false, done = false;
+  std::vector<Copy> copies;
+  uint64_t group = 0;
+};
+
+constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 256;
+constexpr char kCanary = 0x5a;
+
+struct Machine {
+  int arch = 90;
+  uint64_t launches = 0;
+  // The launch that runs.
+  int threads = 0, cluster = 1;
+  int64_t first_block = 0;
+  Barrier cluster_barrier;
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  ucontext_t back;
+  const std::function<void()>* kernel = nullptr;
+  std::vector<char*> stacks;  // kept from launch to launch
+};
+inline Machine& machine() {
+  static Machine one;
+  return one;
+}
+
+inline void wait(Barrier& b) {
+  Machine& m = machine();
+  if (++b.arrived == b.expected) {
+    b.arrived = 0;
+    ++b.generation;
+    return;
+  }
+  Fiber* self = m.current;
+  self->waits_for = &b;
+  self->generation = b.generation;
+  if (!_setjmp(self->here)) _longjmp(m.scheduler, 1);
+}
+
+inline void body() {
+  Machine& m = machine();
+  (*m.kernel)();
+  m.current->done = true;
+  _longjmp(m.scheduler, 1);
+}
+
+// Stacks are entered once by swapcontext; after that longjmp changes between them, which costs no system call.
+inline void resume(size_t n) {
+  Machine& m = machine();
+  Fiber& f = m.fibers[n];
+  m.current = &f;
+  f.waits_for = nullptr;
+  if (_setjmp(m.scheduler)) return;
+  if (f.started) _longjmp(f.here, 1);
+  f.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = m.stacks[n];
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, body, 0);
+  swapcontext(&m.back, &context);
+}
+
+inline void run(int64_t blocks, int threads, int shared_bytes, int cluster, const std::function<void()>& kernel) {
+  Machine& m = machine();
+  ++m.launches;
+  if (threads % 32 || threads > 1024 || blocks % cluster || cluster > (m.arch >= 90 ? 8 : 1))
+    fail("an impossible grid");
+  if (shared_bytes > (m.arch >= 90 ? 227 : 163) << 10) fail("too much shared memory");
+  m.threads = threads, m.cluster = cluster, m.kernel = &kernel;
+  while (m.stacks.size() < size_t(threads * cluster)) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for stacks");
+    m.stacks.push_back((char*)stack);
+  }
+  for (m.first_block = 0; m.first_block < blocks; m.first_block += cluster) {
+    m.cluster_barrier = {threads * cluster};
+    m.blocks.clear();
+    m.blocks.resize(cluster);
+    m.fibers.clear();
+    m.fibers.resize(size_t(threads) * cluster);
+    for (int b = 0; b < cluster; ++b) {
+      Block& block = m.blocks[b];
+      block.barrier.expected = threads;
+      block.warps.resize(threads / 32);
+      for (Warp& warp : block.warps) warp.barrier.expected = 32;
+      block.memory.reset(new char[shared_bytes + kGuardBytes + 128]);
+      block.shared = (char*)(((uintptr_t)block.memory.get() + 127) / 128 * 128);
+      memset(block.shared, 0xff, shared_bytes);  // NaN in every format
+      memset(block.shared + shared_bytes, kCanary, kGuardBytes);
+      for (int t = 0; t < threads; ++t) {
+        Fiber& f = m.fibers[size_t(b) * threads + t];
+        f.thread = t, f.block_in_cluster = b, f.block = &block;
+      }
+    }
+    const size_t all = m.fibers.size();
+    for (size_t done = 0, pass = m.launches; done < all; ++pass) {
+      bool progress = false;
+      done = 0;
+      for (size_t k = 0; k < all; ++k) {
+        const size_t n = pass % 2 ? k : all - 1 - k;
+        Fiber& f = m.fibers[n];
+        if (!f.done && !(f.waits_for && f.waits_for->generation == f.generation)) {
+          resume(n);
+          progress = true;
+        }
+        done += f.done;
+      }
+      if (!progress && done < all) fail("a barrier that not all threads reach");
+    }
+    for (const Block& block : m.blocks)
+      for (size_t i = 0; i < kGuardBytes; ++i)
+        if (block.shared[shared_bytes + i] != kCanary) fail("a write past the end of shared memory");
+  }
+}
+
+inline Lane* exchange(const Lane& mine) {
+  Fiber& f = *machine().current;
+  Warp& warp = f.block->warps[f.thread / 32];
+  Lane* lanes = warp.lanes[f.turn ^= 1];
+  lanes[f.thread % 32] = mine;
+  wait(warp.barrier);
+  return lanes;
+}
+inline void need_aligned(const void* p) {
+  if ((uintptr_t)p % 16) fail("an address that is not a multiple of 16");
+}
+
+struct Index {
+  uint32_t x;
+};
+
+}  // namespace fastllm::emulator
+
+// Which GPU it is: 80 has no clusters, 90 has.
+extern "C" __attribute__((weak, visibility("default"))) void fastllm_emulate(int arch) {
+  fastllm::emulator::machine().arch = arch;
+}
+
+#define threadIdx (fastllm::emulator::Index{uint32_t(fastllm::emulator::machine().current->thread)})
+#define blockDim (fastllm::emulator::Index{uint32_t(fastllm::emulator::machine().threads)})
+#define blockIdx             \
+  (fastllm::emulator::Index{ \
+      uint32_t(fastllm::emulator::machine().first_block + fastllm::emulator::machine().current->block_in_cluster)})
+
+namespace fastllm::cuda {
+namespace {
+
+#include "cpu/float16.inl"
+
+namespace emulator = fastllm::emulator;
+
+inline void forget(uint32_t&) {}
+inline void sync_block() { emulator::wait(emulator::machine().current->block->barrier); }
+inline float shuffle_xor(float x, int lanes) {
+  emulator::Lane mine;
+  mine.number = x;
+  return emulator::exchange(mine)[(emulator::machine().current->thread ^ lanes) % 32].number;
+}
+inline char* shared_memory() { return emulator::machine().current->block->shared; }
+
+inline int cluster_size() { return emulator::machine().cluster; }
+inline int cluster_rank() { return emulator::machine().current->block_in_cluster; }
+inline void sync_cluster() { emulator::wait(emulator::machine().cluster_barrier); }
+inline float from_cluster(const float* place, int rank) {
+  const emulator::Machine& m = emulator::machine();
+  return *(const float*)(m.blocks[rank].shared + ((const char*)place - m.current->block->shared));
+}
+
+template <class Kernel>
+bool has_clusters(Kernel) {
+  return emulator::machine().arch >= 90;
+}
+inline int multiprocessors() { return 2; }
+
+struct Grid {
+  int64_t blocks;
+  int threads, shared_bytes = 0, cluster = 1;
+};
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), Grid grid, const Arguments& arguments, void*) {
+  emulator::run(grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, [&] { kernel(arguments); });
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace fastllm::cuda

@@ -1,0 +1,181 @@
+"""The CUDA C++ kernels where they differ from the other backends: the ways through rows, the emulator, the choice."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import conftest
+import emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from check import compare
+
+import fastllm
+from fastllm import dispatch, info, reference
+
+needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
+
+
+@pytest.fixture(params=[80, 90], ids="sm_{}".format)
+def arch(request):
+    if torch.cuda.is_available():
+        pytest.skip("the ways that a real GPU takes are those of its own architecture: test_norm.py, test_softmax.py")
+    yield from conftest.emulated_cuda(request.param)
+
+
+# One row a warp or less, a block, a cluster of blocks (on sm_90), too long for that; in 16-byte packs or by element.
+ROWS = [(5, 8), (5, 24), (9, 520), (3, 4100), (2, 4099), (1, 20000), (1, 33000), (1, 17001)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_ways_through_a_row(arch, shape, dtype):
+    N, D = shape
+    x, w, b, dy = torch.randn(N, D), torch.randn(D), torch.randn(D), torch.randn(N, D)
+    compare(
+        lambda x, w, b: fastllm.layer_norm(x, w, b),
+        lambda x, w, b: F.layer_norm(x, (D,), w, b),
+        reference.layer_norm,
+        [x, w, b],
+        [dy],
+        dtype,
+    )
+    compare(fastllm.rms_norm, lambda x, w: F.rms_norm(x, (D,), w, 1e-6), reference.rms_norm, [x, w], [dy], dtype)
+    for ours, theirs in ((fastllm.softmax, torch.softmax), (fastllm.log_softmax, torch.log_softmax)):
+        compare(ours, lambda x, f=theirs: f(x, -1), lambda x, f=theirs: f(x, -1), [3 * x], [dy], dtype)
+
+
+@needs_compiler
+def test_masked_rows_that_are_walked(arch):
+    x, dy = torch.randn(1, 2, 3, 70001), torch.randn(1, 2, 3, 70001)
+    options = dict(causal=True, mask=torch.rand(1, 1, 3, 70001) > 0.5, scale=0.3)
+    exact = lambda x: reference.softmax(x, **options)  # noqa: E731
+    compare(lambda x: fastllm.softmax(x, **options), exact, exact, [x], [dy], torch.float32)
+
+
+@needs_compiler
+def test_rows_that_do_not_start_at_a_multiple_of_16_bytes(arch):
+    whole = torch.randn(1 + 6 * 64)
+    x = whole[1:].view(6, 64)
+    assert x.is_contiguous() and x.data_ptr() % 16
+    torch.testing.assert_close(fastllm.rms_norm(x), reference.rms_norm(x))
+
+
+@needs_compiler
+def test_the_long_rows_of_a_vocabulary(arch):
+    """The longest that has to work. On sm_90 eight blocks share it, on sm_80 one walks over it."""
+    x = torch.randn(1, 262144).bfloat16()
+    compare(fastllm.softmax, lambda x: x.softmax(-1), lambda x: x.softmax(-1), [x], [torch.randn(x.shape)], x.dtype)
+
+
+EMULATED = """
+#include "cuda/device.cuh"
+namespace fastllm::cuda {
+namespace {
+struct A { float* out; };
+__global__ void kernel(A a) {
+  float* x = (float*)shared_memory();
+  const int t = threadIdx.x;
+  %s
+}
+}
+}
+int main() {
+  float out[64];
+  fastllm::cuda::launch(fastllm::cuda::kernel, {2, 64, 64 * 4}, fastllm::cuda::A{out}, nullptr);
+  fastllm::cuda::launch(fastllm::cuda::kernel, {1, 64, 64 * 4}, fastllm::cuda::A{out}, nullptr);
+  for (int t = 0; t < 64; ++t) if (out[t] != float((t + 1) %% 64)) return 1;
+  return 0;
+}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "body, what",
+    [
+        ("x[t] = t; sync_block(); a.out[t] = x[(t + 1) % 64];", "runs"),
+        ("x[t] = t; a.out[t] = x[(t + 1) % 64];", "is wrong"),  # no barrier: half of the neighbours are not there yet
+        ("x[t] = t; if (t < 32) sync_block(); a.out[t] = x[(t + 1) % 64];", "a barrier that not all threads reach"),
+        ("x[t + 1] = t; sync_block(); a.out[t] = x[t];", "a write past the end of shared memory"),
+    ],
+    ids=["barrier", "no barrier", "half a barrier", "overflow"],
+)
+def test_the_emulator_finds(tmp_path, body, what):
+    """What is wrong on a GPU is wrong here: a test of the tests."""
+    source, program = tmp_path / "kernel.cu", tmp_path / "kernel"
+    source.write_text(EMULATED % body)
+    command = [emulator.compiler(), *emulator.FLAGS.split(), "-I", emulator.ROOT / "csrc", "-include", emulator.HEADER]
+    subprocess.run([*command, "-x", "c++", source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    if what == "runs":
+        assert done.returncode == 0, done.stderr
+    elif what == "is wrong":
+        assert done.returncode == 1 and not done.stderr
+    else:
+        assert done.returncode < 0 and what in done.stderr
+
+
+def on_gpu(dtype=torch.bfloat16):
+    """All that the choice of a backend looks at in a tensor on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda", 0), shape=(4, 8), dtype=dtype)
+
+
+@pytest.fixture
+def built(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_cuda", lambda: None)
+    monkeypatch.setattr(dispatch, "missing_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+
+
+def test_triton_runs_until_something_is_measured(built):
+    assert dispatch.choose("rms_norm", on_gpu()) == "triton"
+    with fastllm.backend("cuda"):
+        assert dispatch.choose("rms_norm", on_gpu()) == "cuda"
+    with fastllm.backend("triton"):
+        assert dispatch.choose("rms_norm", on_gpu()) == "triton"
+
+
+def test_the_measured_table_chooses(built, monkeypatch):
+    monkeypatch.setitem(dispatch.MEASURED, ("rms_norm", "NVIDIA H100"), "cuda")
+    monkeypatch.setitem(dispatch.MEASURED, ("rope", "NVIDIA H100"), "cuda")
+    with dispatch.recording([]) as calls:
+        assert dispatch.choose("rms_norm", on_gpu()) == "cuda"
+        assert dispatch.choose("softmax", on_gpu()) == "triton"  # not in the table
+        assert dispatch.choose("rope", on_gpu()) == "triton"  # no such kernel
+        lacking = {"cuda": "an option"}.get
+        assert dispatch.choose("rms_norm", on_gpu(), lacking) == "triton"  # what it cannot do goes to Triton
+    assert [call.kernel for call in calls] == ["CUDA C++", "Triton", "Triton", "Triton"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
+    assert dispatch.choose("rms_norm", on_gpu()) == "triton"  # measured on another GPU
+
+
+def test_a_forced_call_that_cuda_cannot_do_says_why(built):
+    with fastllm.backend("cuda"), pytest.raises(dispatch.Unsupported, match="forced, but rope has no CUDA C.. kernel"):
+        dispatch.choose("rope", on_gpu())
+
+
+def test_the_reason_for_missing_kernels_is_shown(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing_cuda", lambda: "no nvcc that day")
+    assert "cuda      no: no nvcc that day" in info.lines(info.collect())
+
+
+@needs_compiler
+def test_explain_names_the_kernel():
+    emulated = conftest.emulated_cuda()
+    next(emulated)
+    try:
+        (call,) = fastllm.explain(fastllm.rms_norm, torch.ones(2, 3)).calls
+    finally:
+        next(emulated, None)
+    assert (call.backend, call.kernel) == ("cuda", "CUDA C++")
+
+
+@needs_compiler
+def test_emulated_kernels_do_not_outlive_the_tests():
+    """Importing fastllm alone registers nothing for CPU tensors under fastllm_cuda."""
+    code = "import torch, fastllm; torch.ops.fastllm_cuda.softmax_bwd(torch.ones(2), torch.ones(2), 1.0, False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=emulator.ROOT)
+    assert done.returncode and "NotImplementedError" in done.stderr
