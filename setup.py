@@ -28,14 +28,15 @@ ISA_FLAGS = {
     "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
-    "avx512_bf16": AVX512 + " -mavx512bf16",
+    "avx512_bf16": AVX512 + " -mavx512bf16 -mavx512vnni",
 }
 
 # sm_90a adds clusters; what is newer than both runs the PTX of the first.
 CUDA_ARCHS = os.environ.get("FASTLLM_CUDA_ARCHS", "")
 DEFAULT_CUDA_ARCHS = "80 90a"
 
-OPS = ["norm", "softmax", "attention", "attention_bwd"]  # csrc/cpu/<op>.inl: each instruction set's file once per op
+# csrc/cpu/<op>.inl: each instruction set's file once per op
+OPS = ["norm", "softmax", "attention", "attention_bwd", "weight_only"]
 
 
 class Unavailable(Exception):

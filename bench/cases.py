@@ -32,6 +32,7 @@ class Case:
     values: dict[str, int]  # pass -> values of the dtype read and written
     outputs: tuple[str, ...] = ("y",)
     compiled: Callable | None = None  # what torch.compile is given, where that is not `torch`
+    fixed_bytes: int = 0  # read besides, whatever the dtype: packed weights
     part: Callable = field(default=lambda x: x)  # the share of an input or output that is checked against fp64
 
     def inputs(self, dtype, device="cpu", seed=0) -> list[torch.Tensor]:
@@ -40,7 +41,7 @@ class Case:
         return [x.to(dtype).to(device) for x in made]
 
     def bytes(self, passes: str, dtype) -> int:
-        return self.values[passes] * dtype.itemsize
+        return self.values[passes] * dtype.itemsize + self.fixed_bytes * (2 if passes == "both" else 1)
 
     def __str__(self):
         return f"{self.op} {self.name}"
@@ -192,6 +193,36 @@ def softmax(*shape, log=False, causal=False, scale=1.0):
     )
 
 
+def weight_only(M, N, K, bits):
+    """A linear layer of M rows on a weight [N, K] of 16 (bf16), 8 or 4 bits; PyTorch's has it in the dtype of x."""
+
+    @functools.cache
+    def weight(device):
+        w = torch.randn(N, K, generator=torch.Generator().manual_seed(1)).to(device) * K**-0.5
+        return w.bfloat16() if bits == 16 else fastllm.quantize_weight(w, bits)
+
+    @functools.cache
+    def plain(device, dtype):
+        w = weight(device)
+        return w.to(dtype) if bits == 16 else w.dequantize().to(dtype)
+
+    def rival(x):
+        return F.linear(x, plain(x.device, x.dtype))
+
+    size = {16: 2 * N * K, 8: N * (K + 4), 4: N * (K // 2 + K // 64 * 2)}[bits]
+    return Case(
+        op="weight_only_linear",
+        name=f"{M}x{N}x{K} {'bf16' if bits == 16 else f'int{bits}'}",
+        shapes={"x": (M, K)},
+        ours=lambda x: fastllm.weight_only_linear(x, weight(x.device)),
+        torch=rival,
+        naive=rival,
+        flops=_both({"forward": 2.0 * M * N * K, "backward": 2.0 * M * N * K}),
+        values=_both({"forward": M * (N + K), "backward": M * (N + K)}),
+        fixed_bytes=size,
+    )
+
+
 BENCH = [
     attention(1, 8, 2048, 64, causal=True),
     attention(4, 12, 1024, 64, causal=True),  # GPT-2 small
@@ -213,8 +244,11 @@ BENCH = [
     softmax(4096, 1024),
     softmax(8, 12, 256, 256, causal=True),
     softmax(4096, 1024, log=True),
+    *(weight_only(1, N, K, bits) for N, K in ((768, 768), (4096, 4096), (14336, 4096)) for bits in (16, 8, 4)),
+    weight_only(8, 4096, 4096, 4),
+    weight_only(64, 4096, 4096, 8),
 ]
-QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17)]
+QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24)]
 
 VERIFY = [
     attention(2, 3, 129, 64),
@@ -233,4 +267,5 @@ VERIFY = [
     softmax(63, 1001),
     softmax(2, 3, 70, 90, causal=True, scale=0.125),
     softmax(63, 1001, log=True),
+    *(weight_only(M, 100, 192, bits) for M, bits in ((1, 16), (1, 8), (2, 8), (3, 4))),
 ]

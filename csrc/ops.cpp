@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
   m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));
   m.impl("attention_varlen_bwd", TORCH_BOX(&fastllm::cpu::attention_varlen_bwd));
+  m.impl("weight_only_linear_fwd", TORCH_BOX(&fastllm::cpu::weight_only_linear_fwd));
+  m.impl("quantized_linear_fwd", TORCH_BOX(&fastllm::cpu::quantized_linear_fwd));
+  m.impl("dequantize_fwd", TORCH_BOX(&fastllm::cpu::dequantize_fwd));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -16,9 +16,11 @@ from fastllm.ops.attention import attention
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
+from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
 __version__ = "0.1.0"
 __all__ = [
+    "QuantizedWeight",
     "attention",
     "attention_varlen",
     "backend",
@@ -32,7 +34,9 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "pad_input",
+    "quantize_weight",
     "rms_norm",
     "softmax",
     "unpad_input",
+    "weight_only_linear",
 ]

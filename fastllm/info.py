@@ -171,6 +171,11 @@ def _options(dtype):
             "causal": ((x,), {"causal": True}),
         },
         fastllm.log_softmax: {"scale, mask, causal": ((x,), {"causal": True})},
+        fastllm.weight_only_linear: {
+            "int8 (scale per row or group)": ((x, fastllm.quantize_weight(torch.ones(4, 8))), {}),
+            "int4 (scale, offset per group)": ((x, fastllm.quantize_weight(torch.ones(4, 8), 4)), {}),
+            "bf16, fp16, fp32 weight": ((x, torch.zeros(4, 8, dtype=torch.bfloat16)), {}),
+        },
     }
 
 

@@ -5,8 +5,9 @@ from torch import nn
 
 from fastllm.ops.attention import attention
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
-__all__ = ["Attention", "KeyValues", "LayerNorm", "RMSNorm", "Rotary"]
+__all__ = ["Attention", "KeyValues", "LayerNorm", "QuantizedLinear", "RMSNorm", "Rotary"]
 
 
 def _flat_norm(module, op, x, weights, eps, residual):
@@ -48,6 +49,37 @@ class RMSNorm(nn.RMSNorm):
         if eps is None:
             eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
         return _flat_norm(self, rms_norm, x, (self.weight,), eps, residual)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x w^T + bias with w in 8 or 4 bits: `fastllm.weight_only_linear` as a module, for inference.
+
+    Made by `from_linear`. The codes, scales and offsets are buffers of the state dict, the bias a parameter; `weight`
+    is the `QuantizedWeight` of them. Dtypes, precision and errors are those of `fastllm.weight_only_linear`.
+    """
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.sizes = weight.shape, weight.bits, weight.group_size
+        for name in ("codes", "scales", "offsets"):
+            self.register_buffer(name, getattr(weight, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @classmethod
+    def from_linear(cls, linear, bits=8, group_size=None, *, symmetric=True):
+        """The torch.nn.Linear `linear` with its weight quantised by `fastllm.quantize_weight`."""
+        return cls(quantize_weight(linear.weight, bits, group_size, symmetric=symmetric), linear.bias)
+
+    @property
+    def weight(self):
+        return QuantizedWeight(self.codes, self.scales, self.offsets, *self.sizes)
+
+    def extra_repr(self):
+        (rows, columns), bits, group_size = self.sizes
+        return f"in_features={columns}, out_features={rows}, bits={bits}, group_size={group_size}"
+
+    def forward(self, x):
+        return weight_only_linear(x, self.weight, self.bias)
 
 
 class Rotary(nn.Module):

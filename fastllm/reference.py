@@ -172,3 +172,21 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
         y = y * (weight.to(y.dtype) + weight_offset)
     y = y.to(h.dtype)
     return y if residual is None else (y, h)
+
+
+def dequantize(codes, scales, offsets=None, *, bits, group_size):
+    """The weight [16 panels, K'] in fp32 that packed codes int32 [panels, K' * bits / 32, 16] stand for.
+
+    A word holds numbers of one row: byte i the number 4j + i of 8 bits, or 8j + i (low half) and 8j + 4 + i (high half)
+    of 4 bits. What is stored is code + 128, or code + 8. scales and offsets are [panels, K' / group_size, 16].
+    """
+    stored = codes.transpose(1, 2).contiguous().view(torch.uint8).unflatten(-1, (-1, 4))  # [panels, 16, words, 4]
+    if bits == 4:
+        stored = torch.stack([stored & 15, stored >> 4], -2)
+    w = stored.flatten(2).float() - (128 if bits == 8 else 8)
+
+    def spread(x):
+        return x.float().transpose(1, 2).repeat_interleave(group_size, -1)
+
+    w = w * spread(scales)
+    return (w if offsets is None else w + spread(offsets)).flatten(0, 1)

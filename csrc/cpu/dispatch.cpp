@@ -8,11 +8,12 @@
 
 namespace fastllm {
 
-#define DECLARE_TABLES(isa)                      \
-  extern const NormKernels norm_##isa;           \
-  extern const SoftmaxKernels softmax_##isa;     \
-  extern const AttentionKernels attention_##isa; \
-  extern const AttentionBwdKernels attention_bwd_##isa;
+#define DECLARE_TABLES(isa)                             \
+  extern const NormKernels norm_##isa;                  \
+  extern const SoftmaxKernels softmax_##isa;            \
+  extern const AttentionKernels attention_##isa;        \
+  extern const AttentionBwdKernels attention_bwd_##isa; \
+  extern const WeightOnlyKernels weight_only_##isa;
 DECLARE_TABLES(scalar)
 DECLARE_TABLES(avx2)
 DECLARE_TABLES(avx512)
@@ -20,7 +21,7 @@ DECLARE_TABLES(avx512_bf16)
 
 namespace {
 
-#define TABLES(isa) {#isa, &norm_##isa, &softmax_##isa, &attention_##isa, &attention_bwd_##isa}
+#define TABLES(isa) {#isa, &norm_##isa, &softmax_##isa, &attention_##isa, &attention_bwd_##isa, &weight_only_##isa}
 const Kernels kBuilt[] = {FASTLLM_ISAS};  // TABLES(...) of what setup.py builds, narrowest first
 std::atomic<const Kernels*> selected_table{nullptr};
 
@@ -32,7 +33,9 @@ bool runs_here(const std::string& name) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx2") return avx2;
   if (name == "avx512") return avx512;
-  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  // Every CPU with AVX512_BF16 has VNNI too, which this table uses: asked for, should one appear that has not.
+  if (name == "avx512_bf16")
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return name == "scalar";
 }

@@ -70,6 +70,20 @@ struct Attention {
   void* dsink_partial;       // [B, H] in the compute type; null without a sink
 };
 
+struct WeightOnly {  // y = x w^T + bias for a few rows of x, in fp32
+  int64_t M, N, K;
+  const float* x;  // [M, K]
+  int64_t x_row;
+  const void* weight;            // [N, K] of a storage type, or packed words (weight_only.inl)
+  int64_t bits, group;           // packed: 8 or 4, and how many numbers of a row share a scale: a multiple of 32
+  const void *scales, *offsets;  // packed: [panels, groups, 16], fp32 for 8 bits and bf16 for 4; offsets may be null
+  int64_t planes;                // packed: x in 2 or 3 planes of 8 bits, where the instruction set multiplies bytes
+  const float* bias;             // [N], may be null
+  float* y;                      // [M, N]
+  int64_t y_row;
+  bool add;  // to what is in y
+};
+
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
 
 struct NormKernels {
@@ -97,6 +111,16 @@ struct AttentionBwdKernels {
   void (*sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);
 };
 
+struct WeightOnlyKernels {
+  void (*rows[kTypes])(const WeightOnly&, int64_t begin, int64_t end);  // rows of a weight in a storage type
+  void (*panels[2])(const WeightOnly&, const void* prepared, int64_t begin, int64_t end);  // 4 bits, 8 bits
+  int64_t (*bytes)(const WeightOnly&);  // of what `prepare` makes of x for `panels`
+  void (*prepare)(const WeightOnly&, void* prepared);
+  void (*dequantize[kTypes])(const WeightOnly&, int64_t begin, int64_t end, void* out);
+  void (*widen[kTypes])(const void* x, float* y, int64_t n);
+  void (*narrow[kTypes])(const float* x, void* y, int64_t n);
+};
+
 // All tables of one instruction set.
 struct Kernels {
   const char* name;
@@ -104,6 +128,7 @@ struct Kernels {
   const SoftmaxKernels* softmax;
   const AttentionKernels* attention;
   const AttentionBwdKernels* attention_bwd;
+  const WeightOnlyKernels* weight_only;
 };
 
 const Kernels& kernels();  // the tables in use

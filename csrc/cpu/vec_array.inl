@@ -28,6 +28,14 @@ struct ArrayVec {
     for (int i = 0; i < L; ++i) r.v[i] = i < n ? T(widen(p[i])) : T(0);
     return r;
   }
+  // The signed number of kBits bits that `left` zeros push to the top of each packed word (weight_only.inl).
+  template <int kBits>
+  static ArrayVec field(const int32_t* p, int left) {
+    constexpr uint32_t kZero = kBits == 8 ? 0x80808080u : 0x88888888u;
+    ArrayVec r;
+    for (int i = 0; i < L; ++i) r.v[i] = T(int32_t((uint32_t(p[i]) ^ kZero) << left) >> (32 - kBits));
+    return r;
+  }
   template <class S>
   void store(S* p) const {
     for (int i = 0; i < L; ++i) narrow(v[i], p[i]);

@@ -41,6 +41,15 @@ struct Vec {
     return {widen8(_mm_loadu_si128((const __m128i*)lanes), p)};
   }
 
+  // The signed number of kBits bits that `left` zeros push to the top of each packed word (weight_only.inl).
+  template <int kBits>
+  static Vec field(const int32_t* p, int left) {
+    const __m256i zero = _mm256_set1_epi32(kBits == 8 ? int32_t(0x80808080) : int32_t(0x88888888));
+    const __m256i words = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), zero);
+    const __m256i top = _mm256_sll_epi32(words, _mm_cvtsi32_si128(left));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - kBits))};
+  }
+
   __m128i narrow8(const half*) const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   __m128i narrow8(const bf16*) const {  // round to nearest even; a NaN stays one
     const __m256i u = _mm256_castps_si256(v);

@@ -35,6 +35,14 @@ struct Vec {
     return {widen16(_mm256_maskz_loadu_epi16(first(n), p), p)};
   }
 
+  // The signed number of kBits bits that `left` zeros push to the top of each packed word (weight_only.inl).
+  template <int kBits>
+  static Vec field(const int32_t* p, int left) {
+    const __m512i zero = _mm512_set1_epi32(kBits == 8 ? int32_t(0x80808080) : int32_t(0x88888888));
+    const __m512i top = _mm512_sll_epi32(_mm512_xor_si512(_mm512_loadu_si512(p), zero), _mm_cvtsi32_si128(left));
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 32 - kBits))};
+  }
+
   __m256i narrow16(const half*) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   __m256i narrow16(const bf16*) const {  // round to nearest even; a NaN stays one
     const __m512i u = _mm512_castps_si512(v);

@@ -1,0 +1,215 @@
+// y = x w^T + bias for a few rows of x: the matrix-vector products of decoding, which read every weight once.
+//
+// A weight is [N, K] in a storage type, as torch has it, or packed: 8-bit or 4-bit numbers with a scale per row or per
+// group of a row. Packed, 16 rows are interleaved (a panel): a line of 16 words of 32 bits holds the next 4 (or 8)
+// numbers of each row, so that sums stay in their lanes. w = (code - zero) * scale + offset, with code - zero in
+// [-128, 127] or [-8, 7]; of a word of 4 bits, byte i has k = i in its low and k = 4 + i in its high half.
+//
+// x is prepared once for all panels: cut into steps along K and, for VPDPBUSD, split into planes of 8 bits.
+
+constexpr int64_t kPanel = 16;
+
+inline int64_t packed_columns(const WeightOnly& a) { return (a.K + a.group - 1) / a.group * a.group; }
+inline int64_t step_of(const WeightOnly& a) { return a.group % 64 ? 32 : 64; }  // numbers along K between two scalings
+
+struct Prepared {  // x as the products want it, M rows of `steps` steps each
+  int64_t step, steps;
+  float* x;            // [M][steps * step], zeros past K; without VPDPBUSD
+  int8_t* planes;      // [M][steps][planes][step]; with it
+  int32_t* start;      // [M][steps][planes]: -zero * sum(plane), where a sum of products with codes starts
+  float *scale, *sum;  // [M][steps]: what the planes are to be multiplied with, and the sum of x
+
+  Prepared(const WeightOnly& a, Arena& memory) : step(step_of(a)), steps(packed_columns(a) / step) {
+    const int64_t all = a.M * steps;
+    sum = memory.take<float>(all);
+#if defined(__AVX512VNNI__)
+    planes = memory.take<int8_t>(all * a.planes * step);
+    start = memory.take<int32_t>(all * a.planes);
+    scale = memory.take<float>(all);
+#else
+    x = memory.take<float>(all * step);
+#endif
+  }
+};
+
+// A scale or an offset per row of a panel: fp32 for 8 bits, bf16 for 4, where they are a larger share of the memory.
+template <int kBits, class V>
+inline V per_row(const void* p, int64_t i) {
+  if constexpr (kBits == 8) return V::load((const float*)p + i);
+  return V::load((const bf16*)p + i);
+}
+template <int kBits>
+inline const int32_t* panel_words(const WeightOnly& a, int64_t panel) {
+  return (const int32_t*)a.weight + panel * packed_columns(a) * kPanel * kBits / 32;
+}
+
+// Writes one vector of results of a panel; bias and what is already there are added last.
+template <class V>
+inline void write(const WeightOnly& a, V y, int64_t m, int64_t n) {
+  const int64_t inside = a.N - n < V::L ? a.N - n : V::L;
+  if (inside <= 0) return;
+  float* to = a.y + m * a.y_row + n;
+  if (a.bias) y = y + load<V>(a.bias + n, inside);
+  if (a.add) y = y + load<V>(to, inside);
+  store(y, to, inside);
+}
+
+#if defined(__AVX512VNNI__)
+#include "weight_only_vnni.inl"
+#else
+
+template <class V>
+void prepare(const WeightOnly& a, void* memory) {
+  Arena arena{(char*)memory, 0};
+  const Prepared p(a, arena);
+  for (int64_t m = 0; m < a.M; ++m) {
+    float* x = p.x + m * p.steps * p.step;
+    memcpy(x, a.x + m * a.x_row, a.K * sizeof(float));
+    memset(x + a.K, 0, (p.steps * p.step - a.K) * sizeof(float));
+    for (int64_t s = 0; s < p.steps; ++s)
+      p.sum[m * p.steps + s] =
+          sum_over<V>(p.step, [&](V t, int64_t i, int64_t n) { return t + load<V>(x + s * p.step + i, n); });
+  }
+}
+
+// C rows of x on one panel.
+template <int kBits, int C, class V>
+void panel_rows(const WeightOnly& a, const Prepared& p, int64_t panel, int64_t m) {
+  constexpr int R = kPanel / V::L;
+  const int32_t* w = panel_words<kBits>(a, panel);
+  const int64_t steps_per_group = a.group / p.step, groups = p.steps / steps_per_group;
+  V y[C][R];
+  UNROLLED for (int c = 0; c < C; ++c) UNROLLED for (int r = 0; r < R; ++r) y[c][r] = V::set(0);
+  for (int64_t s = 0; s < p.steps; ++s) {
+    V sum[C][R];
+    UNROLLED for (int c = 0; c < C; ++c) UNROLLED for (int r = 0; r < R; ++r) sum[c][r] = V::set(0);
+    const float* x = p.x + (m * p.steps + s) * p.step;
+    for (int64_t k = 0; k < p.step; k += 8, x += 8, w += kPanel * kBits / 4) UNROLLED for (int j = 0; j < 8; ++j) {
+        const int left = kBits == 8 ? 24 - 8 * (j % 4) : 28 - 8 * (j % 4) - 4 * (j / 4);
+        UNROLLED for (int r = 0; r < R; ++r) {
+          const V q = V::template field<kBits>(w + (kBits == 8 ? j / 4 * kPanel : 0) + r * V::L, left);
+          UNROLLED for (int c = 0; c < C; ++c) sum[c][r] = fma(q, V::set(x[c * p.steps * p.step + j]), sum[c][r]);
+        }
+      }
+    const int64_t place = (panel * groups + s / steps_per_group) * kPanel;
+    UNROLLED for (int r = 0; r < R; ++r) {
+      const V scale = per_row<kBits, V>(a.scales, place + r * V::L);
+      UNROLLED for (int c = 0; c < C; ++c) {
+        y[c][r] = fma(sum[c][r], scale, y[c][r]);
+        if (a.offsets)
+          y[c][r] = fma(per_row<kBits, V>(a.offsets, place + r * V::L), V::set(p.sum[(m + c) * p.steps + s]), y[c][r]);
+      }
+    }
+  }
+  UNROLLED for (int c = 0; c < C; ++c) UNROLLED for (int r = 0; r < R; ++r)
+      write(a, y[c][r], m + c, panel * kPanel + r * V::L);
+}
+#endif
+
+inline int64_t prepared_bytes(const WeightOnly& a) {
+  Arena count{nullptr, 0};
+  Prepared(a, count);
+  return count.used;
+}
+
+// The panels [begin, end): every row of x on one before the next is read.
+template <int kBits, class V>
+void panels(const WeightOnly& a, const void* memory, int64_t begin, int64_t end) {
+  Arena arena{(char*)memory, 0};
+  const Prepared p(a, arena);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    int64_t m = 0;
+    for (; m + 4 <= a.M; m += 4) panel_rows<kBits, 4, V>(a, p, panel, m);
+    for (; m + 2 <= a.M; m += 2) panel_rows<kBits, 2, V>(a, p, panel, m);
+    for (; m < a.M; ++m) panel_rows<kBits, 1, V>(a, p, panel, m);
+  }
+}
+
+// Rows of w in a storage type: out[n][k] for the panels [begin, end), out starting at the first of them.
+template <int kBits, class V, class S>
+void unpack(const WeightOnly& a, int64_t begin, int64_t end, S* out) {
+  const int64_t groups = packed_columns(a) / a.group;
+  for (int64_t panel = begin; panel < end; ++panel)
+    for (int64_t r = 0; r < kPanel; r += V::L)
+      for (int64_t k = 0; k < a.K; k += V::L) {
+        V t[V::L];
+        const int64_t place = (panel * groups + k / a.group) * kPanel + r;
+        const V scale = per_row<kBits, V>(a.scales, place);
+        const V offset = a.offsets ? per_row<kBits, V>(a.offsets, place) : V::set(0);
+        for (int64_t j = 0; j < V::L; ++j) {
+          const int64_t line = (k + j) / (32 / kBits);
+          const int at = int((k + j) % (32 / kBits));
+          const int left = kBits == 8 ? 24 - 8 * at : 28 - 8 * (at % 4) - 4 * (at / 4);
+          const V q = V::template field<kBits>(panel_words<kBits>(a, panel) + line * kPanel + r, left);
+          t[j] = fma(q, scale, offset);
+        }
+        transpose(t);
+        const int64_t n = panel * kPanel + r, columns = a.K - k < V::L ? a.K - k : V::L;
+        for (int64_t i = 0; i < V::L && n + i < a.N; ++i)
+          store(t[i], out + (n + i - begin * kPanel) * a.K + k, columns);
+      }
+}
+template <class V, class S>
+void dequantize(const WeightOnly& a, int64_t begin, int64_t end, void* out) {
+  a.bits == 8 ? unpack<8, V>(a, begin, end, (S*)out) : unpack<4, V>(a, begin, end, (S*)out);
+}
+
+// R rows of w, from n, with C rows of x, from m. kChains sums each, so that additions overlap where there are few.
+template <int R, int C, int kChains, class V, class S>
+inline void dot_rows(const WeightOnly& a, int64_t n, int64_t m) {
+  const S* w = (const S*)a.weight + n * a.K;
+  const float* x = a.x + m * a.x_row;
+  V sum_[R][C][kChains];
+  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int u = 0; u < kChains; ++u)
+      sum_[i][j][u] = V::set(0);
+  int64_t k = 0;
+  for (; k + kChains * V::L <= a.K; k += kChains * V::L) UNROLLED for (int u = 0; u < kChains; ++u) {
+      V left[R];
+      UNROLLED for (int i = 0; i < R; ++i) left[i] = V::load(w + i * a.K + k + u * V::L);
+      UNROLLED for (int j = 0; j < C; ++j) {
+        const V right = V::load(x + j * a.x_row + k + u * V::L);
+        UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][u] = fma(left[i], right, sum_[i][j][u]);
+      }
+    }
+  for (; k < a.K; k += V::L) {
+    const int64_t inside = a.K - k < V::L ? a.K - k : V::L;
+    UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][0] =
+        fma(load<V>(w + i * a.K + k, inside), load<V>(x + j * a.x_row + k, inside), sum_[i][j][0]);
+  }
+  UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) {
+    V total = sum_[i][j][0];
+    UNROLLED for (int u = 1; u < kChains; ++u) total = total + sum_[i][j][u];
+    float* y = a.y + (m + j) * a.y_row + n + i;
+    *y = sum(total) + (a.bias ? a.bias[n + i] : 0.0f) + (a.add ? *y : 0.0f);
+  }
+}
+template <int R, class V, class S>
+inline void all_of_x(const WeightOnly& a, int64_t n) {
+  int64_t m = 0;
+  for (; m + 4 <= a.M; m += 4) dot_rows<R, 4, 1, V, S>(a, n, m);
+  for (; m + 2 <= a.M; m += 2) dot_rows<R, 2, 1, V, S>(a, n, m);
+  for (; m < a.M; ++m) dot_rows<R, 1, 2, V, S>(a, n, m);
+}
+
+// The rows [begin, end) of a weight in a storage type.
+template <class V, class S>
+void rows(const WeightOnly& a, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) all_of_x<4, V, S>(a, n);
+  for (; n < end; ++n) all_of_x<1, V, S>(a, n);
+}
+
+template <class V, class S>
+void widen_numbers(const void* x, float* y, int64_t n) {
+  for_vectors<V>(n, [&](int64_t i, int64_t left) { store(load<V>((const S*)x + i, left), y + i, left); });
+}
+template <class V, class S>
+void narrow_numbers(const float* x, void* y, int64_t n) {
+  for_vectors<V>(n, [&](int64_t i, int64_t left) { store(load<V>(x + i, left), (S*)y + i, left); });
+}
+
+// No entries for double: what decoding wants is fewer bits, not more.
+#define PER_FLOAT(kernel) {kernel<Vec, float>, kernel<Vec, bf16>, kernel<Vec, half>, nullptr}
+constexpr WeightOnlyKernels kTable = {
+    PER_FLOAT(rows),       {panels<4, Vec>, panels<8, Vec>}, prepared_bytes,           prepare<Vec>,
+    PER_FLOAT(dequantize), PER_FLOAT(widen_numbers),         PER_FLOAT(narrow_numbers)};

@@ -1,0 +1,250 @@
+"""Linear layers whose weights have fewer bits than their inputs: int8 and int4 with scales, or bf16."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastllm import reference
+from fastllm.dispatch import Op, choose
+from fastllm.ops._common import check_tensor, wants_gradient
+
+PANEL = 16  # rows of a packed weight that lie together
+FEW_ROWS = 16  # of x, that the kernel reads every weight once for; more are a matrix product
+_CHUNK = 1 << 22  # weights that are unpacked at a time for it
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+weight_only_linear_fwd = Op(
+    "weight_only_linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "weight_only",
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+quantized_linear_fwd = Op(
+    "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int rows, int bits,"
+    " int group) -> Tensor",
+    "weight_only",
+    lambda x, codes, scales, offsets, bias, rows, bits, group: x.new_empty(*x.shape[:-1], rows),
+)
+dequantize_fwd = Op(
+    "dequantize_fwd(Tensor codes, Tensor scales, Tensor? offsets, Tensor like, int begin, int end, int rows,"
+    " int columns, int bits, int group) -> Tensor",
+    "weight_only",
+    lambda codes, scales, offsets, like, begin, end, rows, columns, bits, group: like.new_empty(end - begin, columns),
+)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N, K] as 8-bit or 4-bit numbers: w[n, k] = code * scale + offset, one scale (and offset) per group.
+
+    `codes` is int32 [N / 16, K' * bits / 32, 16]: 16 rows side by side, each word holding the next 4 (8 bits) or 8
+    (4 bits) numbers of a row; K' is K filled up to whole groups. `scales` and `offsets` (or None) are
+    [N / 16, K' / group_size, 16], fp32 for 8 bits and bf16 for 4. N is filled up to whole panels of 16 rows. The
+    tensors are all there is to save; one layout serves every instruction set. Made by `fastllm.quantize_weight`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+
+    @classmethod
+    def from_codes(cls, codes, scales, offsets=None, *, bits=8):
+        """Packs codes [N, K], integers in [-128, 127] or [-8, 7], with scales and offsets [N, groups] or [N].
+
+        For unsigned codes with zero points z, subtract 128 (or 8) from both: offsets = -z * scales. Two codes in a
+        byte are to be unpacked first. Raises ValueError for shapes and codes that do not fit.
+        """
+        low, high = (-128, 127) if bits == 8 else (-8, 7)
+        if bits not in (8, 4):
+            raise ValueError(f"QuantizedWeight: bits must be 8 or 4, got {bits}")
+        if codes.ndim != 2 or codes.is_floating_point() or not codes.numel():
+            raise ValueError(f"QuantizedWeight: codes must be integers [N, K], got {codes.dtype} {list(codes.shape)}")
+        if codes.min() < low or codes.max() > high:
+            raise ValueError(f"QuantizedWeight: codes must be in [{low}, {high}] for {bits} bits")
+        N, K = codes.shape
+        scales = scales.reshape(N, -1)
+        groups = scales.shape[1]
+        group_size = -(-K // 64) * 64 if groups == 1 else K // groups
+        if groups > 1 and (K % groups or group_size % 32):
+            raise ValueError(f"QuantizedWeight: groups of {K} / {groups} numbers; they must be a multiple of 32")
+        panels, columns = -(-N // PANEL), groups * group_size
+        filled = codes.new_zeros(panels * PANEL, columns, dtype=torch.uint8)
+        filled[:N, :K] = codes.to(torch.int16).bitwise_and(255 if bits == 8 else 15).to(torch.uint8)
+        filled ^= 128 if bits == 8 else 8  # zero is 128 or 8: the kernels multiply unsigned codes
+        if bits == 4:
+            halves = filled.view(panels * PANEL, columns // 8, 2, 4)
+            filled = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+        words = filled.view(panels, PANEL, -1, 4).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+
+        def rows(x):
+            wide = torch.float32 if bits == 8 else torch.bfloat16
+            y = torch.zeros(panels * PANEL, groups, dtype=wide, device=codes.device)
+            y[:N] = x.reshape(N, groups)
+            return y.view(panels, PANEL, groups).transpose(1, 2).contiguous()
+
+        return cls(words, rows(scales), None if offsets is None else rows(offsets), (N, K), bits, group_size)
+
+    @property
+    def nbytes(self):
+        """Of all its tensors."""
+        return sum(x.nbytes for x in (self.codes, self.scales, self.offsets) if x is not None)
+
+    def dequantize(self, dtype=torch.float32):
+        """The weight [N, K] that the numbers stand for, rounded once to `dtype`."""
+        return self._rows(0, self.shape[0], torch.empty(0, dtype=dtype, device=self.codes.device))
+
+    def _rows(self, begin, end, like):
+        packed = self.codes, self.scales, self.offsets
+        if choose("dequantize", like, _triton_lacks) == "reference" or like.dtype not in NARROW:
+            first, last = begin // PANEL, -(-end // PANEL)
+            part = [None if x is None else x[first:last] for x in packed]
+            w = reference.dequantize(*part, bits=self.bits, group_size=self.group_size)
+            return w[: end - begin, : self.shape[1]].to(like.dtype)
+        return dequantize_fwd("cpu", *packed, like, begin, end, *self.shape, self.bits, self.group_size)
+
+
+def quantize_weight(weight, bits=8, group_size=None, *, symmetric=True):
+    """`weight` [N, K] in 8 or 4 bits, as a `QuantizedWeight`.
+
+    group_size numbers of a row share a scale: a multiple of 32 that divides K, or None, which is the whole row for 8
+    bits and 64 (where it divides K, else 32, else the row) for 4. Symmetric: w = code * scale, the number of largest
+    size in a group being exactly the lowest (or highest) code; otherwise w = code * scale + offset, from the smallest
+    to the largest number of the group. Numbers are rounded to the nearest code with the scale as it is stored.
+    torchao's weights are taken as they are, without torchao: what has `qdata` (integers [N, K], one a byte) and
+    `scale`, and perhaps `zero_point`, is repacked, `bits` and `group_size` being its own.
+    Raises TypeError for what is no fp32, bf16, fp16 or fp64 tensor, ValueError for sizes that do not fit.
+    """
+    if hasattr(weight, "qdata") and hasattr(weight, "scale"):
+        return _from_torchao(weight)
+    check_tensor("quantize_weight", "weight", weight)
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"quantize_weight: weight must be [N, K], got {list(weight.shape)}")
+    if bits not in (8, 4):
+        raise ValueError(f"quantize_weight: bits must be 8 or 4, got {bits}")
+    N, K = weight.shape
+    if group_size is None:
+        group_size = next((g for g in (64, 32) if bits == 4 and K % g == 0), K)
+    elif group_size < 1 or K % group_size or (group_size % 32 and group_size != K):
+        raise ValueError(f"quantize_weight: group_size must be a multiple of 32 that divides K={K}, got {group_size}")
+    stored = torch.float32 if bits == 8 else torch.bfloat16
+    top = 127 if bits == 8 else 7
+    w = weight.detach().float().view(N, K // group_size, group_size)
+    if symmetric:
+        largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+        scale = (largest / (top if bits == 8 else -8)).to(stored).float()  # of 4 bits the lowest code is one more
+        offset = None
+    else:
+        low, high = w.aminmax(dim=-1, keepdim=True)
+        scale = ((high - low) / (2 * top + 1)).to(stored).float()
+        offset = (low + (top + 1) * scale).to(stored).float()
+    codes = (w if offset is None else w - offset) / torch.where(scale == 0, 1.0, scale)
+    codes = codes.round().clamp(-top - (bits == 4 or not symmetric), top).to(torch.int8)
+    offset = None if offset is None else offset.view(N, -1)
+    return QuantizedWeight.from_codes(codes.view(N, K), scale.view(N, -1), offset, bits=bits)
+
+
+def _from_torchao(weight):
+    codes, scales, zeros = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
+    if codes.dtype not in (torch.int8, torch.uint8) or codes.shape != weight.shape or codes.ndim != 2:
+        raise ValueError(
+            "quantize_weight: of torchao's layouts only one code a byte, [N, K], is read;"
+            f" got {codes.dtype} {list(codes.shape)} for a weight {list(weight.shape)}"
+        )
+    bits = 4 if "int4" in str(getattr(weight, "target_dtype", "")) else 8
+    codes, scales = codes.to(torch.int16), scales.float().reshape(len(codes), -1)
+    zeros = None if zeros is None or not zeros.any() else zeros.float().reshape(len(codes), -1)
+    if codes.min() >= 0 and codes.max() > (127 if bits == 8 else 7):  # unsigned
+        codes = codes - (128 if bits == 8 else 8)
+        zeros = (0 if zeros is None else zeros) - float(128 if bits == 8 else 8)
+    return QuantizedWeight.from_codes(codes, scales, None if zeros is None else -zeros * scales, bits=bits)
+
+
+def weight_only_linear(x, weight, bias=None):
+    """y = x w^T + bias, with w a `QuantizedWeight`, or a tensor [N, K] in fp32, bf16 or fp16, of any bits beside x's.
+
+    x [..., K] in fp32, bf16 or fp16 (fp64 on plain PyTorch); bias [N] of any float dtype. Returns y [..., N] like x.
+    Up to 16 rows of x read every weight once; sums are in fp32. Where the CPU has VPDPBUSD, rows of x are split into
+    planes of 8 bits, three for fp32 and two for bf16 and fp16, with a scale per 64 (or 32) numbers: an error of at
+    most 2^-24 or 2^-16 of the largest of them, and exact products. More rows are a matrix product of x with weights
+    unpacked to x's dtype, 4 million at a time, as is the gradient of x.
+    A w that requires a gradient is a plain linear layer.
+    Raises TypeError for dtypes, ValueError for shapes that do not fit.
+    Error: at most 1.1 times that of torch.nn.functional.linear on the dequantised weight in x's dtype
+    (tests/test_weight_only.py).
+    """
+    op = "weight_only_linear"
+    check_tensor(op, "x", x)
+    quantized = isinstance(weight, QuantizedWeight)
+    if not quantized:
+        check_tensor(op, "weight", weight)
+    if len(weight.shape) != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x {list(x.shape)} and weight {list(weight.shape)} must be [..., K] and [N, K]")
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    stored = (weight.codes if quantized else weight).device
+    if stored != x.device or (bias is not None and bias.device != x.device):
+        raise ValueError(f"{op}: weight and bias must be on {x.device} like x")
+    backend = choose(op, x, _lacks(x, weight))
+    M = x.numel() // x.shape[-1]
+    if backend == "reference" or M > FEW_ROWS or (not quantized and wants_gradient(weight)):
+        return _product(x, weight, bias)
+    if wants_gradient(x, bias):
+        return _WeightOnlyLinear.apply(x, bias, weight)
+    return _kernel(x, weight, bias)
+
+
+class _WeightOnlyLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, weight):
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
+        return _kernel(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows = (dy[..., begin:end] @ w for begin, end, w in _in_chunks(ctx.weight, dy))
+        return sum(rows), None if ctx.bias_dtype is None else dy.flatten(0, -2).sum(0).to(ctx.bias_dtype), None
+
+
+def _kernel(x, weight, bias):
+    if isinstance(weight, QuantizedWeight):
+        packed = weight.codes, weight.scales, weight.offsets, bias, weight.shape[0], weight.bits, weight.group_size
+        return quantized_linear_fwd("cpu", x.contiguous(), *packed)
+    return weight_only_linear_fwd("cpu", x.contiguous(), weight.contiguous(), bias)
+
+
+def _product(x, weight, bias):
+    """A matrix product with rows of the weight in x's dtype, some at a time."""
+    bias = None if bias is None else bias.to(x.dtype)
+    parts = [
+        F.linear(x, w, None if bias is None else bias[begin:end]) for begin, end, w in _in_chunks(weight, x.detach())
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _in_chunks(weight, like):
+    """(begin, end, rows [begin, end) of the weight in the dtype of `like`), all in one where that is what it has."""
+    N, K = weight.shape
+    quantized = isinstance(weight, QuantizedWeight)
+    chunk = max(PANEL, _CHUNK // K // PANEL * PANEL) if quantized or weight.dtype != like.dtype else N
+    for begin in range(0, N, chunk):
+        end = min(begin + chunk, N)
+        yield begin, end, weight._rows(begin, end, like) if quantized else weight[begin:end].to(like.dtype)
+
+
+def _triton_lacks(backend):
+    return "no Triton kernel for packed weights yet" if backend == "triton" else None
+
+
+def _lacks(x, weight):
+    """`unsupported` for dispatch.choose."""
+    fp64 = torch.float64 in (x.dtype, getattr(weight, "dtype", None))
+
+    def lacks(backend):
+        return "float64: what decoding wants is fewer bits" if fp64 else _triton_lacks(backend)
+
+    return lacks
