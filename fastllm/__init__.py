@@ -21,6 +21,8 @@ from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_onl
 __version__ = "0.1.0"
 __all__ = [
     "QuantizedWeight",
+    "accelerate",
+    "accelerated",
     "attention",
     "attention_varlen",
     "backend",
@@ -35,6 +37,7 @@ __all__ = [
     "log_softmax",
     "pad_input",
     "quantize_weight",
+    "restore",
     "rms_norm",
     "softmax",
     "unpad_input",

@@ -10,7 +10,7 @@ from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_onl
 __all__ = ["Attention", "KeyValues", "LayerNorm", "QuantizedLinear", "RMSNorm", "Rotary"]
 
 
-def _flat_norm(module, op, x, weights, eps, residual):
+def flat_norm(module, op, x, weights, eps, residual=None):
     """`op` over all of module.normalized_shape, which the op itself sees as one last dimension."""
     shape = tuple(module.normalized_shape)
     if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
@@ -33,7 +33,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x, residual=None):
-        return _flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual)
+        return flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -48,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
         eps = self.eps
         if eps is None:
             eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-        return _flat_norm(self, rms_norm, x, (self.weight,), eps, residual)
+        return flat_norm(self, rms_norm, x, (self.weight,), eps, residual)
 
 
 class QuantizedLinear(nn.Module):

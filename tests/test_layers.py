@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OPS = {"dispatch", "explain", "ops", "reference"}
 MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "rms_norm", "softmax", "log_softmax"}
-TOP = MODELS | {"bench", "cli", "compat", "info", "kernels", "llm", "text", "verify", "__version__"}
+TOP = MODELS | {"accelerate", "bench", "cli", "compat", "hf", "info", "kernels", "llm", "text", "verify", "__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": set(),
     "fastllm/reference.py": set(),
@@ -20,8 +20,10 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/ops": {"dispatch", "ops", "reference"},
     "fastllm/nn.py": OPS,
     "fastllm/compat.py": OPS,
+    "fastllm/patch.py": OPS | {"compat", "hf", "nn"},
+    "fastllm/hf.py": OPS | {"compat", "nn", "patch"},
     "fastllm/model.py": MODELS,
-    "fastllm/__init__.py": {"compat", "dispatch", "explain", "nn", "ops"},
+    "fastllm/__init__.py": {"compat", "dispatch", "explain", "nn", "ops", "patch"},
     "fastllm/__main__.py": {"cli"},
     "fastllm/cli.py": {"bench", "info", "llm", "verify"},
     "fastllm/info.py": TOP,
