@@ -17,6 +17,7 @@ from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
+from fastllm.patch import accelerate, accelerated, restore
 
 __version__ = "0.1.0"
 __all__ = [
