@@ -1,201 +1,39 @@
-"""Attention in Triton, forward and backward, with every option in one place: `_scores` and `_score_grads`.
+"""Attention in Triton, forward and backward, of a batch or of packed sequences (varlen.py), with every option.
 
-A block of queries walks over the keys that its window leaves: first the blocks that all of its queries see whole,
-without any test, then the blocks that the diagonal, the window or the end of the keys cuts. Backward is two kernels,
-one that holds keys (dk, dv) and one that holds queries (dq, dbias), so that no sum depends on the order in which
-programs run. In 16 bits scores are kept in units of ln 2, so that the exponential is one exp2 and its scale is free; in
-fp32 that would cost a rounding step of the score, and the exponential is natural.
+A block of queries walks over the keys that its window leaves: first the blocks that the diagonal, the window or the end
+of the keys cuts, then those that all of its queries see whole, without any test. Backward is two kernels, one that
+holds keys (dk, dv) and one that holds queries (dq, dbias), so that no sum depends on the order in which programs run.
+The attention files import one another and are copied into another project together.
 Source: Dao 2023, arXiv:2307.08691.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Where a running maximum starts. Finite: exp(-inf - LOWEST) is 0, but exp(-inf - -inf) would be NaN.
-LOWEST = tl.constexpr(-3.0e38)
-
-
-class View(NamedTuple):
-    """A tensor [B, H, rows, columns] in memory, or one head of it, where `ptr` points at the head."""
-
-    ptr: Any
-    strides: Any
-
-
-class Window(NamedTuple):
-    """T queries, S keys, and who sees whom: query i, at position i + q_offset, sees keys i + first to i + last."""
-
-    T: Any
-    S: Any
-    q_offset: Any
-    first: Any
-    last: Any
-
-
-class Walk(NamedTuple):
-    """The blocks from `start` to `stop` need a test; from `whole` on they lie `gap` further, past the whole blocks."""
-
-    start: Any
-    stop: Any
-    whole: Any
-    gap: Any
-
-
-class Scoring(NamedTuple):
-    """What makes a score out of q k^T. What is None is off, and its code is not compiled."""
-
-    rate: Any  # scores are kept times this constexpr: log2(e), or 1 in fp32
-    scale: Any
-    softcap: Any
-    mask: Any
-    bias: Any
-    slope: Any
-
-
-@triton.jit
-def _head(x, head):
-    """The view of one head (batch entry, head)."""
-    offset = head[0].to(tl.int64) * x.strides[0] + head[1].to(tl.int64) * x.strides[1]
-    return View(x.ptr + offset, x.strides)
-
-
-@triton.jit
-def _tile(x, start, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Pointers to rows start, start + 1, ... of a head. Only the first term changes in a loop."""
-    rows, columns = tl.arange(0, BLOCK_R).to(tl.int64), tl.arange(0, BLOCK_C).to(tl.int64)
-    return (x.ptr + tl.cast(start, tl.int64) * x.strides[2]) + (rows[:, None] * x.strides[2] + columns * x.strides[3])
-
-
-@triton.jit
-def _load(x, start, stop, COLUMNS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr):
-    """Rows start, start + 1, ... of a head: zero past COLUMNS and, where that can happen (EDGE), from row `stop` on."""
-    inside = None
-    if EDGE:
-        inside = (start + tl.arange(0, BLOCK_R) < stop)[:, None]
-    if COLUMNS < BLOCK_C:
-        columns = (tl.arange(0, BLOCK_C) < COLUMNS)[None, :]
-        inside = inside & columns if EDGE else columns
-    return tl.load(_tile(x, start, BLOCK_R, BLOCK_C), mask=inside, other=None if inside is None else 0.0)
-
-
-@triton.jit
-def _store(x, block, start, stop, COLUMNS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Rows start, start + 1, ... of a head, as far as they exist."""
-    inside = (start + tl.arange(0, BLOCK_R) < stop)[:, None] & (tl.arange(0, BLOCK_C) < COLUMNS)[None, :]
-    tl.store(_tile(x, start, BLOCK_R, BLOCK_C), block.to(x.ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _pairs(x, head, i, j):
-    """Pointers to the elements [i, j] of a head; i and j are a column and a row, or a row and a column."""
-    x = _head(x, head)
-    return x.ptr + i.to(tl.int64) * x.strides[2] + j.to(tl.int64) * x.strides[3]
-
-
-@triton.jit
-def _exp(x, scoring):
-    return tl.exp(x) if scoring.rate == 1.0 else tl.exp2(x)
-
-
-@triton.jit
-def _load_lse(lse_ptr, i, T, scoring):
-    """rate * lse in two fp32 parts, as lse is fp64; +inf, which makes every probability 0, where nothing is seen."""
-    lse = tl.load(lse_ptr + i, mask=i < T, other=float("inf")) * scoring.rate
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    high = lse.to(tl.float32)
-    return high, tl.where(high == float("inf"), 0.0, (lse - high.to(tl.float64)).to(tl.float32))
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to two ulp (Cephes): near 0 a polynomial, where 1 - 2 / (exp(2x) + 1) would lose its digits."""
-    z = x * x
-    near = -5.70498872745e-3 * z + 2.06390887954e-2
-    near = (near * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = (near * z - 3.33332819422e-1) * z * x + x
-    a = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2_E)) + 1.0)
-    return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _scores(qk, head, i, j, scoring, window, EDGE: tl.constexpr):
-    """rate * s of queries i and keys j, -inf where hidden, and the tanh of the soft-cap, which its gradient needs.
-
-    qk is [i, j] or, in the kernel that holds keys, [j, i]; i and j broadcast to it.
-    """
-    capped = qk
-    if scoring.softcap is not None:
-        capped = _tanh(qk * (scoring.scale / scoring.softcap))
-        s = capped * (scoring.softcap * scoring.rate)
-    else:
-        s = qk * (scoring.scale * scoring.rate)
-    inside = (i < window.T) & (j < window.S)
-    if scoring.bias is not None:
-        s += tl.load(_pairs(scoring.bias, head, i, j), mask=inside, other=0.0).to(tl.float32) * scoring.rate
-    if scoring.slope is not None:
-        slope = tl.load(_head(scoring.slope, head).ptr).to(tl.float32)
-        s -= (slope * scoring.rate) * tl.abs(i + window.q_offset - j).to(tl.float32)
-    if EDGE:
-        s = tl.where((j < window.S) & (j >= i + window.first) & (j <= i + window.last), s, float("-inf"))
-    if scoring.mask is not None:
-        s = tl.where(tl.load(_pairs(scoring.mask, head, i, j), mask=inside, other=0) != 0, s, float("-inf"))
-    return s, capped
-
-
-@triton.jit
-def _score_grads(qk, dp, lse, lse_low, delta, head, i, j, scoring, window, EDGE: tl.constexpr):
-    """p = exp(s - lse); ds = p (dp - delta), the gradient of the bias; and the gradient of scale * q k^T."""
-    s, capped = _scores(qk, head, i, j, scoring, window, EDGE)
-    if scoring.rate == 1.0:  # fp32: rounding lse would be the largest error of the gradients
-        p = _exp((s - lse) - lse_low, scoring)
-    else:
-        p = _exp(s - lse, scoring)
-    ds = p * (dp - delta)
-    if scoring.softcap is not None:
-        return p, ds, ds * (1.0 - capped * capped)
-    else:
-        return p, ds, ds
-
-
-@triton.jit
-def _walk(low, high, whole_low, whole_high, BLOCK: tl.constexpr):
-    """The blocks over [low, high), and which of them lie inside [whole_low, whole_high) and need no test."""
-    start = tl.maximum(low, 0) // BLOCK * BLOCK
-    stop = tl.maximum(high, start)
-    whole = tl.maximum(tl.cdiv(tl.maximum(whole_low, 0), BLOCK) * BLOCK, start)
-    gap = tl.maximum(tl.minimum(whole_high, stop) // BLOCK * BLOCK - whole, 0)
-    return Walk(start, stop - gap, whole, gap)
-
-
-@triton.jit
-def _walk_keys(i_start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys that the queries i_start, i_start + 1, ... see: query i sees i + first to i + last."""
-    i_last = tl.minimum(i_start + BLOCK_M, window.T) - 1
-    return _walk(
-        i_start + window.first,
-        tl.minimum(i_last + window.last + 1, window.S),
-        i_last + window.first,
-        tl.minimum(i_start + window.last + 1, window.S),
-        BLOCK_N,
-    )
-
-
-@triton.jit
-def _walk_queries(j_start, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The queries that see the keys j_start, j_start + 1, ...: key j is seen by j - last to j - first."""
-    j_last = tl.minimum(j_start + BLOCK_N, window.S) - 1
-    return _walk(
-        j_start - window.last,
-        tl.minimum(j_last - window.first + 1, window.T),
-        j_last - window.last,
-        tl.minimum(j_start - window.first + 1, window.T),
-        BLOCK_M,
-    )
+from .attention_scores import (
+    LOG2_E,
+    LOWEST,
+    Dropout,
+    Scoring,
+    View,
+    Window,
+    _exp,
+    _head,
+    _kept,
+    _load,
+    _load_lse,
+    _locate,
+    _pairs,
+    _score_grads,
+    _scores,
+    _store,
+    _walk_keys,
+    _walk_queries,
+)
 
 
 @triton.jit
@@ -212,22 +50,25 @@ def _attend(acc, m, l, q, k, v, head, i, walk, scoring, window, D, D_V, BLOCK_N,
         p = _exp(s - m_next[:, None], scoring)
         alpha = _exp(m - m_next, scoring)
         l = l * alpha + tl.sum(p, 1)
+        if scoring.dropout is not None:  # the sum and lse know nothing of it
+            p = tl.where(_kept(scoring.dropout, head, i, j_start, BLOCK_N), p, 0.0)
         v_block = _load(v, j_start, window.S, D_V, BLOCK_N, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * alpha[:, None], input_precision="ieee")
         m = m_next
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "packing"])
 def _attention_fwd(
     q,
     k,
     v,
     o,
-    lse_ptr,
+    lse,
     sink_ptr,
     scoring,
     window,
+    packing,
     H,
     G,
     D: tl.constexpr,
@@ -237,20 +78,24 @@ def _attention_fwd(
     BLOCK_D: tl.constexpr,
 ):
     """One block of queries of one head."""
+    place = _locate(window, packing, H, BLOCK_M, KEYS=False)
+    if packing is not None:
+        if place.idle:
+            return
+    head, i_start, window = place.head, place.start, place.window
     T = window.T
-    blocks = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    head, head_kv = (bh // H, bh % H), (bh // H, bh % H // G)
-    i_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # causal: the blocks with the most keys start first
     i = i_start + tl.arange(0, BLOCK_M)
-    q_block = _load(_head(q, head), i_start, T, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    k_head, v_head = _head(k, head_kv), _head(v, head_kv)
+    q_block = _load(_head(q, head, place.q_row), i_start, T, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    head_kv = head[0], head[1] // G
+    k_head, v_head = _head(k, head_kv, place.k_row), _head(v, head_kv, place.k_row)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     if sink_ptr is not None:  # one more score, with no value
         sink = tl.load(sink_ptr + head[1]).to(tl.float32) * scoring.rate
+        if packing is not None:  # the rows past the last sequence have not even that
+            sink = tl.where(head[0] < packing.sequences, sink, float("-inf"))
         m = tl.maximum(m, sink)
         l += tl.where(sink > LOWEST, 1.0, 0.0)
 
@@ -262,38 +107,45 @@ def _attention_fwd(
 
     empty = l == 0
     l = tl.where(empty, 1.0, l)
-    lse = tl.where(empty, float("-inf"), m.to(tl.float64) / scoring.rate + tl.log(l))
-    tl.store(lse_ptr + bh.to(tl.int64) * T + i, lse, mask=i < T)
-    _store(_head(o, head), acc / l[:, None], i_start, T, D_V, BLOCK_M, BLOCK_D)
+    lse_block = tl.where(empty, float("-inf"), m.to(tl.float64) * (1.0 / scoring.rate) + tl.log(l))
+    tl.store(_head(lse, head, place.q_row).ptr + i, lse_block, mask=i < T)
+    o_block = acc / l[:, None]
+    if scoring.dropout is not None:
+        o_block *= scoring.dropout.weight
+    _store(_head(o, head, place.q_row), o_block, i_start, T, D_V, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["window", "packing"])
 def _attention_bwd_delta(
-    o, do, lse_ptr, dlse_ptr, delta_ptr, T, H, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    o, do, lse, dlse, delta, window, packing, H, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """delta = sum(o * do) - dlse: what the softmax's gradient subtracts from dp. 0 for a query that sees nothing."""
-    blocks = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    head = (bh // H, bh % H)
-    i_start = tl.program_id(0) % blocks * BLOCK_M
+    place = _locate(window, packing, H, BLOCK_M, KEYS=False)
+    if packing is not None:
+        if place.idle:
+            return
+    head, i_start, T = place.head, place.start, place.window.T
     i = i_start + tl.arange(0, BLOCK_M)
-    row = bh.to(tl.int64) * T + i
-    o_block = _load(_head(o, head), i_start, T, D_V, BLOCK_M, BLOCK_D, True).to(tl.float32)
-    do_block = _load(_head(do, head), i_start, T, D_V, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    o_block = _load(_head(o, head, place.q_row), i_start, T, D_V, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    do_block = _load(_head(do, head, place.q_row), i_start, T, D_V, BLOCK_M, BLOCK_D, True).to(tl.float32)
 
-    delta = tl.sum(o_block * do_block, 1)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, mask=i < T, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + row, mask=i < T, other=0.0)
-    tl.store(delta_ptr + row, tl.where(lse == float("-inf"), 0.0, delta), mask=i < T)
+    delta_block = tl.sum(o_block * do_block, 1)
+    if dlse is not None:
+        delta_block -= tl.load(_head(dlse, head, place.q_row).ptr + i, mask=i < T, other=0.0).to(tl.float32)
+    lse_block = tl.load(_head(lse, head, place.q_row).ptr + i, mask=i < T, other=0.0)
+    delta_block = tl.where(lse_block == float("-inf"), 0.0, delta_block)
+    tl.store(_head(delta, head, place.q_row).ptr + i, delta_block, mask=i < T)
 
 
 @triton.jit
 def _add_key_grads(
-    dk, dv, k, v, q, do, lse_ptr, delta_ptr, head_kv, H, G, j, walk, scoring, window, D, D_V, BLOCK_M, BLOCK_D, EDGE
-):
+    dk, dv, k, v, q, do, lse, delta, place, G, walk, scoring, D, D_V,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """dk / scale and dv of one block of keys, from the whole blocks of queries or (EDGE) from the others."""
+    head_kv, j_start, row, window = place.head, place.start, place.q_row, place.window
     T = window.T
+    j = j_start + tl.arange(0, BLOCK_N)
     first = walk.start if EDGE else walk.whole
     blocks = tl.cdiv(walk.stop - first if EDGE else walk.gap, BLOCK_M)
     for n in tl.range(0, G * blocks):  # one loop over G heads and their blocks: two would keep more in registers
@@ -302,24 +154,27 @@ def _add_key_grads(
         if EDGE:
             i_start += tl.where(i_start >= walk.whole, walk.gap, 0)
         i = i_start + tl.arange(0, BLOCK_M)
-        q_block = _load(_head(q, head), i_start, T, D, BLOCK_M, BLOCK_D, EDGE)  # [BLOCK_M, BLOCK_D]
-        do_block = _load(_head(do, head), i_start, T, D_V, BLOCK_M, BLOCK_D, EDGE)  # [BLOCK_M, BLOCK_D]
-        row = (head[0] * H + head[1]).to(tl.int64) * T
-        lse, lse_low = _load_lse(lse_ptr + row, i, T, scoring)
-        delta = tl.load(delta_ptr + row + i, mask=i < T, other=0.0)
+        q_block = _load(_head(q, head, row), i_start, T, D, BLOCK_M, BLOCK_D, EDGE)  # [BLOCK_M, BLOCK_D]
+        do_block = _load(_head(do, head, row), i_start, T, D_V, BLOCK_M, BLOCK_D, EDGE)  # [BLOCK_M, BLOCK_D]
+        lse_high, lse_low = _load_lse(_head(lse, head, row).ptr, i, T, scoring)
+        delta_block = tl.load(_head(delta, head, row).ptr + i, mask=i < T, other=0.0)
 
         # Keys by queries, so that p and ds are where the next product wants its left operand: in registers.
         qk = tl.dot(k, q_block.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, do_block.T, input_precision="ieee")
+        kept = None
+        if scoring.dropout is not None:
+            kept = _kept(scoring.dropout, head, i, j_start, BLOCK_N).T
         p, _, ds = _score_grads(
-            qk, dp, lse[None, :], lse_low[None, :], delta[None, :], head, i[None, :], j[:, None], scoring, window, EDGE
-        )
+            qk, dp, kept, lse_high[None, :], lse_low[None, :], delta_block[None, :], head, i[None, :], j[:, None],
+            scoring, window, EDGE,
+        )  # fmt: skip
         dv = tl.dot(p.to(do_block.dtype), do_block, dv, input_precision="ieee")
         dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision="ieee")
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "packing"])
 def _attention_bwd_dkdv(
     q,
     k,
@@ -327,10 +182,11 @@ def _attention_bwd_dkdv(
     do,
     dk,
     dv,
-    lse_ptr,
-    delta_ptr,
+    lse,
+    delta,
     scoring,
     window,
+    packing,
     H,
     G,
     D: tl.constexpr,
@@ -340,26 +196,27 @@ def _attention_bwd_dkdv(
     BLOCK_D: tl.constexpr,
 ):
     """One block of keys of one key head, over the queries of its G query heads."""
-    S = window.S
-    blocks = tl.cdiv(S, BLOCK_N)
-    bh = tl.program_id(0) // blocks
-    head_kv = (bh // (H // G), bh % (H // G))
-    j_start = tl.program_id(0) % blocks * BLOCK_N
-    j = j_start + tl.arange(0, BLOCK_N)
-    k_block = _load(_head(k, head_kv), j_start, S, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    v_block = _load(_head(v, head_kv), j_start, S, D_V, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    place = _locate(window, packing, H // G, BLOCK_N, KEYS=True)
+    if packing is not None:
+        if place.idle:
+            return
+    head_kv, j_start, row, S = place.head, place.start, place.k_row, place.window.S
+    k_block = _load(_head(k, head_kv, row), j_start, S, D, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v_block = _load(_head(v, head_kv, row), j_start, S, D_V, BLOCK_N, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
 
     dk_block = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_block = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    walk = _walk_queries(j_start, window, BLOCK_M, BLOCK_N)
+    walk = _walk_queries(j_start, place.window, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         dk_block, dv_block = _add_key_grads(
-            dk_block, dv_block, k_block, v_block, q, do, lse_ptr, delta_ptr, head_kv, H, G, j, walk, scoring, window,
-            D, D_V, BLOCK_M, BLOCK_D, EDGE,
+            dk_block, dv_block, k_block, v_block, q, do, lse, delta, place, G, walk, scoring, D, D_V,
+            BLOCK_M, BLOCK_N, BLOCK_D, EDGE,
         )  # fmt: skip
+    if scoring.dropout is not None:
+        dv_block *= scoring.dropout.weight
 
-    _store(_head(dk, head_kv), dk_block * scoring.scale, j_start, S, D, BLOCK_N, BLOCK_D)
-    _store(_head(dv, head_kv), dv_block, j_start, S, D_V, BLOCK_N, BLOCK_D)
+    _store(_head(dk, head_kv, row), dk_block * scoring.scale, j_start, S, D, BLOCK_N, BLOCK_D)
+    _store(_head(dv, head_kv, row), dv_block, j_start, S, D_V, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -394,9 +251,13 @@ def _add_query_grads(
 
         qk = tl.dot(q, k_block.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, v_block.T, input_precision="ieee")
+        kept = None
+        if scoring.dropout is not None:
+            kept = _kept(scoring.dropout, head, i, j_start, BLOCK_N)
         _, db, ds = _score_grads(
-            qk, dp, lse[:, None], lse_low[:, None], delta[:, None], head, i[:, None], j[None, :], scoring, window, EDGE
-        )
+            qk, dp, kept, lse[:, None], lse_low[:, None], delta[:, None], head, i[:, None], j[None, :], scoring,
+            window, EDGE,
+        )  # fmt: skip
         if dbias is not None:
             ptrs = _pairs(dbias, head, i[:, None], j[None, :])
             tl.store(ptrs, db.to(dbias.ptr.dtype.element_ty), mask=(i[:, None] < T) & (j[None, :] < S))
@@ -404,7 +265,7 @@ def _add_query_grads(
     return dq
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "packing"])
 def _attention_bwd_dq(
     q,
     k,
@@ -412,10 +273,11 @@ def _attention_bwd_dq(
     do,
     dq,
     dbias,
-    lse_ptr,
-    delta_ptr,
+    lse,
+    delta,
     scoring,
     window,
+    packing,
     H,
     G,
     D: tl.constexpr,
@@ -425,51 +287,159 @@ def _attention_bwd_dq(
     BLOCK_D: tl.constexpr,
 ):
     """One block of queries of one head; it walks over the keys as `_attention_fwd` does."""
+    place = _locate(window, packing, H, BLOCK_M, KEYS=False)
+    if packing is not None:
+        if place.idle:
+            return
+    head, i_start, row, window = place.head, place.start, place.q_row, place.window
     T = window.T
-    blocks = tl.cdiv(T, BLOCK_M)
-    bh = tl.program_id(0) // blocks
-    head, head_kv = (bh // H, bh % H), (bh // H, bh % H // G)
-    i_start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     i = i_start + tl.arange(0, BLOCK_M)
-    row = bh.to(tl.int64) * T
-    q_block = _load(_head(q, head), i_start, T, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    do_block = _load(_head(do, head), i_start, T, D_V, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    lse, lse_low = _load_lse(lse_ptr + row, i, T, scoring)
-    delta = tl.load(delta_ptr + row + i, mask=i < T, other=0.0)
-    k_head, v_head = _head(k, head_kv), _head(v, head_kv)
+    q_block = _load(_head(q, head, row), i_start, T, D, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    do_block = _load(_head(do, head, row), i_start, T, D_V, BLOCK_M, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    lse_high, lse_low = _load_lse(_head(lse, head, row).ptr, i, T, scoring)
+    delta_block = tl.load(_head(delta, head, row).ptr + i, mask=i < T, other=0.0)
+    head_kv = head[0], head[1] // G
+    k_head, v_head = _head(k, head_kv, place.k_row), _head(v, head_kv, place.k_row)
 
     dq_block = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     walk = _walk_keys(i_start, window, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         dq_block = _add_query_grads(
-            dq_block, q_block, do_block, k_head, v_head, dbias, lse, lse_low, delta, head, i, walk, scoring, window,
-            D, D_V, BLOCK_N, BLOCK_D, EDGE,
+            dq_block, q_block, do_block, k_head, v_head, dbias, lse_high, lse_low, delta_block, head, i, walk,
+            scoring, window, D, D_V, BLOCK_N, BLOCK_D, EDGE,
         )  # fmt: skip
-    _store(_head(dq, head), dq_block * scoring.scale, i_start, T, D, BLOCK_M, BLOCK_D)
+    _store(_head(dq, head, row), dq_block * scoring.scale, i_start, T, D, BLOCK_M, BLOCK_D)
 
 
-def _launch_for(kernel, x, BLOCK_D, pairs):
-    """Block sizes, warps, stages. Not measured yet, chosen from the compile table (registers, shared memory)."""
-    if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
-        return dict(BLOCK_M=32, BLOCK_N=16)
-    column = "fp32" if x.dtype == torch.float32 else "pairs" if pairs else "plain"
-    launch = _LAUNCHES[kernel, column][BLOCK_D]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), launch))
-
-
-# Head size -> BLOCK_M, BLOCK_N, num_warps, num_stages. A mask or a bias ("pairs") is loaded for every pair of query and
-# key, which takes registers; fp32 has no matrix units.
-_LAUNCHES = {
-    ("fwd", "plain"): {32: (128, 32, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
-    ("fwd", "pairs"): {32: (128, 64, 8, 2), 64: (128, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 2)},
-    ("fwd", "fp32"): {32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
-    ("dkdv", "plain"): {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    ("dkdv", "pairs"): {32: (32, 64, 8, 2), 64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-    ("dkdv", "fp32"): {32: (32, 32, 4, 2), 64: (32, 16, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
-    ("dq", "plain"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    ("dq", "pairs"): {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 1)},
-    ("dq", "fp32"): {32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+# By GPU name ("any" for the others), kernel and kind of call: head size -> BLOCK_M, BLOCK_N, num_warps, num_stages.
+# 2026-11-24, not measured: the largest blocks that keep the rules of tests/test_triton_compile.py, no spilled registers
+# above all, on sm_80, sm_90 and sm_100. A mask, a bias, dropout, or a soft-cap with ALiBi ("pairs") takes registers for
+# every pair of query and key; fp32 has no matrix units.
+LAUNCHES = {
+    "any": {
+        ("fwd", "plain"): {32: (128, 32, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+        ("fwd", "pairs"): {32: (128, 64, 8, 2), 64: (128, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 2)},
+        ("fwd", "fp32"): {32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        ("dkdv", "plain"): {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+        ("dkdv", "pairs"): {32: (32, 64, 8, 2), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+        ("dkdv", "fp32"): {32: (32, 32, 4, 2), 64: (32, 16, 4, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 1)},
+        ("dq", "plain"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("dq", "pairs"): {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (64, 16, 8, 2), 256: (32, 16, 8, 1)},
+        ("dq", "fp32"): {32: (32, 32, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+    }
 }
+
+
+@functools.cache
+def _table(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
+    return LAUNCHES.get(name, LAUNCHES["any"])
+
+
+class Call(NamedTuple):
+    """What the kernels of both directions are given besides tensors."""
+
+    scoring: Scoring
+    window: Window
+    packing: Any
+    sizes: dict
+    kind: str  # column of LAUNCHES
+
+    def launch(self, kernel, x):
+        """Block sizes, warps, stages."""
+        if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
+            return dict(BLOCK_M=32, BLOCK_N=16)
+        found = _table(x.device)[kernel, self.kind][self.sizes["BLOCK_D"]]
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), found))
+
+    def view(self, x):
+        """`x` as kernels take it. A packed batch comes as a batch of one, its sequences told apart by their rows."""
+        if x is None:
+            return None
+        return View(x, x.stride() if self.packing is None else (0, *x.stride()[1:]))
+
+    def grid(self, x, rows, BLOCK):
+        """A program for each block of `rows` rows of each head of x, and those that `_locate` leaves idle."""
+        B, heads = x.shape[:2]
+        blocks = triton.cdiv(rows, BLOCK) if self.packing is None else rows // BLOCK + self.packing.sequences + 1
+        return (blocks * B * heads,)
+
+
+def call(
+    q, k, v, window, scale, softcap, seed, dropout_p, *, mask=None, bias=None, alibi_slopes=None, packing=None
+):  # fmt: skip
+    """The `Call` for q [B, H, T, D], k and v; a packed batch has B = 1 and all rows in one."""
+    (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"attention: the Triton kernels take fp32, bf16 and fp16, got {q.dtype}")
+    if max(D, D_V) > 256:
+        raise ValueError(f"attention: the Triton kernels take head sizes up to 256, got {D} and {D_V}")
+    mask, bias = (None if x is None else x.expand(B, H, T, S) for x in (mask, bias))
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = View(alibi_slopes, (0, *alibi_slopes.stride()) if alibi_slopes.ndim == 1 else alibi_slopes.stride())
+    scoring = Scoring(
+        tl.constexpr(1.0) if q.dtype == torch.float32 else LOG2_E,
+        scale,
+        softcap or None,
+        None if mask is None else View(mask, mask.stride()),
+        None if bias is None else View(bias, bias.stride()),
+        slopes,
+        Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p), H) if dropout_p else None,
+    )
+    sizes = dict(H=H, G=H // max(Hkv, 1), D=D, D_V=D_V, BLOCK_D=max(32, triton.next_power_of_2(max(D, D_V))))
+    pairs = mask is not None or bias is not None or dropout_p or (softcap and alibi_slopes is not None)
+    kind = "fp32" if q.dtype == torch.float32 else "pairs" if pairs else "plain"
+    return Call(scoring, window, packing, sizes, kind)
+
+
+def forward(call, q, k, v, o, lse, sink):
+    """Fills o [B, H, T, Dv] and lse [B, H, T]."""
+    if lse.numel():
+        launch = call.launch("fwd", q)
+        sink = None if sink is None else sink.contiguous()
+        views = (call.view(x) for x in (q, k, v, o, lse))
+        grid = call.grid(q, q.shape[2], launch["BLOCK_M"])
+        _attention_fwd[grid](*views, sink, call.scoring, call.window, call.packing, **call.sizes, **launch)
+
+
+def backward(call, do, dlse, q, k, v, o, lse, dq, dk, dv, dscores):
+    """Fills dq, dk, dv and, where it is not None, the gradient of the scores before the soft-cap; returns delta."""
+    delta = torch.empty_like(lse, dtype=torch.float32)
+    rest = call.scoring, call.window, call.packing
+    inputs = [call.view(x) for x in (q, k, v, do)]
+    if lse.numel():
+        BLOCK_D = call.sizes["BLOCK_D"]
+        BLOCK_M = 4096 // BLOCK_D  # 32 elements of o and of do a thread
+        views = (call.view(x) for x in (o, do, lse, dlse, delta))
+        sizes = dict(H=q.shape[1], D_V=v.shape[3], BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
+        _attention_bwd_delta[call.grid(q, q.shape[2], BLOCK_M)](*views, *rest[1:], **sizes)
+        launch = call.launch("dq", q)
+        views = (call.view(x) for x in (dq, dscores, lse, delta))
+        grid = call.grid(q, q.shape[2], launch["BLOCK_M"])
+        _attention_bwd_dq[grid](*inputs, *views, *rest, **call.sizes, **launch)
+    if dk.numel():
+        launch = call.launch("dkdv", q)
+        views = (call.view(x) for x in (dk, dv, lse, delta))
+        grid = call.grid(k, k.shape[2], launch["BLOCK_N"])
+        _attention_bwd_dkdv[grid](*inputs, *views, *rest, **call.sizes, **launch)
+    return delta
+
+
+def sink_grad(sink, lse, delta, like):
+    """-sum over batch and queries of p_sink * delta, as the sink is a score with dp = 0; empty where there is none."""
+    if sink is None:
+        return like.new_empty(0)
+    p = torch.exp(sink.float().view(-1, 1) - lse).masked_fill(lse == -torch.inf, 0.0)
+    return -(p * delta).sum((0, 2)).to(sink.dtype)
+
+
+def _window(q, k, q_offset, left, right):
+    """Beyond these limits nothing changes, and inside them no kernel overflows 32 bits."""
+    T, S = q.shape[2], k.shape[2]
+    first = min(max(q_offset - left, -T), S) if left >= 0 else -T
+    last = min(max(q_offset + right, -T), S) if right >= 0 else S
+    return Window(T, S, q_offset, first, last)
 
 
 def _like_heads(x, D):
@@ -480,53 +450,12 @@ def _like_heads(x, D):
     return x.new_empty(B, H, T, D)
 
 
-def _view(x, shape=None):
-    """`x`, broadcast to [B, H, T, S] where `shape` is given, as kernels take it."""
-    if x is None:
-        return None
-    x = x if shape is None else x.expand(shape)
-    return View(x, x.stride())
-
-
-def _prepare(q, k, v, mask, bias, alibi_slopes, seed, scale, softcap, q_offset, left, right):
-    """What the kernels of both directions are given: scoring, window and sizes."""
-    (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"attention: the Triton kernels take fp32, bf16 and fp16, got {q.dtype}")
-    if max(D, D_V) > 256:
-        raise ValueError(f"attention: the Triton kernels take head sizes up to 256, got {D} and {D_V}")
-    if seed is not None:
-        raise NotImplementedError("attention: the Triton kernels have no dropout yet")
-    shape = (B, H, T, S)
-    slopes = None if alibi_slopes is None else alibi_slopes.view(-1, H, 1, 1)
-    rate = tl.constexpr(1.0) if q.dtype == torch.float32 else LOG2_E
-    scoring = Scoring(
-        rate,
-        scale,
-        softcap or None,
-        _view(mask, shape),
-        _view(bias, shape),
-        _view(slopes, None if slopes is None else shape),
-    )
-    # Beyond these limits nothing changes, and inside them no kernel overflows 32 bits.
-    first = min(max(q_offset - left, -T), S) if left >= 0 else -T
-    last = min(max(q_offset + right, -T), S) if right >= 0 else S
-    window = Window(T, S, q_offset, first, last)
-    sizes = dict(H=H, G=H // max(Hkv, 1), D=D, D_V=D_V, BLOCK_D=max(32, triton.next_power_of_2(max(D, D_V))))
-    return scoring, window, sizes
-
-
 def attention_fwd(q, k, v, mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, left, right, dropout_p):
     """o = softmax(scores) v in the memory order of q, and lse [B, H, T] in fp64: backward must not see it rounded."""
-    scoring, window, sizes = _prepare(q, k, v, mask, bias, alibi_slopes, seed, scale, softcap, q_offset, left, right)
-    B, H, T, _ = q.shape
-    o = _like_heads(q, v.shape[3])
-    lse = q.new_empty(B, H, T, dtype=torch.float64)
-    if lse.numel():
-        launch = _launch_for("fwd", q, sizes["BLOCK_D"], mask is not None or bias is not None)
-        sink = None if sink is None else sink.contiguous()
-        grid = (triton.cdiv(T, launch["BLOCK_M"]) * B * H,)
-        _attention_fwd[grid](_view(q), _view(k), _view(v), _view(o), lse, sink, scoring, window, **sizes, **launch)
+    window = _window(q, k, q_offset, left, right)
+    tensors = dict(mask=mask, bias=bias, alibi_slopes=alibi_slopes)
+    o, lse = _like_heads(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
+    forward(call(q, k, v, window, scale, softcap, seed, dropout_p, **tensors), q, k, v, o, lse, sink)
     return o, lse
 
 
@@ -535,32 +464,16 @@ def attention_bwd(
     bias_grad,
 ):  # fmt: skip
     """dq, dk, dv in the memory order of q, k, v; dbias and dsink, empty where they are not wanted."""
-    scoring, window, sizes = _prepare(q, k, v, mask, bias, alibi_slopes, seed, scale, softcap, q_offset, left, right)
-    (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
-    dq, dk, dv = _like_heads(q, D), _like_heads(k, D), _like_heads(v, D_V)
-    delta = torch.empty_like(lse, dtype=torch.float32)
+    window = _window(q, k, q_offset, left, right)
+    tensors = dict(mask=mask, bias=bias, alibi_slopes=alibi_slopes)
+    dq, dk, dv = _like_heads(q, q.shape[3]), _like_heads(k, k.shape[3]), _like_heads(v, v.shape[3])
     dscores = None
     if bias is not None and bias_grad:  # blocks outside the window are never visited: they stay 0
-        whole = bias.shape == (B, H, T, S)
-        dscores = q.new_zeros(B, H, T, S, dtype=bias.dtype if whole else torch.float32)
-    if lse.numel():
-        dlse = None if dlse is None else dlse.contiguous()
-        BLOCK_D = sizes["BLOCK_D"]
-        BLOCK_M = 4096 // BLOCK_D  # 32 elements of o and of do a thread
-        grid = (triton.cdiv(T, BLOCK_M) * B * H,)
-        _attention_bwd_delta[grid](
-            _view(o), _view(do), lse, dlse, delta, T, H, D_V=D_V, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D
-        )
-        launch = _launch_for("dq", q, sizes["BLOCK_D"], mask is not None or bias is not None)
-        grid = (triton.cdiv(T, launch["BLOCK_M"]) * B * H,)
-        views = _view(q), _view(k), _view(v), _view(do)
-        _attention_bwd_dq[grid](*views, _view(dq), _view(dscores), lse, delta, scoring, window, **sizes, **launch)
-    if dk.numel():
-        launch = _launch_for("dkdv", q, sizes["BLOCK_D"], mask is not None or bias is not None)
-        grid = (triton.cdiv(S, launch["BLOCK_N"]) * B * Hkv,)
-        views = _view(q), _view(k), _view(v), _view(do)
-        _attention_bwd_dkdv[grid](*views, _view(dk), _view(dv), lse, delta, scoring, window, **sizes, **launch)
-    return dq, dk, dv, _bias_grad(bias, dscores, q), _sink_grad(sink, lse, delta, q)
+        shape = (*q.shape[:3], k.shape[2])
+        dscores = q.new_zeros(shape, dtype=bias.dtype if bias.shape == shape else torch.float32)
+    problem = call(q, k, v, window, scale, softcap, seed, dropout_p, **tensors)
+    delta = backward(problem, do, dlse, q, k, v, o, lse, dq, dk, dv, dscores)
+    return dq, dk, dv, _bias_grad(bias, dscores, q), sink_grad(sink, lse, delta, q)
 
 
 def _bias_grad(bias, dscores, q):
@@ -569,11 +482,3 @@ def _bias_grad(bias, dscores, q):
         return (q if bias is None else bias).new_empty(0)
     dims = [n for n in range(4) if bias.shape[n] != dscores.shape[n]]
     return (dscores.sum(dims, keepdim=True) if dims else dscores).to(bias.dtype)
-
-
-def _sink_grad(sink, lse, delta, q):
-    """-sum over batch and queries of p_sink * delta: the sink is a score with dp = 0."""
-    if sink is None:
-        return q.new_empty(0)
-    p = torch.exp(sink.float().view(-1, 1) - lse).masked_fill(lse == -torch.inf, 0.0)
-    return -(p * delta).sum((0, 2)).to(sink.dtype)

@@ -19,7 +19,7 @@ ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton", "cuda"]
 
 
-INTERPRETED_SHARE = 7  # of the attention tests, one in this many: coprime to the number of dtypes, rules and options
+INTERPRETED_SHARE = 7  # of the tests of attention, one in this many: coprime to the number of dtypes, rules and options
 
 
 def pytest_collection_modifyitems(items):
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
     interpreted = [
         item
         for item in items
-        if item.path.name == "test_attention.py"
+        if item.path.name in ("test_attention.py", "test_varlen.py")
         and hasattr(item, "callspec")
         and item.callspec.params.get("backend") == "triton"
     ]

@@ -1,16 +1,20 @@
-"""Makes Triton's interpreter right for bf16 and tf32. Imported by conftest where there is no GPU; not for production.
+"""Makes Triton's interpreter right for bf16 and tf32, and puts guards round every tensor that a kernel is given.
+
+Imported by conftest where there is no GPU; not for production.
 
 The interpreter keeps a bf16 tensor as the raw bits in uint16 and then computes on those bits as if they were integers,
 and it rounds fp32 to bf16 by cutting. Here bf16 operands are widened to fp32, the result is rounded to nearest even,
 and products of fp16 and bf16 are summed in fp32, as on a GPU; a tf32 product sees operands of 10 mantissa bits.
-Holds for Triton 3.6; TRITON_INTERPRET=1 has to be set before Triton is imported.
+A load from outside of a tensor's storage gives NaN (true for booleans, -1 or so for integers), which no test forgives;
+a store there is an error. Holds for Triton 3.6; TRITON_INTERPRET=1 has to be set before Triton is imported.
 """
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 _original = {
     name: getattr(InterpreterBuilder, name)
@@ -93,3 +97,48 @@ def get_bf16(self, value):
 
 for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, create_dot, get_bf16):
     setattr(InterpreterBuilder, function.__name__, function)
+
+
+GUARD = 1 << 16  # bytes before and after a storage
+# NaN in every float, with bits that no arithmetic makes: a NaN that a kernel stores is seen too.
+PATTERN = np.array([0xA5, 0xFF, 0xA5, 0xFF, 0xA5, 0xFF, 0xF5, 0xFF], np.uint8).view(np.int64).item()
+
+
+def _bytes(storage):
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _init_args_hst(self, args, kwargs):
+    """The arguments with every tensor moved into the middle of a larger storage."""
+    self.guarded = {}
+
+    def moved(x):
+        if isinstance(x, tuple):
+            return interpreter._tuple_create(x, map(moved, x))
+        if not isinstance(x, torch.Tensor):
+            return x
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.guarded:
+            words = -(-storage.nbytes() // 8) + 2 * GUARD // 8
+            buffer = torch.full((words,), PATTERN).view(torch.uint8)
+            buffer[GUARD : GUARD + storage.nbytes()] = _bytes(storage)
+            self.guarded[storage.data_ptr()] = storage, buffer
+        inside = self.guarded[storage.data_ptr()][1].untyped_storage()
+        start = GUARD // x.element_size() + x.storage_offset()
+        return x.new_empty(0).set_(inside, start, x.size(), x.stride())
+
+    return [moved(x) for x in args], {name: moved(x) for name, x in kwargs.items()}
+
+
+def _restore_args_dev(self, *_):
+    """Copies back what the kernel wrote, if it wrote nowhere else."""
+    for storage, buffer in self.guarded.values():
+        end = GUARD + storage.nbytes()
+        clean = torch.full((len(buffer) // 8,), PATTERN).view(torch.uint8)
+        if not all(torch.equal(buffer[band], clean[band]) for band in (slice(GUARD), slice(end, None))):
+            raise AssertionError(f"{self.fn.__name__} wrote outside of a tensor of {storage.nbytes()} bytes")
+        _bytes(storage).copy_(buffer[GUARD:end])
+
+
+for function in (_init_args_hst, _restore_args_dev):
+    setattr(GridExecutor, function.__name__, function)

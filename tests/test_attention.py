@@ -193,12 +193,12 @@ def test_bias_with_few_heads_and_many_threads(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, dict(causal=True, softcap=2.0), dict(window=(11, 2))], ids=str)
-def test_dropout(cpu_backend, dtype, options):
+def test_dropout(backend, dtype, options):
     """Which probabilities are dropped follows from the seed alone: the reference, told the seed, drops the same."""
-    inputs, do = tensors(**dict(SMALL, B=2))
+    inputs, do = tensors(device=backend, **dict(SMALL, B=2))
     of = arguments(**options)
     torch.manual_seed(5)
-    seed = torch.randint(2**62, ())
+    seed = torch.randint(2**62, (), device=backend)
 
     def ours(q, k, v):
         torch.manual_seed(5)
@@ -208,6 +208,19 @@ def test_dropout(cpu_backend, dtype, options):
         return reference.attention(q, k, v, dropout_p=0.3, seed=seed, **of(q, k))[0]
 
     compare(ours, exact, exact, inputs, [do], dtype)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_dropout_drops_the_same_everywhere(backend, p):
+    """Bit for bit: where v is the identity, o shows which probabilities are left."""
+    B, H, T, S = 2, 2, 35, 50
+    q, k = torch.randn(B, H, T, 8, device=backend), torch.randn(B, 1, S, 8, device=backend)
+    v = torch.eye(S, device=backend).expand(B, 1, S, S)
+    torch.manual_seed(7)
+    o = fastllm.attention(q, k, v, dropout_p=p)
+    torch.manual_seed(7)
+    keep = reference.dropout_keep(torch.randint(2**62, (), device=backend), p, B, H, T, S)
+    assert torch.equal(o != 0, keep != 0)
 
 
 def test_dropout_rate_and_seeds():

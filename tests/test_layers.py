@@ -12,7 +12,7 @@ OPS = {"dispatch", "explain", "ops", "reference"}
 MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "rms_norm", "softmax", "log_softmax"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "hf", "info", "kernels", "llm", "text", "verify", "__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
-    "kernels": set(),
+    "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
     "fastllm/text.py": set(),
     "fastllm/dispatch.py": {"_C", "kernels"},

@@ -21,16 +21,17 @@ OPTIONS = {
 }
 
 
-def bounds(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+def bounds(lengths, device="cpu"):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def packed(H=4, Hkv=2, D=24, Dv=None, tail=0):
-    cu_q, cu_k = (bounds(n) for n in zip(*LENGTHS, strict=True))
-    q = torch.randn(int(cu_q[-1]) + tail, H, D)
-    k = torch.randn(int(cu_k[-1]) + tail, Hkv, D)
-    v = torch.randn(len(k), Hkv, Dv or D)
-    return (q, k, v), torch.randn(len(q), H, Dv or D), dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+def packed(device, H=4, Hkv=2, D=24, Dv=None, tail=0):
+    cu_q, cu_k = (bounds(n, device) for n in zip(*LENGTHS, strict=True))
+    q = torch.randn(int(cu_q[-1]) + tail, H, D, device=device)
+    k = torch.randn(int(cu_k[-1]) + tail, Hkv, D, device=device)
+    v = torch.randn(len(k), Hkv, Dv or D, device=device)
+    do = torch.randn(len(q), H, Dv or D, device=device)
+    return (q, k, v), do, dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
 
 def each(attention, cu_seqlens_q, cu_seqlens_k, tail=0):
@@ -51,8 +52,8 @@ def each(attention, cu_seqlens_q, cu_seqlens_k, tail=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(cpu_backend, name, dtype):
-    inputs, do, cu = packed()
+def test_options(backend, name, dtype):
+    inputs, do, cu = packed(backend)
     of = arguments(**OPTIONS[name])
     truth = each(lambda q, k, v: reference.attention(q, k, v, **of(q, k))[0], **cu)
     ours = lambda q, k, v: fastllm.attention_varlen(q, k, v, **cu, **OPTIONS[name])  # noqa: E731
@@ -60,44 +61,44 @@ def test_options(cpu_backend, name, dtype):
 
 
 @pytest.mark.parametrize("options", ["softcap", "alibi", "alibi per sequence", "sink", "dropout"])
-def test_scores(cpu_backend, options):
-    inputs, do, cu = packed(Dv=17, tail=3)
+def test_scores(backend, options):
+    inputs, do, cu = packed(backend, Dv=17, tail=3)
     N, H = len(cu["cu_seqlens_q"]) - 1, 4
     options = {
         "softcap": dict(softcap=2.0),
-        "alibi": dict(alibi_slopes=torch.rand(H)),
-        "alibi per sequence": dict(alibi_slopes=torch.rand(N, H)),
-        "sink": dict(sink=torch.randn(H)),
+        "alibi": dict(alibi_slopes=torch.rand(H, device=backend)),
+        "alibi per sequence": dict(alibi_slopes=torch.rand(N, H, device=backend)),
+        "sink": dict(sink=torch.randn(H, device=backend)),
         "dropout": dict(dropout_p=0.2),
     }[options]
 
-    def with_backend(name):
-        def function(q, k, v, *sink):
-            torch.manual_seed(3)
-            extra = dict(options, sink=sink[0]) if sink else options
-            with fastllm.backend(name):
-                return fastllm.attention_varlen(q, k, v, **cu, **extra, causal=True, return_lse=True)
+    def ours(q, k, v, *sink):
+        torch.manual_seed(3)
+        extra = dict(options, sink=sink[0]) if sink else options
+        return fastllm.attention_varlen(q, k, v, **cu, **extra, causal=True, return_lse=True)
 
-        return function
+    def plain(*inputs):
+        with fastllm.backend("reference"):
+            return ours(*inputs)
 
     inputs = [*inputs, *([options["sink"]] if "sink" in options else [])]
-    plain = with_backend("reference")
-    compare(with_backend("cpu"), plain, plain, inputs, [do, torch.randn(4, len(do))], torch.float32)
+    grads = [do, torch.randn(4, len(do), device=backend)]
+    compare(ours, plain, plain, inputs, grads, torch.float32)
 
 
-def test_few_sequences_are_split_over_threads(cpu_backend):
-    q, k, v, do = (torch.randn(400, 1, 16) for _ in range(4))
-    cu = dict(cu_seqlens_q=torch.tensor([0, 150, 400]), cu_seqlens_k=torch.tensor([0, 150, 400]))
+def test_few_sequences_are_split_over_threads(backend):
+    q, k, v, do = (torch.randn(400, 1, 16, device=backend) for _ in range(4))
+    cu = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 150, 400], device=backend))
     of = arguments(causal=True)
     truth = each(lambda q, k, v: reference.attention(q, k, v, **of(q, k))[0], **cu)
     ours = lambda q, k, v: fastllm.attention_varlen(q, k, v, **cu, causal=True)  # noqa: E731
     compare(ours, each(torch_attention(of), **cu), truth, [q, k, v], [do], torch.float32)
 
 
-def test_equals_attention_of_a_batch(cpu_backend):
+def test_equals_attention_of_a_batch(backend):
     """Bit for bit: the kernels cannot tell a sequence from a batch entry."""
-    q, k, v = torch.randn(3, 40, 4, 16), torch.randn(3, 40, 2, 16), torch.randn(3, 40, 2, 16)
-    cu = torch.arange(0, 121, 40)
+    q, k, v = (torch.randn(3, 40, heads, 16, device=backend) for heads in (4, 2, 2))
+    cu = torch.arange(0, 121, 40, device=backend)
     batched = fastllm.attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     assert torch.equal(

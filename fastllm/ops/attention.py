@@ -155,7 +155,7 @@ def attention(
         bias = as_4d(bias)
     head_tensors("attention", q, B, H, alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    backend = choose("attention", q, _triton_lacks(q, dropout_p))
+    backend = choose("attention", q, no_fp64(q))
     if backend == "reference":
         o, lse = reference.attention(
             q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, seed=seed, **options
@@ -176,11 +176,6 @@ def _autocast(*tensors):
         return tensors
     low = torch.get_autocast_dtype(device)
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
-
-
-def _triton_lacks(q, dropout_p):
-    reason = dropout_p and "dropout_p: no Triton kernel has it yet"
-    return (lambda backend: reason if backend == "triton" else None) if reason else no_fp64(q)
 
 
 def _check(q, k, v):
