@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BENCH  ?= --quick
 TESTS  ?= tests
+GPU    ?= --stage check
 # pip prefers the CPU wheel (2.13.0+cpu) to the index's own, which brings gigabytes of CUDA; an index that cannot be
 # reached costs a second. With a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -12,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-all lint bench demo readme clean
+.PHONY: help setup build test test-all lint bench gpu demo readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ lint: setup ## ruff and clang-format, without changing anything
 
 bench: build ## ratios against PyTorch into report/bench; BENCH="attention --full" chooses
 	$(BIN)/fastllm bench $(BENCH) --out report/bench
+
+gpu: ## on a GPU machine: correctness, ceilings, bars, into bench/results; GPU="--stage tune|accept --budget 510" chooses
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) -m fastllm.bench.gpu $(GPU)
 
 demo: build ## the main job: verify the kernels, train on real text with and without them, write report/index.html
 	$(BIN)/fastllm demo

@@ -5,6 +5,7 @@ takes the same inputs. Sizes of the bench are those of real models, sizes of `ve
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,9 +37,9 @@ class Case:
     part: Callable = field(default=lambda x: x)  # the share of an input or output that is checked against fp64
 
     def inputs(self, dtype, device="cpu", seed=0) -> list[torch.Tensor]:
-        random = torch.Generator().manual_seed(seed)
-        made = [torch.randn(shape, generator=random) for shape in self.shapes.values()]
-        return [x.to(dtype).to(device) for x in made]
+        random = torch.Generator(device).manual_seed(seed)
+        made = [torch.randn(shape, generator=random, device=device) for shape in self.shapes.values()]
+        return [x.to(dtype) for x in made]
 
     def bytes(self, passes: str, dtype) -> int:
         return self.values[passes] * dtype.itemsize + self.fixed_bytes * (2 if passes == "both" else 1)
@@ -130,6 +131,57 @@ def attention(
     )
 
 
+def varlen(lengths, H, D, *, Hkv=None, causal=False):
+    """attention_varlen of packed sequences; PyTorch's kernel gets them padded, with a mask, and packs its result."""
+    Hkv, N, longest = Hkv or H, len(lengths), max(lengths)
+    total = sum(lengths)
+
+    @functools.cache
+    def bounds(device):
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    @functools.cache
+    def padded(device):
+        """Where each packed row stands in [N, longest], and which pairs of query and key may see each other."""
+        n = torch.repeat_interleave(torch.arange(N), torch.tensor(lengths))
+        place = torch.cat([torch.arange(length) for length in lengths])
+        kept = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None, :]
+        kept = kept & torch.ones(longest, longest, dtype=torch.bool).tril() if causal else kept
+        return n.to(device), place.to(device), kept.to(device)
+
+    def ours(q, k, v):
+        cu = bounds(q.device)
+        return fastllm.attention_varlen(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=causal)
+
+    def sdpa(q, k, v):
+        n, place, kept = padded(q.device)
+        wide = (x.new_zeros(N, longest, *x.shape[1:]).index_put((n, place), x).transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(*wide, attn_mask=kept, enable_gqa=H != Hkv)
+        return o.transpose(1, 2)[n, place]
+
+    def naive(q, k, v):
+        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(list(lengths), 2) for x in (q, k, v)), strict=True)
+        right = 0 if causal else -1
+        o = [reference.attention(*part, scale=D**-0.5, window_right=right)[0] for part in parts]
+        return torch.cat(o, 2)[0].transpose(0, 1)
+
+    pairs = H * sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    qo, kv = 2 * total * H * D, 2 * total * Hkv * D
+    heads = H if H == Hkv else f"{H}/{Hkv}"
+    return Case(
+        op="attention_varlen",
+        name=f"{N} of {min(lengths)}..{longest}, {total} in all, x{heads}x{D}" + " causal" * causal,
+        shapes={"q": (total, H, D), "k": (total, Hkv, D), "v": (total, Hkv, D)},
+        outputs=("o",),
+        ours=ours,
+        torch=sdpa,
+        naive=naive,
+        flops=_both({"forward": 4.0 * pairs * D, "backward": 10.0 * pairs * D}),
+        values=_both({"forward": qo + kv, "backward": 2 * (qo + kv)}),
+        part=lambda x: x[:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads
+    )
+
+
 def norm(op, N, D, *, residual=False):
     """layer_norm or rms_norm of N rows of D values, with weight (and bias), perhaps after adding a residual."""
     eps = {"layer_norm": 1e-5, "rms_norm": 1e-6}[op]
@@ -190,6 +242,7 @@ def softmax(*shape, log=False, causal=False, scale=1.0):
         naive=lambda x: reference.softmax(x, causal=causal, scale=scale, log=log),
         flops=_both({"forward": 5.0 * size, "backward": 4.0 * size}),
         values=_both({"forward": 2 * size, "backward": 3 * size}),
+        part=lambda x: x[-4096:],  # fp64 copies of more rows would fill a GPU
     )
 
 
@@ -247,6 +300,7 @@ BENCH = [
     *(weight_only(1, N, K, bits) for N, K in ((768, 768), (4096, 4096), (14336, 4096)) for bits in (16, 8, 4)),
     weight_only(8, 4096, 4096, 4),
     weight_only(64, 4096, 4096, 8),
+    varlen([round(16 * 32 ** (n / 31)) for n in range(32)], 8, 64, causal=True),  # 32 of 16 to 512, log-uniform
 ]
 QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24)]
 
@@ -260,6 +314,7 @@ VERIFY = [
     attention(1, 4, 160, 64, Hkv=2, window=(31, 16)),
     attention(1, 2, 90, 40, masked=True),
     attention(1, 2, 96, 64, causal=True, lse=True),
+    varlen([5, 1, 70, 33], 4, 64, Hkv=2, causal=True),
     norm("layer_norm", 127, 768),
     norm("layer_norm", 64, 1000, residual=True),
     norm("rms_norm", 127, 768),

@@ -110,8 +110,8 @@ def check(case, dtype, device="cpu", seed=0) -> list[Row]:
     try:
         with dispatch.recording(calls), torch.no_grad():
             shapes = [y.shape for y in _as_list(case.ours(*inputs))]
-        random = torch.Generator().manual_seed(seed + 1)
-        grads = [torch.randn(shape, generator=random).to(dtype).to(device) for shape in shapes]
+        random = torch.Generator(device).manual_seed(seed + 1)
+        grads = [torch.randn(shape, generator=random, device=device).to(dtype) for shape in shapes]
         got = forward_backward(case.ours, inputs, grads)
     except Exception as error:  # whatever it is, it is this case's result, and the others are still worth having
         kernel = calls[-1].kernel if calls else "none"

@@ -1,0 +1,189 @@
+"""What the kernels have to reach on a GPU, and who else is timed there: the bars of `python -m fastllm.bench.gpu`.
+
+The figures are for one H100 in bf16, and were set from what others published before anything was measured here.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastllm.bench import cases
+from fastllm.bench.cases import Case
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A case and a pass, and the least ratios that count as reached.
+
+    "bandwidth" and "matrix" are shares of what a copy and a large matrix product reach in the same run; every other
+    name is a rival, whose time over ours is meant ("sdpa": the fastest of PyTorch's attention backends).
+    """
+
+    case: Case
+    passes: str
+    targets: dict[str, float]
+    dtype: torch.dtype = torch.bfloat16
+    compile_mode: str | None = None  # of the rival; None leaves it out
+    graph: bool = False  # so short that launches cost more: replayed from a CUDA graph, on every side
+
+    @property
+    def name(self) -> str:
+        return f"{self.case} {str(self.dtype).removeprefix('torch.')} {self.passes}"
+
+
+def forced(function, backend: SDPBackend):
+    """PyTorch's attention on one of its backends; fails where that backend cannot do the call."""
+
+    def call(*inputs):
+        with sdpa_kernel(backend):
+            return function(*inputs)
+
+    return call
+
+
+SDPA = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def flash_attention(module: str, case: Case):
+    """flash-attn's function of `module` on q, k, v [B, H, T, D]."""
+    function = importlib.import_module(module).flash_attn_func
+    causal = "causal" in case.name
+
+    def call(q, k, v):
+        o = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+        return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
+
+    return call
+
+
+def liger(case: Case):
+    """Liger's norm of the same name."""
+    if case.op == "rms_norm":
+        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return lambda x, w: function.apply(x, w, 1e-6)
+    function = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    return lambda x, w, b: function.apply(x, w, b, 1e-5)
+
+
+def rivals(bar: Bar) -> dict[str, Callable]:
+    """Name -> a function without arguments that gives the rival's function, or fails with the reason."""
+    case = bar.case
+    found = {"torch": lambda: case.torch}
+    plain = "window" not in case.name and "mask" not in case.name and "dropout" not in case.name
+    if case.op == "attention" and plain:
+        found |= {name: lambda b=backend: forced(case.torch, b) for name, backend in SDPA.items()}
+        found["flash-attn 2"] = lambda: flash_attention("flash_attn", case)
+        found["flash-attn 3"] = lambda: flash_attention("flash_attn_interface", case)
+    if case.op in ("layer_norm", "rms_norm") and "residual" not in case.name:
+        found["liger"] = lambda: liger(case)
+    if bar.compile_mode:
+        function = case.compiled or case.torch
+        found["compile"] = lambda: torch.compile(function, mode=bar.compile_mode, dynamic=False, fullgraph=True)
+    return found
+
+
+def _attention(passes, sdpa, matrix, *shape, **options):
+    targets = {"sdpa": sdpa} | ({"matrix": matrix} if matrix else {})
+    return Bar(cases.attention(*shape, **options), passes, targets)
+
+
+def _row(case, passes, bandwidth, **targets):
+    return Bar(case, passes, {"bandwidth": bandwidth} | targets, compile_mode="max-autotune-no-cudagraphs")
+
+
+def log_uniform(low, high, count) -> list[int]:
+    """Lengths of documents, evenly spread on a logarithmic scale."""
+    return [round(low * (high / low) ** (n / (count - 1))) for n in range(count)]
+
+
+BARS = [
+    _attention("forward", 0.80, 0.62, 2, 16, 8192, 128),
+    _attention("forward", 0.80, 0.55, 2, 16, 8192, 128, causal=True),
+    _attention("forward", 0.85, 0.52, 4, 32, 4096, 128, Hkv=8, causal=True),
+    _attention("forward", 0.97, 0.50, 1, 32, 8192, 64),
+    _attention("forward", 0.97, 0.47, 1, 32, 8192, 64, causal=True),
+    _attention("forward", 0.70, 0.50, 2, 8, 8192, 256),
+    _attention("forward", 1.00, None, 32, 16, 512, 128, causal=True),
+    _attention("backward", 0.68, 0.45, 2, 16, 8192, 128),
+    _attention("backward", 0.68, 0.45, 2, 16, 8192, 128, causal=True),
+    _attention("backward", 0.75, 0.42, 1, 32, 8192, 64),
+    Bar(cases.varlen(log_uniform(128, 8192, 32), 16, 128, causal=True), "forward", {"torch": 1.3, "matrix": 0.47}),
+    *(
+        _row(cases.norm("rms_norm", 16384, D), "forward", 0.90 if D == 2048 else 0.97, compile=1.1)
+        for D in (2048, 4096, 8192, 16384)
+    ),
+    _row(cases.norm("rms_norm", 16384, 4096, residual=True), "forward", 0.97, torch=2.5),
+    *(_row(cases.norm("layer_norm", 16384, D), "forward", 0.97, torch=1.5) for D in (4096, 8192, 16384)),
+    *(_row(cases.norm("rms_norm", 16384, D), "backward", 0.88, compile=1.8, torch=3.5) for D in (4096, 8192, 16384)),
+    *(_row(cases.norm("layer_norm", 16384, D), "backward", 0.88, compile=1.8, torch=2.1) for D in (4096, 8192, 16384)),
+    _row(cases.softmax(32768, 1024), "forward", 0.93, compile=1.5),
+    _row(cases.softmax(32768, 4096), "forward", 0.97, compile=1.5),
+    _row(cases.softmax(32768, 32768), "forward", 0.97, compile=1.5),
+    _row(cases.softmax(8192, 131072), "forward", 0.75),
+    _row(cases.softmax(32768, 4096), "backward", 0.95),
+]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A launcher's choice and the others that are tried; `cases` are (case, pass) that launch this kernel."""
+
+    module: str
+    holder: str | None  # class that has the launch function; None: the module
+    function: str
+    kernel: str | None  # the launch function's first argument, where it has one
+    cases: list
+    changes: list[dict]
+
+
+def tunables() -> list[Tunable]:
+    """At most six changes for each kernel, all of them in what compiles without spilling for sm_90."""
+    D64, D128 = cases.attention(1, 32, 8192, 64, causal=True), cases.attention(2, 16, 8192, 128, causal=True)
+
+    def blocks(*sizes):
+        return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), size, strict=True)) for size in sizes]
+
+    fwd = blocks((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3))
+    dkdv = blocks((64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3))
+    dq = blocks((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3))
+    attend = ("attention", "Call", "launch")
+    warps = [dict(num_warps=n) for n in (4, 8, 16, 32)]
+    norms = [cases.norm("rms_norm", 16384, D) for D in (4096, 16384)]
+    rows = [cases.softmax(32768, S) for S in (1024, 4096)]
+    return [
+        Tunable(*attend, "fwd", [(D64, "forward"), (D128, "forward")], fwd),
+        Tunable(*attend, "dkdv", [(D64, "backward"), (D128, "backward")], dkdv),
+        Tunable(*attend, "dq", [(D64, "backward"), (D128, "backward")], dq),
+        Tunable("norm", None, "_launch_for", "fwd", [(case, "forward") for case in norms], warps),
+        Tunable("norm", None, "_launch_for", "bwd", [(case, "backward") for case in norms], warps),
+        Tunable("softmax", None, "_launch_for", None, [(case, "forward") for case in rows], warps),
+    ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the ceilings and the training step are."""
+
+    copy_bytes: int = 8 << 30  # read and written
+    products: tuple = ((8192, 8192, 8192), (4096, 128256, 4096))
+    model: dict = field(
+        default_factory=lambda: dict(vocab=50304, d_model=1024, heads=16, layers=24, d_ff=4096, max_len=1024)
+    )
+    batch: int = 8
+    dtype: torch.dtype = torch.bfloat16  # of the model
+
+
+SIZES = Sizes()
+# Small cases for the sanitizer: file, which tests of it. Shared memory, several programs per sum, packed bounds.
+RISKIEST = [
+    ("test_attention.py", "triton and test_one_key_head"),
+    ("test_varlen.py", "triton and dropout"),
+    ("test_norm.py", "triton and test_residual and float32"),
+]
