@@ -36,7 +36,14 @@ CUDA_ARCHS = os.environ.get("FASTLLM_CUDA_ARCHS", "")
 DEFAULT_CUDA_ARCHS = "80 90a"
 
 # csrc/cpu/<op>.inl: each instruction set's file once per op
-OPS = ["norm", "softmax", "attention", "attention_bwd", "weight_only"]
+OPS = [
+    "norm",
+    "softmax",
+    "attention",
+    "attention_bwd",
+    "attention_decode",
+    "weight_only",
+]
 
 
 class Unavailable(Exception):

@@ -13,6 +13,7 @@ from fastllm.compat import (
 from fastllm.dispatch import backend
 from fastllm.explain import explain
 from fastllm.ops.attention import attention
+from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
@@ -26,6 +27,7 @@ __all__ = [
     "accelerated",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "backend",
     "explain",
     "flash_attn_func",
@@ -36,6 +38,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "layer_norm",
     "log_softmax",
+    "merge_attention",
     "pad_input",
     "quantize_weight",
     "restore",

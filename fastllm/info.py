@@ -159,6 +159,13 @@ def _options(dtype):
                 {"cu_seqlens_q": torch.tensor([0, 2]), "cu_seqlens_k": torch.tensor([0, 2])},
             )
         },
+        fastllm.attention_with_kvcache: {
+            "contiguous cache": ((q, q, q), {"cache_seqlens": 1}),
+            "pages, append, rotary, with attention's options but dropout": (
+                (q, q, q, one[:, :, :1].expand(1, 2, 1, 8), one[:, :, :1].expand(1, 2, 1, 8)),
+                {"cache_seqlens": 1, "block_table": torch.zeros(1, 1, dtype=torch.int32)},
+            ),
+        },
         fastllm.layer_norm: {"weight, bias": ((x, w, w), {}), "residual": ((x, w, w), {"residual": x})},
         fastllm.rms_norm: {
             "weight": ((x, w), {}),

@@ -127,6 +127,82 @@ def attention(
     return o, lse
 
 
+def rotate(x, cos, sin, interleaved=False):
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the first R values of x [..., T, D]; cos, sin [..., T, R / 2].
+
+    The pairs are (i, i + R / 2), or (2i, 2i + 1) where interleaved.
+    """
+    R, wide = 2 * cos.shape[-1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    first, rest = x[..., :R].to(wide), x[..., R:]
+    x1, x2 = (first[..., ::2], first[..., 1::2]) if interleaved else first.chunk(2, -1)
+    cos, sin = cos.to(wide), sin.to(wide)
+    rotated = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    rotated = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+    return torch.cat((rotated.to(x.dtype), rest), -1)
+
+
+def attention_with_kvcache(
+    q, k_cache, v_cache, k_new, v_new, cache_seqlens, block_table, cos, sin, interleaved, *, q_offset, **options
+):
+    """`attention` of q on the keys of each sequence's cache, to which k_new and v_new are appended in place."""
+    T, page_size = q.shape[2], k_cache.shape[2]
+    S = page_size if block_table is None else page_size * block_table.shape[1]
+    added = 0 if k_new is None else k_new.shape[2]
+    mask, bias, slopes = (options.pop(name) for name in ("mask", "bias", "alibi_slopes"))
+    outputs = []
+    for b, had in enumerate(cache_seqlens.tolist()):
+        length = had + added
+        if had < 0 or length > S:
+            raise ValueError(f"sequence {b} has {had} keys in its cache and gets {added} more; there is room for {S}")
+        row = torch.arange(length, device=q.device)
+        entry = row.new_full((length,), b) if block_table is None else block_table[b].long()[row // page_size]
+        if length and not 0 <= int(entry.min()) <= int(entry.max()) < len(k_cache):
+            raise ValueError(f"block_table[{b}] must name pages in [0, {len(k_cache)})")
+        offset = length - T if q_offset is None else q_offset
+        if cos is not None:
+            highest = max(offset + T, length if added else 0)
+            if offset < 0 or highest > len(cos):
+                raise ValueError(
+                    f"positions {offset} up to {highest - 1} are rotated; cos and sin have {len(cos)} rows"
+                )
+        rows = (entry, slice(None), row % page_size)
+        if added:
+            new = k_new[b] if cos is None else rotate(k_new[b], cos[had:length], sin[had:length], interleaved)
+            tail = (entry[had:], slice(None), rows[2][had:])
+            k_cache[tail], v_cache[tail] = new.transpose(0, 1), v_new[b].transpose(0, 1)
+        query = q[b] if cos is None else rotate(q[b], cos[offset : offset + T], sin[offset : offset + T], interleaved)
+        part = [None if x is None else x[b if x.shape[0] > 1 else 0][None] for x in (mask, bias)]
+        part = [x if x is None or x.shape[-1] == 1 else x[..., :length] for x in part]
+        outputs.append(
+            attention(
+                query[None],
+                *(x[rows].transpose(0, 1)[None] for x in (k_cache, v_cache)),
+                mask=part[0],
+                bias=part[1],
+                alibi_slopes=slopes[b] if slopes is not None and slopes.ndim == 2 else slopes,
+                q_offset=offset,
+                **options,
+            )
+        )
+    if not outputs:
+        return q.new_empty(*q.shape[:3], v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.cat([o for o, _ in outputs]), torch.cat([lse for _, lse in outputs])
+
+
+def merge_attention(outs, lses):
+    """o = sum_n exp(lse_n - lse) o_n and lse = log sum_n exp(lse_n); 0 and -inf where every lse_n is -inf."""
+    wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+    stacked = torch.stack([lse.to(wide) for lse in lses])
+    m = stacked.detach().amax(0).clamp(min=torch.finfo(wide).min)
+    weights = torch.exp(stacked - m)
+    total = weights.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (m + torch.log(total)).masked_fill(empty, -math.inf)
+    o = sum(o.to(wide) * (w / total)[..., None] for o, w in zip(outs, weights, strict=True))
+    return o.to(outs[0].dtype), lse
+
+
 def softmax(x, *, scale=1.0, mask=None, causal=False, log=False):
     """softmax(scale * x) over the last dimension of x [..., T, S], over what `mask` (True = keep) and `causal` leave.
 

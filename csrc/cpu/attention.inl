@@ -58,10 +58,11 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       rescale[v] = exp(old - now);
 
       const V shift = V::set(0) - now;
+      auto probability = [&](int64_t k) { return exp_fma(score(k), c, shift, V::set(0)); };
       V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
       auto drop = [&](V p, int64_t k) { return keep ? p * V::load(keep + k * kQueries + v * V::L) : p; };
       for (k = 0; k + 2 <= keys; k += 2) {
-        const V p = exp(fma(score(k), c, shift)), next = exp(fma(score(k + 1), c, shift));
+        const V p = probability(k), next = probability(k + 1);
         sum[0] = sum[0] + p;
         sum[1] = sum[1] + next;
         if constexpr (kPer == 1) {
@@ -72,7 +73,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
         }
       }
       if (k < keys) {
-        const V p = exp(fma(score(k), c, shift));
+        const V p = probability(k);
         sum[0] = sum[0] + p;
         if constexpr (kPer == 1)
           drop(p, k).store(column + k * kQueries);

@@ -20,6 +20,7 @@ struct AttentionBlocks {
   static int64_t padded(int64_t D) { return (D + V::L - 1) / V::L * V::L; }
 
   static const S* row(const Heads& x, int64_t b, int64_t h, int64_t t) {
+    if (x.pages) b = x.pages[t / x.page_size], t %= x.page_size;
     return (const S*)x.data + b * x.b + h * x.h + t * x.t;
   }
 
@@ -115,6 +116,11 @@ struct AttentionBlocks {
   // Keys or values as the left operand of a product that sums over d: in place where their memory allows it.
   static Broadcast<W> along_d(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
     const S* p = row(x, b, h, t);
+    if (x.pages) {
+      for (int64_t i = 0; i < n; ++i)
+        pack_word_rows(row(x, b, h, t + i), 0, x.d, 1, D, buffer + i * words(D), words(D));
+      return {buffer, words(D), 1};
+    }
     if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.t, x.d};
     if constexpr (kPer == 2)
       if (x.d == 1 && D % 2 == 0 && x.t % 2 == 0) return {(const W*)p, x.t / 2, 1};
@@ -124,6 +130,15 @@ struct AttentionBlocks {
   // The same for a product that sums over keys: rows of the operand are d.
   static Broadcast<W> along_keys(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
     const S* p = row(x, b, h, t);
+    if (x.pages) {
+      for (int64_t i = 0; i < n; i += kPer) {  // the rows of a word may lie in two pages
+        const S* first = row(x, b, h, t + i);
+        const bool both = kPer == 2 && i + 1 < n;
+        pack_row_words(first, both ? row(x, b, h, t + i + 1) - first : 0, x.d, both ? 2 : 1, D, buffer + i / kPer * D,
+                       D);
+      }
+      return {buffer, 1, D};
+    }
     if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.d, x.t};
     pack_row_words(p, x.t, x.d, n, D, buffer, D);
     return {buffer, 1, D};

@@ -110,7 +110,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const V delta = V::load(w.delta + q);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t place = k * kQueries + v * V::L;
-        const V p = exp(fma(V::load(w.s + place), c, shift) - low);
+        const V p = exp_fma(V::load(w.s + place), c, shift, low);
         V dp = V::load(w.dp + place), kept = p;
         if (keep) {
           dp = dp * V::load(keep + place);

@@ -1,4 +1,5 @@
-// Which keys a block of queries sees, and its scores: the one place where scores are made, forward and backward.
+// Which keys a block of queries sees, and its scores: the one place where scores are made (ScoreOf), forward, backward
+// and decoding.
 //
 // Tiles are [key][query]: kKeys rows of `row` queries. Query i of the block at q0 stands at key position q0 + i +
 // q_offset.
@@ -97,6 +98,36 @@ inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint64_t seed, uint32_
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
 }
 
+// score(q.k) of one query head: scale, soft-cap, bias, ALiBi, in this order. `distance` is the query's position less
+// the key's; `slope`, where given, receives d(capped score) / d(score).
+template <class V>
+struct ScoreOf {
+  using T = typename V::T;
+  const V scale, cap, per_cap, alibi;
+  const bool capped, biased, sloped;
+
+  ScoreOf(const Attention& a, int64_t b, int64_t h)
+      : scale(V::set(T(a.scale))),
+        cap(V::set(T(a.softcap))),
+        per_cap(V::set(a.softcap > 0 ? T(1 / a.softcap) : T(0))),
+        alibi(V::set(a.alibi_slopes ? ((const T*)a.alibi_slopes)[b * a.alibi_stride_b + h] : T(0))),
+        capped(a.softcap > 0),
+        biased(a.bias.data),
+        sloped(a.alibi_slopes) {}
+
+  V operator()(V dot, const T* bias, V distance, T* slope = nullptr) const {
+    V x = dot * scale;
+    if (capped) {
+      const V t = tanh(x * per_cap);
+      x = t * cap;
+      if (slope) fma(V::set(0) - t, t, V::set(1)).store(slope);
+    }
+    if (biased) x = x + V::load(bias);
+    if (sloped) x = x - alibi * max(distance, V::set(0) - distance);
+    return x;
+  }
+};
+
 template <class V>
 struct ScoreTile {
   using T = typename V::T;
@@ -151,9 +182,8 @@ struct ScoreTile {
   // s[k][q] holds q.k for the keys k0 + [begin, end) and the vectors from `first`; it becomes the score, -inf where
   // hidden.
   void finish(T* s, int64_t k0, int64_t begin, int64_t end, int64_t first) const {
-    const V hidden = V::set(-INFINITY), c = V::set(scale), one = V::set(1);
-    const V cap = V::set(T(a.softcap)), per_cap = V::set(a.softcap > 0 ? T(1 / a.softcap) : T(0));
-    const V alibi = V::set(a.alibi_slopes ? ((const T*)a.alibi_slopes)[b * a.alibi_stride_b + h] : T(0));
+    const V hidden = V::set(-INFINITY);
+    const ScoreOf<V> score(a, b, h);
     for (int64_t k = begin; k < end; ++k) {
       const int64_t at = k0 + k - a.q_offset - q0;  // the query of this block at this key's position
       const V low = V::set(a.right < 0 ? T(-1) : T(clamp(at - a.right, -1, queries)));
@@ -161,17 +191,8 @@ struct ScoreTile {
       for (int64_t v = first; v < vectors; ++v) {
         const int64_t place = k * kQueries + v * V::L;
         const V i = V::iota() + V::set(T(v * V::L));
-        V x = V::load(s + place) * c;
-        if (a.softcap > 0) {
-          const V t = tanh(x * per_cap);
-          x = t * cap;
-          if (slope) fma(V::set(0) - t, t, one).store(slope + place);
-        }
-        if (a.bias.data) x = x + V::load(bias + place);
-        if (a.alibi_slopes) {
-          const V distance = i - V::set(T(at));
-          x = x - alibi * max(distance, V::set(0) - distance);
-        }
+        V x = score(V::load(s + place), bias ? bias + place : nullptr, i - V::set(T(at)),
+                    slope ? slope + place : nullptr);
         x = select_lt(i, low, hidden, select_lt(high, i, hidden, x));
         if (a.mask.data) x = select_lt(V::set(0), V::load(mask + place), x, hidden);
         x.store(s + place);

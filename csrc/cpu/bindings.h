@@ -44,4 +44,13 @@ Tensor quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, MaybeTensor o
 Tensor dequantize_fwd(Tensor codes, Tensor scales, MaybeTensor offsets, Tensor like, int64_t begin, int64_t end,
                       int64_t rows, int64_t columns, int64_t bits, int64_t group);
 
+// Writes k_new and v_new into the caches.
+std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tensor v_cache, MaybeTensor k_new,
+                                                 MaybeTensor v_new, Tensor cache_seqlens, MaybeTensor block_table,
+                                                 MaybeTensor cos, MaybeTensor sin, bool rope_interleaved,
+                                                 MaybeTensor mask, MaybeTensor bias, MaybeTensor alibi_slopes,
+                                                 MaybeTensor sink, double scale, double softcap,
+                                                 std::optional<int64_t> q_offset, int64_t window_left,
+                                                 int64_t window_right);
+
 }  // namespace fastllm::cpu

@@ -8,20 +8,16 @@
 
 namespace fastllm {
 
-#define DECLARE_TABLES(isa)                             \
-  extern const NormKernels norm_##isa;                  \
-  extern const SoftmaxKernels softmax_##isa;            \
-  extern const AttentionKernels attention_##isa;        \
-  extern const AttentionBwdKernels attention_bwd_##isa; \
-  extern const WeightOnlyKernels weight_only_##isa;
-DECLARE_TABLES(scalar)
-DECLARE_TABLES(avx2)
-DECLARE_TABLES(avx512)
-DECLARE_TABLES(avx512_bf16)
+#define DECLARE_TABLE(op, type, isa) extern const type op##_##isa;
+FASTLLM_OPS(DECLARE_TABLE, scalar)
+FASTLLM_OPS(DECLARE_TABLE, avx2)
+FASTLLM_OPS(DECLARE_TABLE, avx512)
+FASTLLM_OPS(DECLARE_TABLE, avx512_bf16)
 
 namespace {
 
-#define TABLES(isa) {#isa, &norm_##isa, &softmax_##isa, &attention_##isa, &attention_bwd_##isa, &weight_only_##isa}
+#define TABLE_ADDRESS(op, type, isa) &op##_##isa,
+#define TABLES(isa) {#isa, FASTLLM_OPS(TABLE_ADDRESS, isa)}
 const Kernels kBuilt[] = {FASTLLM_ISAS};  // TABLES(...) of what setup.py builds, narrowest first
 std::atomic<const Kernels*> selected_table{nullptr};
 

@@ -19,8 +19,10 @@
 // Asks for a cache line ahead of its use; harmless past the end of memory.
 #if defined(__GNUC__)
 #define PREFETCH(address) __builtin_prefetch(address)
+#define PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
 #else
 #define PREFETCH(address)
+#define PREFETCH_L2(address)
 #endif
 
 // Loops over registers: unrolled early, so that an array of sums never goes through memory.

@@ -1,32 +1,37 @@
 // Functions of a Vec, written once for every width.
 
-inline Vec exp(Vec x) {
-  // e^x = 2^n 2^r with n = round(x log2(e)): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
-  // sum. The polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0. Below log(2^-126) the result is exactly 0; max
-  // keeps a NaN that is its second argument.
-  const Vec lowest = Vec::set(-87.33654f), magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
-  const Vec clamped = max(lowest, x);
-  const Vec shifted = fma(clamped, log2e, magic), n = shifted - magic;
-  const Vec r = fma(clamped, log2e, Vec::set(0.0f) - n);
-  Vec p = Vec::set(1.545316336e-04f);
-  p = fma(p, r, Vec::set(1.339086331e-03f));
-  p = fma(p, r, Vec::set(9.618083015e-03f));
-  p = fma(p, r, Vec::set(5.550356954e-02f));
-  p = fma(p, r, Vec::set(2.402265072e-01f));
-  p = fma(p, r, Vec::set(6.931471825e-01f));
+// e^(a b + c - low), as if a b + c were not rounded: |low| is far below 1. Below log(2^-126) the result is exactly 0;
+// NaN stays.
+inline Vec exp_fma(Vec a, Vec b, Vec c, Vec low) {
+  // e^x = 2^n e^r with n = round(x / ln 2): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
+  // sum. n ln2_high is exact, so that r has no more than the rounding of c - n ln2_high, which is as large as a b. The
+  // polynomial (degree 6 on [-0.347, 0.347], 5e-9) is exact at 0.
+  const Vec magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
+  const Vec ln2_high = Vec::set(0.693359375f), ln2_low = Vec::set(-2.12194440e-4f), zero = Vec::set(0.0f);
+  const Vec x = fma(a, b, c), shifted = fma(x, log2e, magic), minus_n = magic - shifted;
+  const Vec r = fma(minus_n, ln2_low, fma(a, b, fma(minus_n, ln2_high, c))) - low;
+  Vec p = Vec::set(1.381443348e-03f);
+  p = fma(p, r, Vec::set(8.368796669e-03f));
+  p = fma(p, r, Vec::set(4.166839644e-02f));
+  p = fma(p, r, Vec::set(1.666651964e-01f));
+  p = fma(p, r, Vec::set(4.999999404e-01f));
   p = fma(p, r, Vec::set(1.0f));
-  return select_lt(x, lowest, Vec::set(0.0f), scale_by_power_of_two(p, shifted));
+  p = fma(p, r, Vec::set(1.0f));
+  return select_lt(x, Vec::set(-87.33654f), zero, scale_by_power_of_two(p, shifted));
 }
+inline VecD exp_fma(VecD a, VecD b, VecD c, VecD low) { return exp(fma(a, b, c) - low); }
+inline Vec exp(Vec x) { return exp_fma(x, Vec::set(1.0f), Vec::set(0.0f), Vec::set(0.0f)); }
 
 inline Vec tanh(Vec x) {
   // Near 0 an odd polynomial (Cephes, 2 ulp below 0.625); elsewhere 1 - 2 / (e^2|x| + 1), which would cancel there.
-  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), y = max(x, zero - x), z = x * x;
+  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), y = max(zero - x, x), z = x * x;
   Vec p = Vec::set(-5.70498872745e-3f);
   p = fma(p, z, Vec::set(2.06390887954e-2f));
   p = fma(p, z, Vec::set(-5.37397155531e-2f));
   p = fma(p, z, Vec::set(1.33314422036e-1f));
   p = fma(p, z, Vec::set(-3.33332819422e-1f));
-  const Vec near = fma(p * z, x, x), far = one - Vec::set(2.0f) / (exp(y + y) + one);
+  const Vec limit = Vec::set(20.0f), bounded = select_lt(limit, y, limit, y);  // e^2y must not overflow; NaN stays
+  const Vec near = fma(p * z, x, x), far = one - Vec::set(2.0f) / (exp(bounded + bounded) + one);
   return select_lt(y, Vec::set(0.625f), near, select_lt(x, zero, zero - far, far));
 }
 

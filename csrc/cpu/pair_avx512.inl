@@ -25,3 +25,19 @@ inline void store_pairs(Vec low, Vec high, Pair* to) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
+
+// Words (a[i], b[i]) of the first n of 32 elements in two rows, zeros past them.
+inline void load_row_pairs(const bf16* a, const bf16* b, int64_t n, __m512i* words) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  __m512i x, y;
+  if (n >= 32) {
+    x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  } else {
+    const __mmask32 inside = (1u << n) - 1;
+    x = _mm512_maskz_loadu_epi16(inside, a), y = _mm512_maskz_loadu_epi16(inside, b);
+  }
+  words[0] = _mm512_permutex2var_epi16(x, low, y);
+  words[1] = _mm512_permutex2var_epi16(x, high, y);
+}

@@ -39,6 +39,9 @@ struct Softmax {
 struct Heads {  // a [B, H, T, D] tensor of the storage type, any strides (in elements)
   void* data;
   int64_t b, h, t, d;
+  // Where it is a cache in pages [pages, H, page_size, D]: row t is row t % page_size of page pages[t / page_size].
+  const int32_t* pages;
+  int64_t page_size;
 };
 
 struct Scores {  // a [B, H, T, S] tensor that may be broadcast (stride 0)
@@ -62,6 +65,9 @@ struct Attention {
   double dropout_p;
   uint64_t seed;
 
+  int64_t splits;  // decoding: key ranges that are worked on apart from each other
+  void* partial;   // [B, Hkv, splits, H / Hkv * T, Dv + 2] in the compute type: o, maximum and sum of each range
+
   Heads grad_o, dq, dk, dv;  // backward
   const double* dlse;        // [B, H, T]; may be null
   int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
@@ -82,6 +88,16 @@ struct WeightOnly {  // y = x w^T + bias for a few rows of x, in fp32
   float* y;                      // [M, N]
   int64_t y_row;
   bool add;  // to what is in y
+};
+
+struct Rotation {  // rows of one sequence, rotated at their positions or as they are, to where they are kept
+  Heads from, to;
+  int64_t H, T, D, first;     // row t goes to row first + t
+  int64_t position, rotated;  // of row 0; how many of the D values are rotated
+  const void *cos, *sin;      // [positions, rotated / 2]
+  int64_t cos_row, sin_row, cos_d, sin_d;
+  int type;          // of cos and sin
+  bool interleaved;  // value pairs (2i, 2i + 1) are rotated, not (i, i + rotated / 2)
 };
 
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
@@ -121,14 +137,31 @@ struct WeightOnlyKernels {
   void (*narrow[kTypes])(const float* x, void* y, int64_t n);
 };
 
+struct AttentionDecodeKernels {
+  int64_t (*splits[kTypes])(const Attention&);
+  int64_t (*bytes[kTypes])(const Attention&);
+  void (*run[kTypes])(const Attention&, int64_t item, void* workspace);  // an item is one of [B, Hkv, splits]
+  void (*merge[kTypes])(const Attention&, int64_t begin, int64_t end);   // of [B, Hkv], where splits > 1
+  void (*rotate[kTypes])(const Rotation&, int64_t begin, int64_t end);   // of [H, T]
+};
+
+// Every op: X(op, type of its tables, isa). A new one is a line here, one in setup.py's OPS, and csrc/cpu/<op>.inl.
+// clang-format off
+#define FASTLLM_OPS(X, isa)                           \
+  X(norm, NormKernels, isa)                           \
+  X(softmax, SoftmaxKernels, isa)                     \
+  X(attention, AttentionKernels, isa)                 \
+  X(attention_bwd, AttentionBwdKernels, isa)          \
+  X(attention_decode, AttentionDecodeKernels, isa)    \
+  X(weight_only, WeightOnlyKernels, isa)
+// clang-format on
+
 // All tables of one instruction set.
 struct Kernels {
   const char* name;
-  const NormKernels* norm;
-  const SoftmaxKernels* softmax;
-  const AttentionKernels* attention;
-  const AttentionBwdKernels* attention_bwd;
-  const WeightOnlyKernels* weight_only;
+#define TABLE_MEMBER(op, type, isa) const type* op;
+  FASTLLM_OPS(TABLE_MEMBER, )
+#undef TABLE_MEMBER
 };
 
 const Kernels& kernels();  // the tables in use

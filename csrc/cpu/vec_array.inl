@@ -85,6 +85,11 @@ ARRAY_VEC T max_of(ArrayVec<T, L> a) {
   for (int i = 1; i < L; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
 }
+ARRAY_VEC ArrayVec<T, L> sum_each(const ArrayVec<T, L>* r) {  // lane i is the sum of r[i]
+  ArrayVec<T, L> s;
+  for (int i = 0; i < L; ++i) s.v[i] = sum(r[i]);
+  return s;
+}
 ARRAY_VEC void transpose(ArrayVec<T, L>* r) {
   for (int i = 0; i < L; ++i)
     for (int j = 0; j < i; ++j) {

@@ -113,3 +113,16 @@ inline void transpose(Vec* r) {  // 8 x 8 in place: pairs of rows, then of pairs
     r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
 }
+
+inline Vec pairs_summed(Vec a, Vec b) {  // in either half: a0 + a2, b0 + b2, a1 + a3, b1 + b3
+  return {_mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v))};
+}
+inline Vec halves_summed(Vec a, Vec b) {  // of pairs_summed
+  return {_mm256_add_ps(_mm256_shuffle_ps(a.v, b.v, 0x44), _mm256_shuffle_ps(a.v, b.v, 0xee))};
+}
+inline Vec sum_each(const Vec* r) {  // lane i is the sum of r[i]: half the shuffles of a transposition
+  Vec u[2];
+  UNROLLED for (int i = 0; i < 2; ++i) u[i] =
+      halves_summed(pairs_summed(r[4 * i], r[4 * i + 1]), pairs_summed(r[4 * i + 2], r[4 * i + 3]));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(u[0].v, u[1].v, 0x20), _mm256_permute2f128_ps(u[0].v, u[1].v, 0x31))};
+}

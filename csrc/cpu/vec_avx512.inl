@@ -105,3 +105,20 @@ inline void transpose(Vec* r) {  // 16 x 16 in place: pairs of rows, then of pai
     r[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
+
+inline Vec pairs_summed(Vec a, Vec b) {  // in every quarter: a0 + a2, b0 + b2, a1 + a3, b1 + b3
+  return {_mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v))};
+}
+inline Vec quarters_summed(Vec a, Vec b) {  // of pairs_summed
+  const __m512d x = _mm512_castps_pd(a.v), y = _mm512_castps_pd(b.v);
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))};
+}
+inline Vec lanes_folded(Vec a, Vec b) {
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
+}
+inline Vec sum_each(const Vec* r) {  // lane i is the sum of r[i]: half the shuffles of a transposition
+  Vec u[4];
+  UNROLLED for (int i = 0; i < 4; ++i) u[i] =
+      quarters_summed(pairs_summed(r[4 * i], r[4 * i + 1]), pairs_summed(r[4 * i + 2], r[4 * i + 3]));
+  return lanes_folded(lanes_folded(u[0], u[1]), lanes_folded(u[2], u[3]));
+}

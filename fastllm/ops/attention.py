@@ -140,13 +140,7 @@ def attention(
     (B, H, T, _), S = q.shape, k.shape[2]
     options = check_options("attention", q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
     if mask is not None:
-        if isinstance(mask, torch.Tensor) and mask.dtype in FLOATS:
-            raise TypeError(
-                f"attention: mask must be bool (True = attend), got {mask.dtype}: give additive scores as bias="
-            )
-        check_tensor("attention", "mask", mask, like=q, dtypes=(torch.bool,))
-        check_broadcast("attention", "mask", mask, (B, H, T, S))
-        mask = as_4d(mask)
+        mask = check_mask("attention", mask, q, (B, H, T, S))
     if bias is not None:
         check_tensor("attention", "bias", bias)
         if bias.device != q.device:
@@ -211,6 +205,15 @@ def check_options(op, q, k, v, causal, window, q_offset, scale, softcap, dropout
         window_right=right,
         dropout_p=float(dropout_p),
     )
+
+
+def check_mask(op, mask, q, shape):
+    """The boolean mask in four dimensions."""
+    if isinstance(mask, torch.Tensor) and mask.dtype in FLOATS:
+        raise TypeError(f"{op}: mask must be bool (True = attend), got {mask.dtype}: give additive scores as bias=")
+    check_tensor(op, "mask", mask, like=q, dtypes=(torch.bool,))
+    check_broadcast(op, "mask", mask, shape)
+    return as_4d(mask)
 
 
 def _window(op, window):
