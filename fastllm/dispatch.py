@@ -21,7 +21,7 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # What has a CUDA C++ kernel, as `choose` calls it; its schemas are defined once more, in a library of their own.
-CUDA_OPS = frozenset({"layer_norm", "rms_norm", "softmax", "log_softmax"})
+CUDA_OPS = frozenset({"attention", "layer_norm", "rms_norm", "softmax", "log_softmax"})
 
 # (op, name of the GPU) -> "cuda", where the CUDA C++ kernel was measured to be the faster one; else Triton runs.
 # Nothing has been measured yet.
@@ -145,8 +145,8 @@ def choose(op: str, x: torch.Tensor, unsupported=None) -> str:
     `unsupported(backend)` returns the reason why that backend's kernel cannot do this call, or None; None instead of
     a function means that every kernel can.
     """
-    if _forced is None and _calls is None and unsupported is None:
-        if x.device.type == "cpu" and extension is not None:
+    if _forced is None and _calls is None and x.device.type == "cpu" and extension is not None:
+        if unsupported is None or unsupported("cpu") is None:
             return "cpu"
     return _choose(op, x, unsupported)
 

@@ -19,6 +19,11 @@ struct half {
   uint16_t bits;
 };
 
+template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
 DEVICE float widen(float x) { return x; }
 DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE float widen(half x) {
@@ -36,10 +41,75 @@ DEVICE void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 
+DEVICE float exp2_approximate(float x) {  // 2 ulp; results below 2^-126 are 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded to T in a register, the first one in its lower half.
+template <class T>
+DEVICE uint32_t pack(float low, float high) {
+  uint32_t both;
+  if constexpr (is_bf16<T>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 // The dynamic shared memory of the block.
 DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
+}
+
+// Places in the shared memory of the block are offsets in bytes, which take one register.
+DEVICE uint32_t shared_address(uint32_t at) { return uint32_t(__cvta_generic_to_shared(shared_memory())) + at; }
+
+// 16 bytes from global to shared memory, past the registers; the last 16 - bytes of them become 0.
+DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+// Copies form groups; kGroups of those that were closed last may still be under way after the wait.
+DEVICE void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit numbers, of which lane l gives the address of row l % 8 of number l / 8. Of each, lane l
+// gets the elements 2 * (l % 4) and the next of row l / 4; transposed: of column l / 4.
+DEVICE void load_matrices(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b, a [16, 16], b [16, 8], c [16, 8] over the lanes of a warp: lane l has columns (of b: rows) 2 * (l % 4) and
+// the next, + 8, and rows (of b: columns) l / 4, + 8. Products are exact, sums in fp32.
+template <class T>
+DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (is_bf16<T>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Blocks that run at the same time and reach each other's shared memory (sm_90); elsewhere every block is alone.
@@ -87,6 +157,13 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
   return n;
+}
+
+inline int most_shared_bytes() {
+  int device = 0, bytes = 48 << 10;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 struct Grid {

@@ -49,4 +49,45 @@ struct Softmax {
 Error softmax_fwd(Type type, const Softmax& a, Stream stream);
 Error softmax_bwd(Type type, const Softmax& a, Stream stream);
 
+// A [B, H, T, D] tensor of 16-bit numbers, strides in elements. A row is contiguous; in what is read it starts at a
+// multiple of 16 bytes and is filled up with zeros to one.
+struct Heads {
+  void* data;
+  int64_t b, h, t;
+};
+
+struct Pairs {  // a number for every query and key: [B, H, T, S], any strides, 0 where it is broadcast; data may be
+                // null
+  void* data;
+  int64_t b, h, t, s;
+  Type type;
+};
+
+struct QueryRow {  // what the backward pass needs to know of a query
+  float lse;       // times log2(e); +inf, which makes every probability 0, where it sees nothing
+  float delta;     // sum(o * do) - dlse
+};
+
+struct Attention {
+  int B, H, Hkv, T, S, D, Dv;  // D and Dv are at most kMostHeadSize
+  float scale, softcap;        // softcap 0 is off
+  int q_offset, first, last;   // query i stands at key i + q_offset and sees keys i + first to i + last
+  Heads q, k, v, o;
+  double* lse;    // [B, H, T], natural logarithm
+  Pairs mask;     // bytes, 0 = hidden
+  Pairs bias;     // any type
+  Vector slopes;  // [B, H] or [H] numbers
+  bool slopes_per_batch;
+  Vector sink;  // [H] numbers
+
+  Heads grad_o, dq, dk, dv;  // backward
+  const double* dlse;        // [B, H, T]; may be null
+  QueryRow* rows;            // [B, H, T], written first
+  Pairs dbias;               // [B, H, T, S] of the scores' gradients, zeroed; data may be null
+  void* dsink;               // [H], of sink's type; null without a sink
+};
+constexpr int kMostHeadSize = 128;
+Error attention_fwd(Type type, const Attention& a, Stream stream);
+Error attention_bwd(Type type, const Attention& a, Stream stream);
+
 }  // namespace fastllm::cuda

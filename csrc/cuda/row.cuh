@@ -1,7 +1,6 @@
 // Kernels that work on rows: who shares a row, how its numbers are loaded, and sums over it.
 #pragma once
-#include "cuda/device.cuh"
-#include "cuda/kernels.h"
+#include "cuda/pack.cuh"
 
 namespace fastllm::cuda {
 namespace {
@@ -81,23 +80,6 @@ struct Max {
   DEVICE float operator()(float a, float b) const { return a < b ? b : a; }  // keeps a where b is NaN
 };
 
-// V neighbouring numbers, moved in one instruction.
-template <class T, int V>
-struct alignas(V * sizeof(T)) Pack {
-  T x[V];
-};
-template <class T>
-constexpr int kWide = 16 / sizeof(T);  // numbers in 16 bytes
-
-template <int V, class T>
-DEVICE Pack<T, V> load(const T* p) {
-  return *(const Pack<T, V>*)p;
-}
-template <class T, int V>
-DEVICE void store(const Pack<T, V>& pack, T* p) {
-  *(Pack<T, V>*)p = pack;
-}
-
 // Between two passes over kept packs: 16-bit numbers are widened twice, or both forms would be in registers.
 template <class T, int V, int kN>
 DEVICE void forget_widened(Pack<T, V> (&kept)[kN]) {
@@ -122,31 +104,6 @@ DEVICE void for_packs(const Team& team, int64_t D, F f) {
     for (int64_t i = int64_t(team.rank()) * V; i < D; i += int64_t(team.size()) * V) f(0, i);
   }
 }
-
-template <class T, int V>
-DEVICE void load_floats(float (&out)[V], const void* data, int64_t i) {
-  constexpr int kPart = V < kWide<T> ? V : kWide<T>;
-#pragma unroll
-  for (int j = 0; j < V; j += kPart) {
-    const Pack<T, kPart> pack = load<kPart>((const T*)data + i + j);
-#pragma unroll
-    for (int n = 0; n < kPart; ++n) out[j + n] = widen(pack.x[n]);
-  }
-}
-// Numbers i, i + 1, ... of a weight of any type, in fp32.
-template <int V>
-DEVICE void load_vector(float (&out)[V], Vector w, int64_t i) {
-  switch (w.type) {
-    case kFloat:
-      return load_floats<float>(out, w.data, i);
-    case kBFloat16:
-      return load_floats<bf16>(out, w.data, i);
-    default:
-      return load_floats<half>(out, w.data, i);
-  }
-}
-
-inline bool aligned(const void* p) { return (uintptr_t)p % 16 == 0; }  // null is
 
 inline int64_t up_to_power_of_two(int64_t n) {
   int64_t power = 1;

@@ -149,7 +149,7 @@ def attention(
         bias = as_4d(bias)
     head_tensors("attention", q, B, H, alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    backend = choose("attention", q, no_fp64(q))
+    backend = choose("attention", q, _kernels_lack(q, v, dropout_p))
     if backend == "reference":
         o, lse = reference.attention(
             q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, seed=seed, **options
@@ -170,6 +170,22 @@ def _autocast(*tensors):
         return tensors
     low = torch.get_autocast_dtype(device)
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _kernels_lack(q, v, dropout_p):
+    """`unsupported` for dispatch.choose."""
+    fp64 = no_fp64(q)
+
+    def reason(backend):
+        if backend == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
+            return f"{q.dtype}: the CUDA C++ kernels are made for the 16-bit matrix units"
+        if backend == "cuda" and max(q.shape[-1], v.shape[-1]) > 128:
+            return "the CUDA C++ kernels take head sizes up to 128"
+        if backend == "cuda" and dropout_p:
+            return "dropout_p: the CUDA C++ kernels do not have it"
+        return fp64 and fp64(backend)
+
+    return reason
 
 
 def _check(q, k, v):
