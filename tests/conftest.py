@@ -19,23 +19,25 @@ ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton", "cuda"]
 
 
-INTERPRETED_SHARE = 7  # of the tests of attention, one in this many: coprime to the number of dtypes, rules and options
+SHARE = 7  # of the attention tests, one in this many: coprime to the number of dtypes, rules and options
 
 
 def pytest_collection_modifyitems(items):
-    """Interpreted attention takes seconds a test: the fast suite takes a share across all options, the slow one all."""
+    """Attention takes long without a GPU: of its interpreted and of its emulated tests, the fast suite has a share
+    across all options, the slow one all."""
     if torch.cuda.is_available():
         return
-    interpreted = [
-        item
-        for item in items
-        if item.path.name in ("test_attention.py", "test_varlen.py")
-        and hasattr(item, "callspec")
-        and item.callspec.params.get("backend") == "triton"
-    ]
-    for n, item in enumerate(interpreted):
-        if n % INTERPRETED_SHARE:
-            item.add_marker(pytest.mark.slow)
+    for backend in ("triton", "cuda"):
+        tests = [
+            item
+            for item in items
+            if item.path.name in ("test_attention.py", "test_varlen.py")
+            and hasattr(item, "callspec")
+            and item.callspec.params.get("backend") == backend
+        ]
+        for n, item in enumerate(tests):
+            if n % SHARE:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ union Lane {  // what one lane shows the others
   struct {
     uint32_t a[4], b[2];
   } fragments;
-  const void* address;
+  uint32_t address;
 };
 struct Warp {
   Barrier barrier;
@@ -54,8 +54,8 @@ struct Block {
   char* shared = nullptr;
 };
 
-struct Copy {
-  void* to;
+struct Copy {  // an asynchronous one, that has not arrived yet
+  char* to;
   const void* from;
   int bytes;
   uint64_t group;
@@ -93,6 +93,11 @@ struct Machine {
 inline Machine& machine() {
   static Machine one;
   return one;
+}
+
+inline int most_shared_bytes() {
+  const int arch = machine().arch;
+  return (arch >= 90 ? 227 : arch > 80 ? 99 : 163) << 10;
 }
 
 inline void wait(Barrier& b) {
@@ -138,7 +143,7 @@ inline void run(int64_t blocks, int threads, int shared_bytes, int cluster, cons
   ++m.launches;
   if (threads % 32 || threads > 1024 || blocks % cluster || cluster > (m.arch >= 90 ? 8 : 1))
     fail("an impossible grid");
-  if (shared_bytes > (m.arch >= 90 ? 227 : 163) << 10) fail("too much shared memory");
+  if (shared_bytes > most_shared_bytes()) fail("too much shared memory");
   m.threads = threads, m.cluster = cluster, m.kernel = &kernel;
   while (m.stacks.size() < size_t(threads * cluster)) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -204,7 +209,7 @@ struct Index {
 
 }  // namespace fastllm::emulator
 
-// Which GPU it is: 80 has no clusters, 90 has.
+// Which GPU it is: 80 and 86 have no clusters, 90 has; 86 has the least shared memory.
 extern "C" __attribute__((weak, visibility("default"))) void fastllm_emulate(int arch) {
   fastllm::emulator::machine().arch = arch;
 }
@@ -229,6 +234,76 @@ inline float shuffle_xor(float x, int lanes) {
   mine.number = x;
   return emulator::exchange(mine)[(emulator::machine().current->thread ^ lanes) % 32].number;
 }
+inline char* shared_memory();
+inline float exp2_approximate(float x) { return x < -126 ? 0.0f : exp2f(x); }
+
+template <class T>
+uint32_t pack(float low, float high) {
+  T a, b;
+  narrow(low, a), narrow(high, b);
+  return a.bits | uint32_t(b.bits) << 16;
+}
+template <class T>
+float unpack(uint32_t both, int half) {
+  return widen(T{uint16_t(half ? both >> 16 : both)});
+}
+
+inline void copy_async(uint32_t to, const void* from, int bytes) {
+  emulator::need_aligned(from);
+  emulator::need_aligned(shared_memory() + to);
+  emulator::Fiber& f = *emulator::machine().current;
+  f.copies.push_back({shared_memory() + to, from, bytes, f.group});
+}
+inline void close_copy_group() { ++emulator::machine().current->group; }
+template <int kGroups>
+void wait_for_copies() {
+  emulator::Fiber& f = *emulator::machine().current;
+  std::vector<emulator::Copy> left;
+  for (const emulator::Copy& copy : f.copies)
+    if (copy.group + kGroups < f.group) {
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      left.push_back(copy);
+    }
+  f.copies.swap(left);
+}
+
+inline void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed = false) {
+  emulator::need_aligned(shared_memory() + row);
+  emulator::Lane mine;
+  mine.address = row;
+  const emulator::Lane* lanes = emulator::exchange(mine);
+  const int lane = emulator::machine().current->thread % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t two[2];
+    for (int e = 0; e < 2; ++e) {
+      const int r = transposed ? lane % 4 * 2 + e : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + e;
+      two[e] = ((const uint16_t*)(shared_memory() + lanes[matrix * 8 + r].address))[c];
+    }
+    x[matrix] = two[0] | uint32_t(two[1]) << 16;
+  }
+}
+inline void load_matrices_transposed(uint32_t (&x)[4], uint32_t row) { load_matrices(x, row, true); }
+
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Lane mine;
+  for (int n = 0; n < 4; ++n) mine.fragments.a[n] = a[n];
+  mine.fragments.b[0] = b0, mine.fragments.b[1] = b1;
+  const emulator::Lane* lanes = emulator::exchange(mine);
+  const int lane = emulator::machine().current->thread % 32, row = lane / 4, column = lane % 4 * 2;
+  float left[2][16], right[2][16];  // two rows of a and two columns of b
+  for (int k = 0; k < 16; ++k)
+    for (int n = 0; n < 2; ++n) {
+      const int half = k % 2, pair = k % 8 / 2, upper = k / 8;
+      left[n][k] = unpack<T>(lanes[row * 4 + pair].fragments.a[upper * 2 + n], half);
+      right[n][k] = unpack<T>(lanes[(column + n) * 4 + pair].fragments.b[upper], half);
+    }
+  for (int e = 0; e < 4; ++e)
+    for (int k = 0; k < 16; ++k) c[e] += left[e / 2][k] * right[e % 2][k];
+}
+
 inline char* shared_memory() { return emulator::machine().current->block->shared; }
 
 inline int cluster_size() { return emulator::machine().cluster; }
@@ -244,6 +319,7 @@ bool has_clusters(Kernel) {
   return emulator::machine().arch >= 90;
 }
 inline int multiprocessors() { return 2; }
+inline int most_shared_bytes() { return emulator::most_shared_bytes(); }
 
 struct Grid {
   int64_t blocks;

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import conftest
 import emulator
 import pytest
+import test_attention
 import torch
 import torch.nn.functional as F
 from check import compare
@@ -68,6 +69,25 @@ def test_the_long_rows_of_a_vocabulary(arch):
     """The longest that has to work. On sm_90 eight blocks share it, on sm_80 one walks over it."""
     x = torch.randn(1, 262144).bfloat16()
     compare(fastllm.softmax, lambda x: x.softmax(-1), lambda x: x.softmax(-1), [x], [torch.randn(x.shape)], x.dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [dict(causal=True), dict(window=(70, 20), softcap=2.0)], ids=str)
+@pytest.mark.parametrize("gpu, D", [(80, 64), (80, 128), (86, 128)])
+def test_attention_over_several_tiles(gpu, D, options):
+    """Blocks of queries and of keys, whole tiles and cut ones; on sm_86 without a second stage of tiles in flight."""
+    if torch.cuda.is_available():
+        pytest.skip("for the emulator, which can be another GPU; test_attention.py runs on the real one")
+    emulated = conftest.emulated_cuda(gpu)
+    device = next(emulated)
+    try:
+        shape = dict(B=1, H=2, Hkv=1, T=200, S=280, D=D)
+        if "softcap" in options:
+            test_attention.check_scores(device, torch.bfloat16, options, shape)
+        else:
+            test_attention.check(shape, torch.float16, device, lse=True, **options)
+    finally:
+        next(emulated, None)
 
 
 EMULATED = """

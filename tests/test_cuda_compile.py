@@ -113,7 +113,7 @@ def broken_rules(kernel: str, row: dict):
         yield f"spills {row['spilled_bytes']} bytes"
     if re.search(r"<(float, 4|(bf16|half), 8)", kernel) and not row.get("load_16_bytes"):
         yield "does not load 16 bytes at a time"
-    if kernel.startswith("attention") and "delta" not in kernel:
+    if kernel.startswith(("attention_fwd_kernel", "attention_bwd_kernel")):
         for needed in ("mma", "ldmatrix", "copy_async"):
             if not row.get(needed):
                 yield f"has no {needed}"
