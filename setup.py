@@ -43,6 +43,7 @@ OPS = [
     "attention_bwd",
     "attention_decode",
     "weight_only",
+    "linear",
 ]
 
 
@@ -226,7 +227,12 @@ class BuildExtension(build_ext):
 if __name__ == "__main__":  # the compile test reads from here how nvcc is called
     setup(
         packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench"],
-        package_data={"fastllm": ["_build_info.json"], "fastllm.llm": ["*.html"], "fastllm.bench": ["*.html"]},
+        package_data={
+            "fastllm": ["_build_info.json"],
+            "fastllm.ops": ["*.json"],
+            "fastllm.llm": ["*.html"],
+            "fastllm.bench": ["*.html"],
+        },
         ext_modules=[Extension("fastllm._C", sources=[])],
         cmdclass={"build_ext": BuildExtension},
     )

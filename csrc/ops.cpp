@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("rms_norm_bwd", TORCH_BOX(&fastllm::cpu::rms_norm_bwd));
   m.impl("softmax_fwd", TORCH_BOX(&fastllm::cpu::softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
+  m.impl("linear_fwd", TORCH_BOX(&fastllm::cpu::linear_fwd));
+  m.impl("linear_bwd", TORCH_BOX(&fastllm::cpu::linear_bwd));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
   m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));

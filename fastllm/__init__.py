@@ -14,6 +14,7 @@ from fastllm.dispatch import backend
 from fastllm.explain import explain
 from fastllm.ops.attention import attention
 from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
+from fastllm.ops.linear import linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
@@ -37,6 +38,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "layer_norm",
+    "linear",
     "log_softmax",
     "merge_attention",
     "pad_input",

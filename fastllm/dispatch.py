@@ -139,19 +139,26 @@ def _warn_once(reason: str):
     warnings.warn(f"fastllm runs on plain PyTorch here: {reason}", stacklevel=4)
 
 
-def choose(op: str, x: torch.Tensor, unsupported=None) -> str:
+def choose(op: str, x: torch.Tensor, unsupported=None, *, optional=False) -> str:
     """The backend for one call of `op` on tensors like `x`.
 
     `unsupported(backend)` returns the reason why that backend's kernel cannot do this call, or None; None instead of
-    a function means that every kernel can.
+    a function means that every kernel can. optional=True is for an op that PyTorch does as well as it can be done where
+    no kernel of ours is better: then "reference" is a choice, no fallback, and neither FASTLLM_STRICT nor a forced
+    backend makes it an error.
     """
     if _forced is None and _calls is None and x.device.type == "cpu" and extension is not None:
         if unsupported is None or unsupported("cpu") is None:
             return "cpu"
-    return _choose(op, x, unsupported)
+    return _choose(op, x, unsupported, optional)
 
 
-def _choose(op, x, unsupported):
+def forced() -> str | None:
+    """The backend of the innermost `backend(...)` block."""
+    return _forced
+
+
+def _choose(op, x, unsupported, optional=False):
     native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
     name = _forced or native
     if name == "triton" and not _forced and _measured_faster(op, x):
@@ -162,9 +169,11 @@ def _choose(op, x, unsupported):
     if native == "reference" and not _forced:
         reason = f"no kernels for {x.device.type} tensors"
     if reason:
-        if _forced:
+        if optional:
+            missing = None
+        elif _forced:
             raise Unsupported(f"{op}: backend {name!r} was forced, but {reason}")
-        if _strict:
+        elif _strict:
             raise Unsupported(f"{op}: FASTLLM_STRICT is set and there is no kernel for this call: {reason}")
         if missing:  # a whole backend, not an option of one call
             _warn_once(missing)

@@ -117,13 +117,14 @@ def kernels_for(function, *args, **options) -> dict:
     """Backend -> why its kernel cannot do this call, or None; the op is asked, nothing runs."""
     found, choose = {}, dispatch._choose
 
-    def ask(op, x, unsupported):
+    def ask(op, x, unsupported, optional=False):
         found.update({name: dispatch.lacks(op, name, unsupported) for name in COLUMNS})
         raise _Asked
 
     dispatch._choose = ask
     try:
-        with dispatch.recording([]):  # so that no call takes the short way round _choose
+        # So that no call takes the short way round _choose, or leaves to PyTorch what PyTorch does faster here.
+        with dispatch.recording([]), dispatch.backend("cpu"):
             function(*args, **options)
     except _Asked:
         return found
@@ -166,6 +167,7 @@ def _options(dtype):
                 {"cache_seqlens": 1, "block_table": torch.zeros(1, 1, dtype=torch.int32)},
             ),
         },
+        fastllm.linear: {"bias": ((x, x, w[:4]), {})},
         fastllm.layer_norm: {"weight, bias": ((x, w, w), {}), "residual": ((x, w, w), {"residual": x})},
         fastllm.rms_norm: {
             "weight": ((x, w), {}),

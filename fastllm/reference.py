@@ -6,6 +6,7 @@ Nothing here is tuned. Each function is differentiable by PyTorch, any number of
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def attention_scores(
@@ -266,3 +267,8 @@ def dequantize(codes, scales, offsets=None, *, bits, group_size):
 
     w = w * spread(scales)
     return (w if offsets is None else w + spread(offsets)).flatten(0, 1)
+
+
+def linear(x, weight, bias=None):
+    """y = x W^T + bias: x [..., K], weight [N, K], bias [N]."""
+    return F.linear(x, weight, bias)

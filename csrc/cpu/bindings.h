@@ -20,6 +20,9 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, May
                                         double weight_offset);
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log);
 Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log);
+Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
+                                              bool needs_dbias);
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor bias,
                                          MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,

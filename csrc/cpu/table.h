@@ -100,6 +100,20 @@ struct Rotation {  // rows of one sequence, rotated at their positions or as the
   bool interleaved;  // value pairs (2i, 2i + 1) are rotated, not (i, i + rotated / 2)
 };
 
+struct Operand {  // of a matrix product: element (i, j) is data[i * row + j * column], and row or column is 1
+  const void* data;
+  int64_t row, column;
+};
+
+struct Gemm {  // c = a b + bias, or c += a b + bias, in float or double
+  int64_t M, N, K;
+  Operand a, b;  // [M, K] and [K, N]
+  void* c;       // [M, N], element (i, j) at i * c_row + j; not read unless `add`
+  int64_t c_row;
+  bool add;
+  const void* bias;  // [N], added to every row of the result; may be null
+};
+
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
 
 struct NormKernels {
@@ -145,6 +159,11 @@ struct AttentionDecodeKernels {
   void (*rotate[kTypes])(const Rotation&, int64_t begin, int64_t end);   // of [H, T]
 };
 
+struct LinearKernels {  // there is none for 16-bit types
+  int64_t (*gemm_bytes[kTypes])();
+  void (*gemm[kTypes])(const Gemm&, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, void* workspace);
+};
+
 // Every op: X(op, type of its tables, isa). A new one is a line here, one in setup.py's OPS, and csrc/cpu/<op>.inl.
 // clang-format off
 #define FASTLLM_OPS(X, isa)                           \
@@ -153,7 +172,8 @@ struct AttentionDecodeKernels {
   X(attention, AttentionKernels, isa)                 \
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \
-  X(weight_only, WeightOnlyKernels, isa)
+  X(weight_only, WeightOnlyKernels, isa)              \
+  X(linear, LinearKernels, isa)
 // clang-format on
 
 // All tables of one instruction set.

@@ -1,0 +1,128 @@
+// Tensors in, checks, threads, table call: linear, and the matrix product for other ops.
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+
+namespace fastllm::cpu {
+namespace {
+
+constexpr int64_t kWorthAThread = 1 << 18;  // multiplications and additions: some 10 us of one core
+
+// How a product is cut: into `down` x `across` pieces of whole tiles, one a thread.
+struct Cut {
+  int64_t down, across, rows, columns;  // pieces, and the size of one
+};
+constexpr int64_t kTileRows = 24, kTileColumns = 64;  // multiples of every instruction set's tile
+
+Cut cut(const Gemm& g, int64_t threads) {
+  auto share = [](int64_t size, int64_t parts, int64_t tile) {
+    return ((size + tile - 1) / tile + parts - 1) / parts * tile;
+  };
+  Cut best{1, 1, g.M, g.N};
+  double least = 0;
+  for (int64_t down = 1; down <= threads; ++down) {
+    const Cut c{down, threads / down, share(g.M, down, kTileRows), share(g.N, threads / down, kTileColumns)};
+    // What the slowest thread does: its products, and the packing of its columns and reading of its rows.
+    const double cost = double(c.rows) * c.columns + 24.0 * c.columns + 8.0 * c.rows;
+    if (down == 1 || cost < least) best = c, least = cost;
+  }
+  return best;
+}
+
+// A matrix [rows, columns] of the compute type that may be a transposed one.
+Operand operand(const Tensor& x, int64_t rows, int64_t columns, const char* op, const char* name) {
+  if (x.is_contiguous()) return {x.data_ptr(), columns, 1};
+  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1), op, ": ", name,
+                  " must be contiguous, or 2-D with stride 1 in one dimension");
+  return {x.data_ptr(), x.stride(0), x.stride(1)};
+}
+Operand transposed(Operand x) { return {x.data, x.column, x.row}; }
+
+// The sizes of y [M, N] = x [M, K] times the transpose of weight [N, K].
+struct Sizes {
+  Type type;
+  int64_t M, N, K;
+  Sizes(const Tensor& x, const Tensor& weight, const char* op) {
+    type = type_of(x, op);
+    STD_TORCH_CHECK(type == kFloat || type == kDouble, op, ": expected float32 or float64");
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == x.scalar_type(), op,
+                    ": weight must be [N, K] of x's dtype");
+    N = weight.size(0), K = weight.size(1);
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K && x.is_contiguous(), op, ": x must be contiguous [..., ", K, "]");
+    M = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
+  }
+};
+
+// out[n] = sum over the rows of dy [M, N]. Stripes of rows have sums of their own, and their number depends on M alone.
+void sum_rows(const Tensor& dy, const Sizes& s, const Tensor& out) {
+  const int64_t stripes = std::min<int64_t>(64, (s.M + 7) / 8);
+  auto run = [&](auto* data) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    std::unique_ptr<T[]> partial(new T[stripes * s.N]());
+    for_range(stripes, stripes * 16384 / std::max<int64_t>(1, s.M * s.N) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t m = s.M * t / stripes; m < s.M * (t + 1) / stripes; ++m)
+          for (int64_t n = 0; n < s.N; ++n) partial[t * s.N + n] += data[m * s.N + n];
+    });
+    for (int64_t n = 0; n < s.N; ++n) {
+      double sum = 0;
+      for (int64_t t = 0; t < stripes; ++t) sum += partial[t * s.N + n];
+      ((T*)out.data_ptr())[n] = T(sum);
+    }
+  };
+  if (s.type == kDouble)
+    run((const double*)dy.data_ptr());
+  else
+    run((const float*)dy.data_ptr());
+}
+
+}  // namespace
+
+void gemm(const Gemm& g, Type type, int64_t threads) {
+  if (!g.M || !g.N) return;
+  const auto kernel = kernels().linear->gemm[type];
+  const int64_t bytes = kernels().linear->gemm_bytes[type]();
+  const int64_t worth = 1 + int64_t(double(g.M) * g.N * g.K / kWorthAThread);
+  if (!threads) threads = torch::stable::get_num_threads();
+  threads = std::min(threads, worth);
+  const Cut c = cut(g, threads);
+  for_items(c.down * c.across, bytes, threads > 1, [&](int64_t item, void* memory) {
+    const int64_t m = item / c.across * c.rows, n = item % c.across * c.columns;
+    kernel(g, m, std::min(g.M, m + c.rows), n, std::min(g.N, n + c.columns), memory);
+  });
+}
+
+Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
+  const Sizes s(x, weight, "linear_fwd");
+  STD_TORCH_CHECK(!bias || (bias->numel() == s.N && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
+                  "linear_fwd: bias must be contiguous, [", s.N, "] of x's dtype");
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = s.N;
+  const Tensor y = empty(x, shape, x.scalar_type());
+  Gemm g{s.M, s.N, s.K};
+  g.a = operand(x, s.M, s.K, "linear_fwd", "x");
+  g.b = transposed(operand(weight, s.N, s.K, "linear_fwd", "weight"));
+  g.c = y.data_ptr(), g.c_row = s.N;
+  g.bias = bias ? bias->data_ptr() : nullptr;
+  gemm(g, s.type);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
+                                              bool needs_dbias) {
+  const Sizes s(x, weight, "linear_bwd");
+  STD_TORCH_CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(),
+                  "linear_bwd: dy must be contiguous, like y");
+  const Operand grad{dy.data_ptr(), s.N, 1};
+  const Tensor dx = needs_dx ? empty(x, shape_of(x), x.scalar_type()) : none_like(x);
+  const Tensor dweight = needs_dweight ? empty(x, {s.N, s.K}, x.scalar_type()) : none_like(x);
+  const Tensor dbias = empty(x, {needs_dbias ? s.N : 0}, x.scalar_type());
+  if (needs_dx)
+    gemm({s.M, s.K, s.N, grad, operand(weight, s.N, s.K, "linear_bwd", "weight"), dx.data_ptr(), s.K}, s.type);
+  if (needs_dweight)
+    gemm({s.N, s.K, s.M, transposed(grad), operand(x, s.M, s.K, "linear_bwd", "x"), dweight.data_ptr(), s.K}, s.type);
+  if (needs_dbias) sum_rows(dy, s, dbias);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace fastllm::cpu

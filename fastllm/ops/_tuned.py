@@ -1,0 +1,68 @@
+"""Where a kernel of ours beats PyTorch's: measured per CPU by `fastllm bench linear --tune`, committed as tuned.json.
+
+An entry is keyed by what decides the speed: the CPU's vendor, family and model, the instruction set that our kernels
+use, and the number of threads. What nobody measured gets PyTorch's kernel.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from fastllm import dispatch
+
+PATH = Path(__file__).with_name("tuned.json")
+PASSES = ("forward", "dx", "dweight")
+MARGIN = 1.02  # of a ratio: what is closer to 1 is PyTorch's, so that noise in the table costs nobody anything
+
+
+@functools.cache
+def cpu() -> str:
+    """Vendor, family and model as CPUID gives them, or "" where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = [re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE) for name in ("vendor_id", "cpu family", "model")]
+    return "{} family {} model {}".format(*(m[1].strip() for m in found)) if all(found) else ""
+
+
+TABLE = json.loads(PATH.read_text())
+
+
+@torch.compiler.assume_constant_result  # a compiled model keeps what held when it was traced
+def key() -> str:
+    """The entry in use; bf16 instructions change nothing in fp32."""
+    isa = dispatch.extension.selected().removesuffix("_bf16") if dispatch.extension else "no extension"
+    return f"{cpu()}, {isa}, {torch.get_num_threads()} threads"
+
+
+def linear_kernels(M: int, N: int, K: int) -> tuple[bool, bool, bool]:
+    """For y [M, N] = x [M, K] W^T in fp32: whether our kernel does the forward pass, dx, dweight."""
+    look_up = _linear_kernels if torch.compiler.is_compiling() else _remembered  # sizes may be symbols in a compiler
+    return look_up(key(), M, N, K)
+
+
+def _linear_kernels(key, M, N, K):
+    measured = TABLE.get(key, {}).get("linear")
+    corners = measured and _corners(measured["grid"], (M, N, K))
+    if not corners:
+        return (False, False, False)
+    return tuple([all([measured[name][m][n][k] >= MARGIN for m, n, k in corners]) for name in PASSES])
+
+
+_remembered = functools.lru_cache(4096)(_linear_kernels)
+
+
+def _corners(grid, sizes):
+    """The measured points around `sizes`: ours must win at all of them. None below the grid; past it, its last."""
+    around = []
+    for points, size in zip(grid.values(), sizes, strict=True):
+        if size < points[0]:
+            return None
+        at = sum(size >= point for point in points) - 1
+        exact = at == len(points) - 1 or size == points[at]
+        around.append((at,) if exact else (at, at + 1))
+    return [(m, n, k) for m in around[0] for n in around[1] for k in around[2]]

@@ -1,0 +1,217 @@
+"""linear: output and gradients on every instruction set, against fp64 and beside PyTorch's own product."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import compare, run
+
+import fastllm
+from fastllm import dispatch, reference
+from fastllm.ops import _tuned
+from fastllm.ops import linear as ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# [M, N, K]: single elements, nothing, one short of, at and past tiles (6 rows, 8 to 64 columns), blocks of rows (96),
+# of columns (384) and of k (192), and sizes at which two threads share the work.
+SIZES = [(1, 1, 1), (0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 70, 33), (5, 7, 1), (6, 64, 16), (7, 65, 17), (8, 63, 15)]
+SIZES += [(95, 15, 191), (96, 17, 192), (97, 383, 193), (25, 385, 577), (200, 384, 384), (131, 260, 300)]
+
+needs_extension = pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+
+
+def tensors(M, N, K, leading=None):
+    return torch.randn(*(leading or (M,)), K), torch.randn(N, K), torch.randn(N)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(cpu_backend, size):
+    dy = torch.randn(size[:2])
+    compare(fastllm.linear, F.linear, reference.linear, tensors(*size), [dy], torch.float32)
+    compare(fastllm.linear, F.linear, reference.linear, tensors(*size)[:2], [dy], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(cpu_backend, dtype):
+    x, w, b = tensors(50, 33, 20)
+    compare(fastllm.linear, F.linear, reference.linear, [x, w, b], [torch.randn(50, 33)], dtype)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3, 5), (3, 0, 2)], ids=str)
+def test_leading_dimensions(cpu_backend, leading):
+    x, w, b = torch.randn(*leading, 37), torch.randn(21, 37), torch.randn(21)
+    compare(fastllm.linear, F.linear, reference.linear, [x, w, b], [torch.randn(*leading, 21)], torch.float32)
+
+
+def views():
+    """What is strange about the operands, and the operands."""
+    x, w, b = torch.randn(40, 3, 50), torch.randn(60, 60), torch.randn(60)
+    yield "x transposed", x.transpose(0, 1), w[:, :50].clone(), b
+    yield "x strided", torch.randn(20, 100)[:, ::2], w[:, :50].clone(), b
+    yield "x expanded", torch.randn(1, 50).expand(9, 50), w[:, :50].clone(), b
+    yield "weight transposed", x, w[:50].clone().T, b
+    yield "rows of a wider weight", x, w[:, 5:55], b
+    yield "weight strided", x, torch.randn(60, 100)[:, ::2], b
+    yield "weight expanded", x, torch.randn(60, 1).expand(60, 50), b
+    yield "one row of weight", x, torch.randn(1, 50).expand(60, 50), b
+    yield "bias strided", x, w[:, :50].clone(), torch.randn(120)[::2]
+
+
+@pytest.mark.parametrize("what, x, w, b", list(views()), ids=lambda v: v if isinstance(v, str) else "")
+def test_views_and_no_mutation(cpu_backend, what, x, w, b):
+    dy = torch.randn(1, 60).expand(*x.shape[:-1], 60)
+    before = [t.clone() for t in (x, w, b, dy)]
+    assert torch.equal(fastllm.linear(x, w, b), fastllm.linear(*before[:3]))
+    compare(fastllm.linear, F.linear, reference.linear, [x, w, b], [dy], torch.float32)
+    assert all(torch.equal(t, kept) for t, kept in zip((x, w, b, dy), before, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "b", "xb", "wb", "xw"])
+def test_only_the_gradients_that_are_wanted(cpu_backend, wanted):
+    leaves = {n: t.requires_grad_(n in wanted) for n, t in zip("xwb", tensors(30, 20, 10), strict=True)}
+    dy = torch.randn(30, 20)
+    fastllm.linear(*leaves.values()).backward(dy)
+    F_leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves.values()]
+    F.linear(*F_leaves).backward(dy)
+    for got, peer in zip(leaves.values(), F_leaves, strict=True):
+        assert (got.grad is None) == (peer.grad is None)
+        assert got.grad is None or torch.allclose(got.grad, peer.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype):
+    x, w, b = (t.to(dtype) for t in tensors(301, 517, 403))
+    dy, before, results = torch.randn(301, 517, dtype=dtype), torch.get_num_threads(), []
+    with fastllm.backend("cpu"):
+        for threads in (1, 2, 3, 4, 7, 2):
+            torch.set_num_threads(threads)
+            outputs, grads = run(fastllm.linear, [x, w, b], [dy])
+            results.append(outputs + grads)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_do_not_depend_on_their_neighbours(cpu_backend):
+    """A row of y has the same bits in a batch and alone: tiles of other heights sum in the same order."""
+    x, w, b = tensors(61, 90, 400)
+    together = fastllm.linear(x, w, b)
+    for i in (0, 5, 60):
+        assert torch.equal(together[i], fastllm.linear(x[i], w, b))
+
+
+def test_nan_and_inf_stay_where_they_are(cpu_backend):
+    x, w, _ = tensors(13, 70, 20)
+    x[4, 3], x[7, 0], w[66, 2] = torch.nan, torch.inf, -torch.inf
+    y, peer = fastllm.linear(x, w), F.linear(x, w)
+    assert torch.equal(y.isnan(), peer.isnan()) and torch.equal(y.isinf(), peer.isinf())
+
+
+@needs_extension
+def test_gradcheck():
+    x, w, b = (t.double().requires_grad_() for t in tensors(5, 4, 3))
+    with fastllm.backend("cpu"):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(fastllm.linear, (x, w, b))
+            assert check(fastllm.linear, (x, w))
+
+
+@needs_extension
+def test_opcheck():
+    x, w, b = tensors(0, 6, 5, leading=(2, 3))
+    dy = torch.randn(2, 3, 6)
+    torch.library.opcheck(ops.linear_fwd.dispatched, (x, w, b))
+    torch.library.opcheck(ops.linear_fwd.dispatched, (x, torch.randn(5, 6).T, None))
+    for needs in ((True, True, True), (False, True, False), (True, False, True)):
+        torch.library.opcheck(ops.linear_bwd.dispatched, (dy, x, w, *needs))
+
+
+class TestTable:
+    """Which product runs: ours where the table has measured that it wins, around the size that is asked for."""
+
+    GRID = {"M": [1, 64], "N": [16, 64], "K": [16, 64]}
+
+    @pytest.fixture
+    def measured(self, monkeypatch):
+        def ratios(small, large):
+            return [[[small, small], [small, large]], [[small, large], [large, large]]]
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        passes = {"forward": ratios(0.5, 2.0), "dx": ratios(2.0, 2.0), "dweight": ratios(1.01, 1.01)}
+        monkeypatch.setattr(_tuned, "TABLE", {_tuned.key(): {"linear": {"grid": self.GRID, **passes}}})
+        _tuned._remembered.cache_clear()
+        yield
+        torch.set_num_threads(before)
+        _tuned._remembered.cache_clear()
+
+    @pytest.mark.parametrize(
+        "sizes, forward",
+        [((64, 64, 64), True), ((64, 64, 16), True), ((64, 63, 64), True), ((63, 64, 63), False), ((1, 64, 64), True)]
+        + [((1, 16, 64), False), ((64, 16, 16), False), ((5000, 70, 9000), True), ((64, 40, 40), False)],
+    )
+    def test_all_corners_must_win(self, measured, sizes, forward):
+        assert _tuned.linear_kernels(*sizes) == (forward, True, False)
+
+    @pytest.mark.parametrize("sizes", [(0, 64, 64), (64, 15, 64), (64, 64, 15)])
+    def test_below_the_grid_is_pytorchs(self, measured, sizes):
+        assert _tuned.linear_kernels(*sizes) == (False, False, False)
+
+    def test_what_nobody_measured_is_pytorchs(self, measured, monkeypatch):
+        torch.set_num_threads(2)
+        assert _tuned.linear_kernels(64, 64, 64) == (False, False, False)
+        torch.set_num_threads(1)
+        monkeypatch.setattr(_tuned, "cpu", lambda: "an unknown CPU")
+        assert _tuned.linear_kernels(64, 64, 64) == (False, False, False)
+
+    @needs_extension
+    def test_it_decides_and_is_explained(self, measured):
+        large, small = tensors(64, 64, 64), tensors(8, 8, 8)
+        told = [fastllm.explain(fastllm.linear, *given).calls[0] for given in (large, small)]
+        assert told[0].backend == "cpu" and told[0].reason == ""
+        assert told[1].backend == "reference" and "PyTorch's product is faster" in told[1].reason
+        assert torch.equal(fastllm.linear(*small), F.linear(*small))
+
+    @needs_extension
+    def test_passes_mix(self, measured):
+        """dweight is PyTorch's here, bit for bit, and dx ours."""
+        x, w, b = tensors(64, 64, 64)
+        dy = torch.randn(64, 64)
+        _, (dx, dw, _) = run(fastllm.linear, [x, w, b], [dy])
+        assert torch.equal(dw, dy.T @ x)
+        assert torch.equal(dx, ops.linear_bwd.dispatched(dy, x, w, True, False, False)[0])
+
+    @needs_extension
+    @pytest.mark.parametrize("size", [(64, 64, 64), (8, 8, 8)], ids=str)
+    def test_compiles_in_one_graph(self, measured, size):
+        x, w, b = tensors(*size)
+        dy, compiled = torch.randn(size[:2]), torch.compile(fastllm.linear, fullgraph=True)
+        compare(compiled, F.linear, reference.linear, [x, w, b], [dy], torch.float32)
+        if size[0] == 64:
+            for got, eager in zip(run(compiled, [x, w, b], [dy]), run(fastllm.linear, [x, w, b], [dy]), strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(got, eager, strict=True))
+
+
+def test_the_committed_table_is_whole():
+    for entry in _tuned.TABLE.values():
+        measured = entry["linear"]
+        sizes = [len(points) for points in measured["grid"].values()]
+        assert all(points == sorted(set(points)) for points in measured["grid"].values())
+        assert all(list(torch.tensor(measured[name]).shape) == sizes for name in _tuned.PASSES)
+
+
+def test_pytorchs_product_is_no_fallback(monkeypatch):
+    monkeypatch.setattr(dispatch, "_strict", True)
+    x, w, b = tensors(4, 4, 4)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        given = [t.to(dtype) for t in (x, w, b)]
+        assert torch.equal(fastllm.linear(*given), F.linear(*given))
+    with fastllm.backend("triton"):
+        assert torch.equal(fastllm.linear(x, w, b), F.linear(x, w, b))
+
+
+def test_autocast_chooses_the_dtype():
+    x, w, b = (t.requires_grad_() for t in tensors(8, 6, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fastllm.linear(x, w, b)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, w, b))
+        assert torch.equal(fastllm.linear(x.bfloat16(), w, b), y)
