@@ -132,42 +132,6 @@ BARS = [
 
 
 @dataclass(frozen=True)
-class Tunable:
-    """A launcher's choice and the others that are tried; `cases` are (case, pass) that launch this kernel."""
-
-    module: str
-    holder: str | None  # class that has the launch function; None: the module
-    function: str
-    kernel: str | None  # the launch function's first argument, where it has one
-    cases: list
-    changes: list[dict]
-
-
-def tunables() -> list[Tunable]:
-    """At most six changes for each kernel, all of them in what compiles without spilling for sm_90."""
-    D64, D128 = cases.attention(1, 32, 8192, 64, causal=True), cases.attention(2, 16, 8192, 128, causal=True)
-
-    def blocks(*sizes):
-        return [dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), size, strict=True)) for size in sizes]
-
-    fwd = blocks((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3))
-    dkdv = blocks((64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3))
-    dq = blocks((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 3))
-    attend = ("attention", "Call", "launch")
-    warps = [dict(num_warps=n) for n in (4, 8, 16, 32)]
-    norms = [cases.norm("rms_norm", 16384, D) for D in (4096, 16384)]
-    rows = [cases.softmax(32768, S) for S in (1024, 4096)]
-    return [
-        Tunable(*attend, "fwd", [(D64, "forward"), (D128, "forward")], fwd),
-        Tunable(*attend, "dkdv", [(D64, "backward"), (D128, "backward")], dkdv),
-        Tunable(*attend, "dq", [(D64, "backward"), (D128, "backward")], dq),
-        Tunable("norm", None, "_launch_for", "fwd", [(case, "forward") for case in norms], warps),
-        Tunable("norm", None, "_launch_for", "bwd", [(case, "backward") for case in norms], warps),
-        Tunable("softmax", None, "_launch_for", None, [(case, "forward") for case in rows], warps),
-    ]
-
-
-@dataclass(frozen=True)
 class Sizes:
     """How large the ceilings and the training step are."""
 

@@ -11,6 +11,7 @@ process starts anew and goes on with the next step.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 import fastllm
 from fastllm import text, verify
-from fastllm.bench import bars, run, timing
+from fastllm.bench import bars, run, timing, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 RIVAL_S = 0.25  # spent on each rival of a bar
@@ -118,21 +119,21 @@ class Stage:
         yield "environment", 0, self.environment
         yield "ceilings", 5, self.ceilings
         if self.options.stage == "tune":
-            for tunable in bars.tunables():
+            for tunable in tune.tunables():
                 for case, passes in tunable.cases:
-                    name = f"tune {tunable.module} {tunable.kernel or ''} {case} {passes}".replace("  ", " ")
-                    yield name, 10, lambda t=tunable, c=case, p=passes: self.tune(t, c, p)
+                    step = functools.partial(self.tune, tunable, case, passes)
+                    yield f"tune {tunable.name} {case} {passes}", 10, step
             return
         yield "compile", 30, self.compile
         if self.options.stage == "check":
             yield "tests", 30, self.tests
             for file, chosen in bars.RISKIEST:
                 for tool in ("memcheck", "racecheck"):
-                    yield f"{tool} {file} {chosen}", 60, lambda f=file, c=chosen, t=tool: self.sanitize(t, f, c)
+                    yield f"{tool} {file} {chosen}", 60, functools.partial(self.sanitize, tool, file, chosen)
         else:
             yield "smoke", 20, self.smoke
         for bar in bars.BARS:
-            yield f"bar {bar.name}", 5, lambda bar=bar: self.bar(bar)
+            yield f"bar {bar.name}", 5, functools.partial(self.bar, bar)
         yield "training step", 20, self.training
 
     def run(self):
@@ -193,18 +194,19 @@ class Stage:
         """Every kernel of the bars once, side by side in processes, into Triton's and Inductor's caches on disk."""
         jobs = [(n, self.machine.device, name) for n, bar in enumerate(bars.BARS) for name in ("ours", "compile")]
         jobs = [job for job in jobs if job[2] == "ours" or bars.BARS[job[0]].compile_mode]
-        workers = min(self.options.workers, len(jobs))
-        failed = []
+        workers, failed = min(self.options.workers, len(jobs)), []
         if workers < 2:
-            results = map(warm_up, jobs)
+            failed = [f"{name}: {error}" for name, error in map(warm_up, jobs) if error]
         else:
-            pool = multiprocessing.get_context("spawn").Pool(workers)
-            results = pool.imap_unordered(warm_up, jobs)
-        for name, error in results:
-            if error:
-                failed.append(f"{name}: {error}")
-        if workers >= 2:
-            pool.terminate()
+            stop = time.time() + min(120, self.left() / 3)
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving it ends what still runs
+                for job, result in [(job, pool.apply_async(warm_up, (job,))) for job in jobs]:
+                    try:
+                        name, error = result.get(max(0.0, stop - time.time()))
+                    except multiprocessing.TimeoutError:
+                        name, error = bars.BARS[job[0]].name, "not finished"
+                    if error:
+                        failed.append(f"{name}: {error}")
         self.log.add("compile", kind="compile", jobs=len(jobs), workers=workers, failed=failed)
 
     def tests(self):
@@ -332,35 +334,21 @@ class Stage:
         return samples
 
     def tune(self, tunable, case, passes):
-        """Every change of the launch against what is launched now, in turn; a wrong or slower one is no improvement."""
+        """Every change of a launch against the launch that there is."""
         dtype, rows = torch.bfloat16, []
-        call = run.contender(case.ours, case, passes, dtype, self.machine.device)
+        with fastllm.backend("triton"):
+            call = run.contender(case.ours, case, passes, dtype, self.machine.device)
         for change in tunable.changes:
             try:
-                with fastllm.backend("triton"), launching(tunable, change) as launched:
-                    problem = self.wrong(case, dtype)
-                if not launched:
-                    raise LookupError("this case does not launch the kernel")
-                contenders = {
-                    "now": call,
-                    "change": under(tunable, change, call),
-                    "now again": call,
-                }
-                samples = {} if problem else self.time(contenders, 5)
-            except Exception as error:
+                with fastllm.backend("triton"):
+                    wrong = functools.partial(self.wrong, case, dtype)
+                    rows.append(tune.against(tunable, change, call, wrong, self.time))
+            except Exception as error:  # a launch may be impossible; the others are still worth having
                 if STICKY.search(str(error)):
                     raise
-                problem, samples = f"{type(error).__name__}: {error}"[:300], {}
-            row = dict(change=change, now=launched[0] if launched else None, problem=problem)
-            if samples:
-                ratio = timing.ratios(samples["now"], samples["change"])
-                noise = timing.noise(samples["now"], samples["now again"])
-                row |= dict(ratio=ratio.median, tie=timing.is_tie(ratio, noise), ms=min(samples["change"]) * 1e3)
-            rows.append(row)
-        better = [row for row in rows if row.get("ratio", 0) > 1 and not row["tie"]]
-        best = max(better, key=lambda row: row["ratio"], default=None)
-        name = f"{tunable.module} {tunable.kernel or ''} {case} {passes}".replace("  ", " ")
-        self.log.add(f"tune {name}", kind="tune", kernel=name, best=best, rows=rows)
+                rows.append(dict(change=change, problem=f"{type(error).__name__}: {error}"[:300]))
+        name = f"{tunable.name} {case} {passes}"
+        self.log.add(f"tune {name}", kind="tune", kernel=name, best=tune.best(rows), rows=rows)
 
     def training(self):
         """One optimizer step of the reference transformer: kernels, plain PyTorch, and torch.compile of the latter."""
@@ -389,7 +377,8 @@ class Stage:
         contenders, memory = {}, {}
         for name, model in made.items():
             torch.manual_seed(0)
-            step = Stepper(model().to(device, bars.SIZES.dtype), Recipe(), loss_of)
+            with torch.device(device):
+                step = Stepper(model().to(sizes.dtype), Recipe(), loss_of)
             contenders[name] = lambda step=step: step(tokens)
             with fastllm.backend("triton"):
                 contenders[name]()
@@ -427,35 +416,6 @@ def warm_up(job) -> tuple[str, str]:
 def outcomes_in(log: str) -> dict[str, str]:
     """Test -> outcome, from what pytest -v wrote, though it may have been stopped."""
     return dict(re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE))
-
-
-@contextlib.contextmanager
-def launching(tunable, change):
-    """Inside, the kernel is launched with `change`; the list gets what would have been launched instead."""
-    module = __import__(f"fastllm.kernels.{tunable.module}", fromlist=["_"])
-    holder = getattr(module, tunable.holder) if tunable.holder else module
-    original, seen = getattr(holder, tunable.function), []
-
-    def launch(*args):
-        chosen = original(*args)
-        if tunable.kernel is not None and tunable.kernel not in args[:2]:
-            return chosen
-        seen.append(chosen)
-        return chosen | change
-
-    setattr(holder, tunable.function, launch)
-    try:
-        yield seen
-    finally:
-        setattr(holder, tunable.function, original)
-
-
-def under(tunable, change, call):
-    def changed():
-        with launching(tunable, change):
-            return call()
-
-    return changed
 
 
 HEADER = ("op", "case", "pass", "ms", "bandwidth", "matrix", "noise", "rivals (their time / ours)", "bar")

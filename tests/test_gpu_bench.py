@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing.dummy
 import os
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -15,8 +18,9 @@ if torch.cuda.is_available():
 
 import interpreter  # noqa: F401
 
-from fastllm.bench import bars, cases, gpu
-from fastllm.bench.bars import Bar, Tunable
+from fastllm.bench import bars, cases, gpu, tune
+from fastllm.bench.bars import Bar
+from fastllm.bench.tune import Tunable
 
 FP32 = torch.float32
 TINY = [
@@ -36,7 +40,7 @@ MODEL = dict(vocab=11, d_model=16, heads=2, layers=1, d_ff=16, max_len=8)
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(bars, "BARS", TINY)
-    monkeypatch.setattr(bars, "tunables", lambda: TINY_TUNABLES)
+    monkeypatch.setattr(tune, "tunables", lambda: TINY_TUNABLES)
     sizes = bars.Sizes(copy_bytes=1 << 16, products=((8, 8, 8),), model=MODEL, batch=1, dtype=FP32)
     monkeypatch.setattr(bars, "SIZES", sizes)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -52,7 +56,7 @@ def tiny(monkeypatch):
 
 
 def arguments(folder, *more):
-    fast = ["--device", "cpu", "--budget", "300", "--block-ms", "0.01", "--workers", "1"]
+    fast = ["--device", "cpu", "--budget", "100000", "--block-ms", "0.01", "--workers", "1"]
     return [*fast, "--out", str(folder), "--tests", "nearest_even", "--test-files", "test_interpreter.py", *more]
 
 
@@ -89,6 +93,24 @@ def test_check(tiny, tmp_path, capsys):
     assert path.read_text() == before
 
 
+def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
+    never = threading.Event()
+
+    def made_up(job):
+        if job[0] == 1:
+            never.wait(30)
+        return f"bar {job[0]}", "RuntimeError: no" if job[0] == 0 else ""
+
+    monkeypatch.setattr(gpu, "warm_up", made_up)
+    monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    stage = stage_of(tmp_path)
+    stage.options.workers, stage.options.deadline = 3, time.time() + 3
+    stage.compile()
+    never.set()
+    (row,) = stage.log.of("compile")
+    assert row["failed"] == ["bar 0: RuntimeError: no", f"{TINY[1].name}: not finished"] and row["jobs"] == 6
+
+
 def test_accept_takes_the_worse_of_two_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bars, "BARS", TINY[4:])
     monkeypatch.setattr(gpu.verify, "run", lambda device: [])
@@ -114,6 +136,17 @@ def test_tune(tiny, tmp_path, capsys):
     fits, wrong = rows_of_softmax["rows"]
     assert fits["ratio"] > 0 and "ratio" not in wrong and wrong["problem"]  # 16 columns cannot hold 40
     assert softmax._launch_for is before
+
+
+def test_best_change_is_right_and_faster_than_noise():
+    rows = [
+        dict(problem="wrong"),
+        dict(ratio=1.5, tie=True),
+        dict(ratio=0.9, tie=False),
+        dict(ratio=1.1, tie=False),
+        dict(ratio=1.2, tie=False),
+    ]
+    assert tune.best(rows) is rows[4] and tune.best(rows[:3]) is None
 
 
 def test_no_time_left(tiny, tmp_path, capsys):
@@ -180,7 +213,7 @@ def test_the_real_bars():
     for bar in bars.BARS:
         known = {"bandwidth", "matrix", "sdpa", *bars.rivals(bar)}
         assert set(bar.targets) <= known, bar.name
-    for tunable in bars.tunables():
+    for tunable in tune.tunables():
         module = importlib.import_module(f"fastllm.kernels.{tunable.module}")
         assert callable(getattr(getattr(module, tunable.holder) if tunable.holder else module, tunable.function))
         assert len(tunable.changes) <= 6
