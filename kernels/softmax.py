@@ -4,6 +4,8 @@ Rows of up to 16384 elements are read once and kept on chip, several short ones 
 blocks, twice. Source for the walk (maximum and sum in one pass): Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -140,15 +142,27 @@ def _softmax_bwd_long(dy_ptr, y_ptr, dx_ptr, S, scale, LOG: tl.constexpr, BLOCK:
         tl.store(dx_ptr + offset + columns, dx.to(dx_ptr.dtype.element_ty), mask=columns < S)
 
 
-_LONGEST_ROW = 16384  # on chip
+# By GPU name ("any" for the others): the longest row that stays on chip, elements a program takes in whole rows, those
+# a warp takes, the most warps; block and warps for longer rows.
+# 2026-11-24, not measured: reasoned from the compile table (32 elements a thread leave registers for a second block on
+# the multiprocessor) and from what others published (a row per block reaches the copy bandwidth up to 32768 elements).
+LAUNCHES = {"any": dict(longest=16384, program=2048, warp=1024, most_warps=16, long=dict(BLOCK=4096, num_warps=8))}
 
 
-def _launch_for(S):
-    """Rows, columns and warps of a program. Not measured yet, chosen from the compile table (registers)."""
-    if S > _LONGEST_ROW:
-        return dict(BLOCK=4096, num_warps=8)
+@functools.cache
+def _table(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
+    return LAUNCHES.get(name, LAUNCHES["any"])
+
+
+def _launch_for(S, device):
+    """Rows, columns and warps of a program."""
+    table = _table(device)
+    if S > table["longest"]:
+        return dict(table["long"])
     BLOCK = triton.next_power_of_2(S)
-    return dict(ROWS=max(1, 2048 // BLOCK), BLOCK=BLOCK, num_warps=min(max(BLOCK // 1024, 4), 16))
+    warps = min(max(BLOCK // table["warp"], 4), table["most_warps"])
+    return dict(ROWS=max(1, table["program"] // BLOCK), BLOCK=BLOCK, num_warps=warps)
 
 
 def softmax_fwd(x, mask, scale, causal, log):
@@ -159,7 +173,7 @@ def softmax_fwd(x, mask, scale, causal, log):
     if x.numel():
         _, H, T, S = x.shape
         N = x.numel() // S
-        launch = _launch_for(S)
+        launch = _launch_for(S, x.device)
         strides = None if mask is None else mask.expand(x.shape).stride()
         kernel, grid = (_softmax_fwd, triton.cdiv(N, launch["ROWS"])) if "ROWS" in launch else (_softmax_fwd_long, N)
         kernel[(grid,)](x, mask, strides, y, N, H, T, S, scale, CAUSAL=causal, LOG=log, **launch)
@@ -172,7 +186,7 @@ def softmax_bwd(dy, y, scale, log):
     if y.numel():
         S = y.shape[-1]
         N = y.numel() // S
-        launch = _launch_for(S)
+        launch = _launch_for(S, y.device)
         if "ROWS" in launch:
             _softmax_bwd[(triton.cdiv(N, launch["ROWS"]),)](dy, y, dx, N, S, scale, LOG=log, **launch)
         else:
