@@ -1,8 +1,9 @@
 """Attention in Triton, forward and backward, of a batch or of packed sequences (varlen.py), with every option.
 
-A block of queries walks over the keys that its window leaves: first the blocks that the diagonal, the window or the end
-of the keys cuts, then those that all of its queries see whole, without any test. Backward is two kernels, one that
-holds keys (dk, dv) and one that holds queries (dq, dbias), so that no sum depends on the order in which programs run.
+A block of queries walks over the keys that its window leaves: first the blocks that all of its queries see whole,
+without any test, then the blocks that the diagonal, the window or the end of the keys cuts. Backward is two kernels,
+one that holds keys (dk, dv) and one that holds queries (dq, dbias), so that no sum depends on the order in which
+programs run.
 The attention files import one another and are copied into another project together.
 Source: Dao 2023, arXiv:2307.08691.
 """
@@ -26,6 +27,7 @@ from .attention_scores import (
     _kept,
     _load,
     _load_lse,
+    _load_paged,
     _locate,
     _pairs,
     _score_grads,
@@ -37,12 +39,15 @@ from .attention_scores import (
 
 
 @triton.jit
-def _attend(acc, m, l, q, k, v, head, i, walk, scoring, window, D, D_V, BLOCK_N, BLOCK_D, EDGE: tl.constexpr):
+def _attend(acc, m, l, q, k, v, pages, head, i, walk, scoring, window, D, D_V, BLOCK_N, BLOCK_D, EDGE: tl.constexpr):
     """Online softmax over the whole blocks of keys, or (EDGE) over the others."""
     for n in tl.range(walk.start if EDGE else walk.whole, walk.stop if EDGE else walk.whole + walk.gap, BLOCK_N):
         j_start = n + tl.where(n >= walk.whole, walk.gap, 0) if EDGE else n
         j = j_start + tl.arange(0, BLOCK_N)
-        k_block = _load(k, j_start, window.S, D, BLOCK_N, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+        if pages is None:
+            k_block = _load(k, j_start, window.S, D, BLOCK_N, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+        else:
+            k_block = _load_paged(k, pages, j_start, window.S, D, BLOCK_N, BLOCK_D)
         qk = tl.dot(q, k_block.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         s, _ = _scores(qk, head, i[:, None], j[None, :], scoring, window, EDGE)
 
@@ -52,7 +57,10 @@ def _attend(acc, m, l, q, k, v, head, i, walk, scoring, window, D, D_V, BLOCK_N,
         l = l * alpha + tl.sum(p, 1)
         if scoring.dropout is not None:  # the sum and lse know nothing of it
             p = tl.where(_kept(scoring.dropout, head, i, j_start, BLOCK_N), p, 0.0)
-        v_block = _load(v, j_start, window.S, D_V, BLOCK_N, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+        if pages is None:
+            v_block = _load(v, j_start, window.S, D_V, BLOCK_N, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+        else:
+            v_block = _load_paged(v, pages, j_start, window.S, D_V, BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * alpha[:, None], input_precision="ieee")
         m = m_next
     return acc, m, l
@@ -102,7 +110,7 @@ def _attention_fwd(
     walk = _walk_keys(i_start, window, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         acc, m, l = _attend(
-            acc, m, l, q_block, k_head, v_head, head, i, walk, scoring, window, D, D_V, BLOCK_N, BLOCK_D, EDGE
+            acc, m, l, q_block, k_head, v_head, None, head, i, walk, scoring, window, D, D_V, BLOCK_N, BLOCK_D, EDGE
         )
 
     empty = l == 0
@@ -365,30 +373,34 @@ class Call(NamedTuple):
         return (blocks * B * heads,)
 
 
-def call(
-    q, k, v, window, scale, softcap, seed, dropout_p, *, mask=None, bias=None, alibi_slopes=None, packing=None
-):  # fmt: skip
-    """The `Call` for q [B, H, T, D], k and v; a packed batch has B = 1 and all rows in one."""
-    (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
+def scoring_of(q, v, shape, scale, softcap, mask=None, bias=None, alibi_slopes=None, dropout=None):
+    """What makes the scores [B, H, T, S]; checks what the kernels cannot take."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"attention: the Triton kernels take fp32, bf16 and fp16, got {q.dtype}")
-    if max(D, D_V) > 256:
-        raise ValueError(f"attention: the Triton kernels take head sizes up to 256, got {D} and {D_V}")
-    mask, bias = (None if x is None else x.expand(B, H, T, S) for x in (mask, bias))
+    if max(q.shape[3], v.shape[3]) > 256:
+        raise ValueError(f"attention: the Triton kernels take head sizes up to 256, got {q.shape[3]} and {v.shape[3]}")
+    mask, bias = (None if x is None else x.expand(shape) for x in (mask, bias))
     slopes = None
     if alibi_slopes is not None:
         slopes = View(alibi_slopes, (0, *alibi_slopes.stride()) if alibi_slopes.ndim == 1 else alibi_slopes.stride())
-    scoring = Scoring(
+    return Scoring(
         tl.constexpr(1.0) if q.dtype == torch.float32 else LOG2_E,
         scale,
         softcap or None,
         None if mask is None else View(mask, mask.stride()),
         None if bias is None else View(bias, bias.stride()),
         slopes,
-        Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p), H) if dropout_p else None,
+        dropout,
     )
+
+
+def call(q, k, v, window, scale, softcap, seed, dropout_p, *, packing=None, **tensors):
+    """The `Call` for q [B, H, T, D], k and v; a packed batch has B = 1 and all rows in one."""
+    (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
+    dropout = Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p), H) if dropout_p else None
+    scoring = scoring_of(q, v, (B, H, T, S), scale, softcap, dropout=dropout, **tensors)
     sizes = dict(H=H, G=H // max(Hkv, 1), D=D, D_V=D_V, BLOCK_D=max(32, triton.next_power_of_2(max(D, D_V))))
-    pairs = mask is not None or bias is not None or dropout_p or (softcap and alibi_slopes is not None)
+    pairs = scoring.mask or scoring.bias or dropout or (softcap and scoring.slope)
     kind = "fp32" if q.dtype == torch.float32 else "pairs" if pairs else "plain"
     return Call(scoring, window, packing, sizes, kind)
 

@@ -43,6 +43,15 @@ class Packing(NamedTuple):
     sequences: Any
 
 
+class Pages(NamedTuple):
+    """A cache in pages [count, Hkv, size, D]: row j of sequence b is row j % size of page table[b, j // size]."""
+
+    table_ptr: Any
+    per_sequence: Any
+    size: Any
+    count: Any
+
+
 class Place(NamedTuple):
     """What a program works on: the block that begins at row `start` of a head, and the window of its sequence."""
 
@@ -161,6 +170,16 @@ def _load(x, start, stop, COLUMNS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
         columns = (tl.arange(0, BLOCK_C) < COLUMNS)[None, :]
         inside = inside & columns if EDGE else columns
     return tl.load(_tile(x, start, BLOCK_R, BLOCK_C), mask=inside, other=None if inside is None else 0.0)
+
+
+@triton.jit
+def _load_paged(x, pages, start, stop, COLUMNS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`_load` where `x` begins at its head in page 0 and `pages` at its sequence; zero where there is no such page."""
+    rows, columns = start + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C).to(tl.int64)
+    page = tl.load(pages.table_ptr + rows // pages.size, mask=rows < stop, other=-1).to(tl.int64)
+    inside = ((page >= 0) & (page < pages.count))[:, None] & (columns < COLUMNS)[None, :]
+    offset = page * x.strides[0] + (rows % pages.size) * x.strides[2]
+    return tl.load(x.ptr + (offset[:, None] + columns[None, :] * x.strides[3]), mask=inside, other=0.0)
 
 
 @triton.jit

@@ -95,6 +95,29 @@ def varlen_calls(torch, varlen):
         varlen.attention_varlen_bwd(q, lse, q, k, v, q, lse, *options)
 
 
+def kvcache_calls(torch, kvcache):
+    """Decoding with 8 queries a key head and prefilling, with pages of 16 and with one block of memory a sequence."""
+
+    def meta(*shape, dtype="bfloat16"):
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    for dtype, D in [("bfloat16", D) for D in (32, 64, 128, 256)] + [("float32", D) for D in (64, 128, 256)]:
+        B, H, Hkv = 4, 32, 4
+        lengths, table, angles = (
+            meta(B, dtype="int64"),
+            meta(B, 512, dtype="int32"),
+            meta(8192, D // 2, dtype="float32"),
+        )
+        pages, whole = meta(2048, Hkv, 16, D, dtype=dtype), meta(B, Hkv, 8192, D, dtype=dtype)
+        mask, bias, heads = meta(B, 1, 1, 8192, dtype="bool"), meta(1, H, 1, 8192), meta(H, dtype="float32")
+        for T, cache, table_or_none in ((1, pages, table), (1, whole, None), (64, pages, table)):
+            q, new = meta(B, H, T, D, dtype=dtype), meta(B, Hkv, T, D, dtype=dtype)
+            rest = lengths, table_or_none, angles, angles, False
+            plain = None, None, None, None, 0.1, 0.0, None, -1, 0
+            scored = mask, bias, heads, heads, 0.1, 30.0, None, 100, 0
+            kvcache.attention_kvcache_fwd(q, cache, cache, new, new, *rest, *(scored if T > 1 else plain))
+
+
 def norm_calls(torch, norm):
     for D in (64, 1024, 2048, 4096, 8192, 16384, 32768):
         for dtype in (torch.bfloat16, torch.float32):
@@ -118,7 +141,13 @@ def softmax_calls(torch, softmax):
             softmax.softmax_bwd(x, x, 1.0, True)
 
 
-CALLS = {"attention": attention_calls, "varlen": varlen_calls, "norm": norm_calls, "softmax": softmax_calls}
+CALLS = {
+    "attention": attention_calls,
+    "varlen": varlen_calls,
+    "kvcache": kvcache_calls,
+    "norm": norm_calls,
+    "softmax": softmax_calls,
+}
 
 
 def recorded_launches():
@@ -156,8 +185,9 @@ def describe(kernel, args, kwargs):
     tensors = {name: getattr(value, "ptr", value) for name, value in flat.items()}
     dtype = next(str(x.dtype).removeprefix("torch.") for x in tensors.values() if isinstance(x, torch.Tensor))
     absent = [name.removesuffix("_ptr") for name, value in flat.items() if value is None]
-    absent = [name for name in absent if name not in ("mask_strides", "packing")]
+    absent = [name for name in absent if name not in ("mask_strides", "packing", "pages")]
     words = [kernel.__name__, dtype] + ["packed"] * (bound.get("packing") is not None)
+    words += ["paged"] * (bound.get("pages") is not None)
     words += [f"{k}={int(v)}" for k, v in bound.items() if k in constants]
     return " ".join(words + (["without", ",".join(absent)] if absent else []))
 
@@ -259,7 +289,7 @@ def broken_rules(name, arch, row):
         yield f"takes {row['tensor_columns']} columns of tensor memory of {TENSOR_COLUMNS}"
     if row["registers"] * row["warps"] * 32 > REGISTERS:
         yield f"takes {row['registers']} registers in {row['warps']} warps"
-    products = name.startswith("_attention") and "delta" not in name and " float32 " not in name
+    products = re.match("_attention_(fwd|bwd_d[kq])|_kvcache_attend", name) and " float32 " not in name
     if products and not row["mma"] + row["wgmma"] + row["tcgen05"]:
         yield "has no matrix instructions"
     # wgmma wants 64 rows: those of the queries, or of the keys where a kernel holds keys.
