@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
         tests = [
             item
             for item in items
-            if item.path.name in ("test_attention.py", "test_varlen.py")
+            if item.path.name in ("test_attention.py", "test_varlen.py", "test_kvcache.py")
             and hasattr(item, "callspec")
             and item.callspec.params.get("backend") == backend
         ]

@@ -102,7 +102,10 @@ def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
         return f"bar {job[0]}", "RuntimeError: no" if job[0] == 0 else ""
 
     monkeypatch.setattr(gpu, "warm_up", made_up)
-    monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)
+    threads = types.SimpleNamespace(
+        get_context=lambda kind: multiprocessing.dummy, TimeoutError=multiprocessing.TimeoutError
+    )
+    monkeypatch.setattr(gpu, "multiprocessing", threads)
     stage = stage_of(tmp_path)
     stage.options.workers, stage.options.deadline = 3, time.time() + 3
     stage.compile()

@@ -1,5 +1,7 @@
 """attention_with_kvcache, merge_attention and attention of few queries: against fp64, by the project's rule."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,46 +49,56 @@ def options_of(name, B, H, T, S):
     return {key: made.get(value, value) if isinstance(value, str) else value for key, value in OPTIONS[name].items()}
 
 
-def on_copies(backend, rest, options):
-    """The op on copies of the caches, which it returns with its outputs."""
+def on_copies(forced, rest, options):
+    """The op on copies of the caches, which it returns with its outputs; `forced` is a backend, or None."""
 
     def function(q, k_cache, v_cache, *new):
         caches = k_cache.clone(), v_cache.clone()
-        with fastllm.backend(backend):
+        with fastllm.backend(forced) if forced else contextlib.nullcontext():
             o, lse = fastllm.attention_with_kvcache(q, *caches, *new, **rest, **options, return_lse=True)
         return o, lse, *caches
 
     return function
 
 
-def check(floats, rest, options, dtype):
+def on(device, floats, *named):
+    return [x.to(device) for x in floats], *({n: _to(device, x) for n, x in d.items()} for d in named)
+
+
+def _to(device, x):
+    return x.to(device) if torch.is_tensor(x) else x
+
+
+def check(device, floats, rest, options, dtype):
+    """Hold the rule for outputs and caches, on the backend that is forced."""
+    floats, rest, options = on(device, floats, rest, options)
     plain = on_copies("reference", rest, options)
-    compare(on_copies("cpu", rest, options), plain, plain, floats, None, dtype)
+    compare(on_copies(None, rest, options), plain, plain, floats, None, dtype)
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 10, 64], ids=lambda n: f"page{n}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_append_rotate_attend(cpu_backend, page_size, dtype):
+def test_append_rotate_attend(backend, page_size, dtype):
     S_max = {None: 150, 1: 40, 10: 150, 64: 192}[page_size]
     for T, new, interleaved in ((1, 1, False), (3, 3, True), (20, 20, False), (2, 0, False)):
         floats, rest = problem(T=T, new=new, S_max=S_max, page_size=page_size, rotary=32, lengths=[17, 5, S_max - new])
-        check(floats, rest | dict(rope_interleaved=interleaved), dict(causal=True), dtype)
+        check(backend, floats, rest | dict(rope_interleaved=interleaved), dict(causal=True), dtype)
 
 
 @pytest.mark.parametrize("T", [1, 2, 8, 9, 33])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(cpu_backend, name, T):
+def test_options(backend, name, T):
     """Few queries and many: two kernels that must not differ in what an option means."""
     floats, rest = problem(T=T, S_max=160, page_size=16 if T % 2 else None)
-    check(floats, rest, options_of(name, 3, 4, T, 160), torch.float32)
+    check(backend, floats, rest, options_of(name, 3, 4, T, 160), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("S", [1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1100])
-def test_lengths(cpu_backend, S, dtype):
+def test_lengths(backend, S, dtype):
     """One short of, at and past a vector, a pass and a range of keys."""
     floats, rest = problem(B=1, T=1, S_max=S, lengths=[S])
-    check(floats, rest, {}, dtype)
+    check(backend, floats, rest, {}, dtype)
 
 
 def test_fp64(cpu_backend):
@@ -104,9 +116,9 @@ def test_fp64(cpu_backend):
 @pytest.mark.parametrize("D, Dv", [(1, 1), (7, 3), (16, 32), (33, 31), (64, 64), (80, 96), (128, 128), (256, 200)])
 @pytest.mark.parametrize("H, Hkv", [(1, 1), (3, 1), (8, 8), (14, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sizes(cpu_backend, H, Hkv, D, Dv, dtype):
+def test_sizes(backend, H, Hkv, D, Dv, dtype):
     floats, rest = problem(B=2, H=H, Hkv=Hkv, T=3, D=D, Dv=Dv, S_max=70, lengths=[70, 52])
-    check(floats, rest, {}, dtype)
+    check(backend, floats, rest, {}, dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -129,28 +141,28 @@ def test_attention_of_few_queries(cpu_backend, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_beside_pytorchs_own(cpu_backend, dtype):
-    q, k, v = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 700, 64), torch.randn(2, 2, 700, 64)
+def test_beside_pytorchs_own(backend, dtype):
+    q, k, v = (torch.randn(*shape, 64, device=backend) for shape in ((2, 8, 1), (2, 2, 700), (2, 2, 700)))
     peer = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)  # noqa: E731
     truth = lambda q, k, v: reference.attention(q, k, v, scale=64**-0.5)[0]  # noqa: E731
     compare(lambda *x: fastllm.attention(*x), peer, truth, (q, k, v), None, dtype)
     compare(lambda *x: fastllm.attention_with_kvcache(*x, cache_seqlens=700), peer, truth, (q, k, v), None, dtype)
 
 
-def test_layouts(cpu_backend):
+def test_layouts(backend):
     """Caches [B, S, H, D] seen as [B, H, S, D], q likewise, and a head dimension that is strided."""
-    floats, rest = problem(new=1, T=1)
-    expected = on_copies("cpu", rest, {})(*floats)
+    floats, rest = on(backend, *problem(new=1, T=1))
+    expected = on_copies(None, rest, {})(*floats)
     as_bshd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in floats]
     strided = [x.mT.contiguous().mT for x in floats]
     for other in (as_bshd, strided):
-        found = on_copies("cpu", rest, {})(*other)
+        found = on_copies(None, rest, {})(*other)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=2e-6)
 
 
-def test_only_new_rows_are_written(cpu_backend):
-    floats, rest = problem(new=3, T=3, page_size=10, lengths=[8, 0, 100])
+def test_only_new_rows_are_written(backend):
+    floats, rest = on(backend, *problem(new=3, T=3, page_size=10, lengths=[8, 0, 100]))
     q, *floats = floats
     before = [x.clone() for x in floats]
     fastllm.attention_with_kvcache(q, *floats, **rest)
@@ -165,8 +177,8 @@ def test_only_new_rows_are_written(cpu_backend):
     assert all(torch.equal(x, y) for x, y in zip(floats[2:], before[2:], strict=True))
 
 
-def test_what_lies_behind_the_keys_is_not_read(cpu_backend):
-    floats, rest = problem(T=1)
+def test_what_lies_behind_the_keys_is_not_read(backend):
+    floats, rest = on(backend, *problem(T=1))
     q, k, v = floats
     expected = fastllm.attention_with_kvcache(q, k, v, **rest)
     for b, n in enumerate(rest["cache_seqlens"].tolist()):
@@ -187,10 +199,10 @@ def test_same_bits_for_any_number_of_threads(cpu_backend):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_generation_step_by_step(cpu_backend):
+def test_generation_step_by_step(backend):
     """Prefill and then token by token gives what one causal call on the whole sequence gives."""
-    q, k, v = torch.randn(1, 4, 30, 16), torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16)
-    caches = torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16)
+    q, k, v = (torch.randn(1, heads, 30, 16, device=backend) for heads in (4, 2, 2))
+    caches = [torch.zeros(1, 2, 40, 16, device=backend) for _ in "kv"]
     parts, had = [], 0
     for n in (20, 1, 1, 5, 1, 2):
         new = [x[:, :, had : had + n] for x in (q, k, v)]

@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, wants_gradient
+from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 from fastllm.ops.attention import _heads_like, check_mask, check_options, head_tensors
 
 OP = "attention_with_kvcache"
@@ -62,8 +62,8 @@ def attention_with_kvcache(
     Precision as `attention`; rotations in fp32, rounded to q's dtype as they are stored. Keys and values are read
     once for all query heads that share them, and cut into ranges of fixed length, so that results do not depend on the
     number of threads. Uses 4 (Dv + 2) bytes per query head, query and 512 keys beside its outputs.
-    Raises ValueError where a cache is full or a page does not exist, TypeError for dtypes, and RuntimeError where a
-    gradient is wanted: there is no backward pass.
+    Raises ValueError where a cache is full or a page does not exist (on a GPU, which nobody waits for, what does not
+    fit is left out), TypeError for dtypes, and RuntimeError where a gradient is wanted: there is no backward pass.
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_kvcache.py).
     Source: Dao et al. 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180 (pages).
     """
@@ -102,7 +102,7 @@ def attention_with_kvcache(
     head_tensors(OP, q, B, H, alibi_slopes, sink)
     cache_seqlens = cache_seqlens.contiguous()
     arguments = q, k_cache, v_cache, k_new, v_new, cache_seqlens, block_table, cos, sin, rope_interleaved
-    backend = choose(OP, q, _triton_lacks)
+    backend = choose(OP, q, no_fp64(q))
     if backend == "reference":
         o, lse = reference.attention_with_kvcache(
             *arguments, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, **options
@@ -115,10 +115,6 @@ def attention_with_kvcache(
     if not return_lse:
         return o
     return o, lse if q.dtype == torch.float64 else lse.float()
-
-
-def _triton_lacks(backend):
-    return "no Triton kernel for a cache of keys and values yet" if backend == "triton" else None
 
 
 def _check_new(q, k_cache, v_cache, k_new, v_new):
