@@ -108,7 +108,7 @@ void for_parts(const std::vector<Attention>& parts, Items items, Bytes bytes, Ru
 // A part with few queries is bound by reading keys: attention_decode.inl.
 inline bool decodes(const Attention& a) {
   constexpr int64_t kFewQueries = 8;  // from there on a vector of queries is full enough
-  return a.T <= kFewQueries && a.dropout_p == 0 && a.k.d == 1 && a.v.d == 1;
+  return a.Hkv > 0 && a.T <= kFewQueries && a.dropout_p == 0 && a.k.d == 1 && a.v.d == 1;
 }
 
 // The forward pass of parts that all decode, `like` being a tensor to allocate as.
