@@ -276,6 +276,21 @@ def weight_only(M, N, K, bits):
     )
 
 
+def linear(M, N, K):
+    """x [M, K] times the transpose of weight [N, K], with a bias; backward is both products of the gradient."""
+    flops = 2.0 * M * N * K
+    return Case(
+        op="linear",
+        name=f"{M}x{N}x{K}",
+        shapes={"x": (M, K), "weight": (N, K), "bias": (N,)},
+        ours=fastllm.linear,
+        torch=F.linear,
+        naive=reference.linear,
+        flops=_both({"forward": flops, "backward": 2 * flops}),
+        values=_both({"forward": M * K + N * K + M * N, "backward": M * N + 2 * (M * K + N * K)}),
+    )
+
+
 BENCH = [
     attention(1, 8, 2048, 64, causal=True),
     attention(4, 12, 1024, 64, causal=True),  # GPT-2 small
@@ -301,6 +316,10 @@ BENCH = [
     weight_only(8, 4096, 4096, 4),
     weight_only(64, 4096, 4096, 8),
     varlen([round(16 * 32 ** (n / 31)) for n in range(32)], 8, 64, causal=True),  # 32 of 16 to 512, log-uniform
+    linear(512, 768, 768),
+    linear(512, 3072, 768),
+    linear(2048, 768, 3072),
+    linear(2048, 3072, 768),
 ]
 QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24)]
 
@@ -323,4 +342,5 @@ VERIFY = [
     softmax(2, 3, 70, 90, causal=True, scale=0.125),
     softmax(63, 1001, log=True),
     *(weight_only(M, 100, 192, bits) for M, bits in ((1, 16), (1, 8), (2, 8), (3, 4))),
+    linear(129, 520, 777),
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastllm import info, text, verify
-from fastllm.bench import cases, timing
+from fastllm.bench import cases, timing, tune_linear
 
 
 def contender(function, case, passes, dtype, device):
@@ -209,10 +209,17 @@ def configure(parser):
     parser.add_argument("--compile", action="store_true", help="torch.compile is a rival too (slow to start)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", metavar="DIR", help="write report.json, with raw samples, there")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure where our linear is the faster one; write the table"
+    )
     parser.set_defaults(run=execute)
 
 
 def execute(options) -> int:
+    if options.tune:
+        if options.ops not in ([], ["linear"]):
+            raise ValueError(f"bench --tune: only linear has a table, got {', '.join(options.ops)}")
+        return tune_linear.main()
     known = sorted({case.op for case in cases.BENCH})
     if unknown := sorted(set(options.ops) - set(known)):
         raise ValueError(f"bench: unknown op {', '.join(unknown)}; there are {', '.join(known)}")

@@ -11,6 +11,7 @@ import torch
 
 import fastllm
 from fastllm import dispatch
+from fastllm.ops import _tuned
 
 GPU_STATE = (
     "the GPU kernels are compile-checked and tested on a CPU (Triton's in its interpreter, CUDA C++ in an emulator); "
@@ -46,6 +47,7 @@ def collect() -> dict:
             "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         },
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "linear": _linear(),
         "backends": {name: _state(why) for name, why in _missing().items()},
         "build": build,
         "environment": {name: os.environ[name] for name in ("FASTLLM_CPU", "FASTLLM_STRICT") if name in os.environ},
@@ -62,6 +64,14 @@ def _missing() -> dict:
         "triton": dispatch.missing_triton() or no_gpu,
         "cuda": dispatch.missing_cuda() or no_gpu,
     }
+
+
+def _linear() -> str:
+    """Who multiplies matrices in fp32 here."""
+    if "linear" not in _tuned.TABLE.get(_tuned.key(), {}):
+        return f"PyTorch's product: nobody has measured {_tuned.key()}"
+    won = sum(any(_tuned.linear_kernels(*size)) for size in _tuned.points(_tuned.key()))
+    return f"ours in {won} of {len(_tuned.points(_tuned.key()))} measured sizes: {_tuned.key()}"
 
 
 def _state(why):
@@ -93,6 +103,7 @@ def lines(found: dict) -> str:
     text += [
         f"{'cpu':<12}{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads",
         f"{'kernels':<12}{cpu['instruction_set'] or 'plain PyTorch'} (available: {has}; FASTLLM_CPU chooses)",
+        f"{'linear':<12}{found['linear']}",
         f"{'gpu':<12}{', '.join(found['gpu']) or 'none'}",
         f"{'built with':<12}{build.get('compiler', '-')}",
         f"{'nvcc':<12}{_nvcc(build.get('cuda', {}))}",

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from fastllm.ops.attention import attention
+from fastllm.ops.linear import linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
-__all__ = ["Attention", "KeyValues", "LayerNorm", "QuantizedLinear", "RMSNorm", "Rotary"]
+__all__ = ["Attention", "KeyValues", "LayerNorm", "Linear", "QuantizedLinear", "RMSNorm", "Rotary"]
 
 
 def flat_norm(module, op, x, weights, eps, residual=None):
@@ -80,6 +81,16 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         return weight_only_linear(x, self.weight, self.bias)
+
+
+class Linear(nn.Linear):
+    """y = x W^T + bias: torch.nn.Linear, its constructor, initial values and state dict, on `fastllm.linear`.
+
+    x [..., in_features]; dtypes, precision, what is saved and errors are those of `fastllm.linear` (tests/test_nn.py).
+    """
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Rotary(nn.Module):

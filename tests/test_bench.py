@@ -260,3 +260,19 @@ def test_tuned_comes_after_stock_and_precision_is_restored(tiny, monkeypatch):
     assert list(report["runs"]) == ["stock", "tuned"] and turned == ["medium"]
     assert report["runs"]["tuned"]["knobs"] == ["a knob"]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tuning_writes_an_entry_and_keeps_the_others(tmp_path, monkeypatch):
+    from fastllm.bench import tune_linear
+    from fastllm.ops import _tuned
+
+    path = tmp_path / "tuned.json"
+    path.write_text('{"another CPU": {"linear": {}}}')
+    monkeypatch.setattr(_tuned, "PATH", path)
+    monkeypatch.setattr(tune_linear, "GRID", {"M": [8, 16], "N": [4], "K": [4, 8]})
+    monkeypatch.setattr(tune_linear, "ROUNDS", 1)
+    assert tune_linear.main() == 0
+    table = json.loads(path.read_text())
+    assert set(table) == {"another CPU", _tuned.key()} and table["another CPU"] == {"linear": {}}
+    measured = table[_tuned.key()]["linear"]
+    assert all(torch.tensor(measured[name]).shape == (2, 1, 2) for name in _tuned.PASSES)

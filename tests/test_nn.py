@@ -66,6 +66,23 @@ def test_rms_norm_without_eps_is_torchs_on_tiny_rows(dtype):
     assert_as_accurate(torch.nn.RMSNorm(8, dtype=dtype)(x), peer, truth)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_torchs(bias):
+    torch.manual_seed(3)
+    a = fnn.Linear(20, 30, bias=bias)
+    torch.manual_seed(3)
+    b = torch.nn.Linear(20, 30, bias=bias)
+    assert isinstance(a, torch.nn.Linear) and repr(a) == repr(b)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    inputs = [torch.randn(4, 5, 20), *a.parameters()]
+    with fastllm.backend("cpu"):
+
+        def call(x, *given):
+            return torch.func.functional_call(a, dict(zip(("weight", "bias"), given)), (x,))
+
+        compare(call, F.linear, F.linear, inputs, [torch.randn(4, 5, 30)], torch.float32)
+
+
 def test_norm_names_the_shape_it_wants():
     for x in (torch.randn(2, 7, 3), torch.randn(7)):
         with pytest.raises(ValueError, match=r"LayerNorm: x must be \[..., 3, 7\]"):

@@ -5,6 +5,7 @@ use, and the number of threads. What nobody measured gets PyTorch's kernel.
 """
 
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -37,6 +38,11 @@ def key() -> str:
     """The entry in use; bf16 instructions change nothing in fp32."""
     isa = dispatch.extension.selected().removesuffix("_bf16") if dispatch.extension else "no extension"
     return f"{cpu()}, {isa}, {torch.get_num_threads()} threads"
+
+
+def points(key: str) -> list[tuple[int, int, int]]:
+    """The sizes (M, N, K) of linear that were measured for an entry."""
+    return list(itertools.product(*TABLE[key]["linear"]["grid"].values()))
 
 
 def linear_kernels(M: int, N: int, K: int) -> tuple[bool, bool, bool]:

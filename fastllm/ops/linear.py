@@ -78,11 +78,11 @@ def linear(x, weight, bias=None):
         if backend != "cpu":
             return "PyTorch's product is the kernel on a GPU"
         if autocast:
-            return "autocast: PyTorch's product is near the peak in 16-bit types"
+            return "autocast: our product is for float32"
         if dispatch.forced() == "cpu" and x.dtype in (torch.float32, torch.float64):
             kernels = (True, True, True)
         elif x.dtype != torch.float32:
-            return f"{str(x.dtype).removeprefix('torch.')}: PyTorch's product is near the peak"
+            return f"{str(x.dtype).removeprefix('torch.')}: our product is for float32"
         else:
             kernels = _tuned.linear_kernels(M, weight.shape[0], K)
         return None if any(kernels) else "PyTorch's product is faster, or nobody has measured this CPU"

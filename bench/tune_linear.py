@@ -1,0 +1,83 @@
+"""`fastllm bench linear --tune`: where our matrix product beats PyTorch's on this CPU, written to ops/tuned.json.
+
+The entry is keyed by CPU, instruction set and number of threads (fastllm/ops/_tuned.py), so an entry of another machine
+stays as it is. Each ratio is the median over rounds of PyTorch's time over ours, of the product alone, one after the
+other in one process. The grid begins where a product takes ten times as long as the Python around it.
+"""
+
+import json
+import re
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+import fastllm
+from fastllm import text
+from fastllm.bench import timing
+from fastllm.ops import _tuned
+from fastllm.ops.linear import linear_bwd, linear_fwd
+
+GRID = {"M": [64, 256, 1024], "N": [128, 512, 3072], "K": [128, 512, 3072]}
+ROUNDS = 9
+BLOCK_S = 2e-3
+
+
+def contenders(M, N, K) -> dict:
+    """Pass -> (PyTorch's call, ours)."""
+    x, weight, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    return {
+        "forward": (lambda: F.linear(x, weight), lambda: linear_fwd("cpu", x, weight, None)),
+        "dx": (lambda: dy @ weight, lambda: linear_bwd("cpu", dy, x, weight, True, False, False)),
+        "dweight": (lambda: dy.T @ x, lambda: linear_bwd("cpu", dy, x, weight, False, True, False)),
+    }
+
+
+def ratio(theirs, ours) -> float:
+    """The median over rounds of their time over ours."""
+    calls = [(function, timing.calls_that_last(BLOCK_S, function)) for function in (theirs, ours)]
+    found = []
+    for _ in range(ROUNDS):
+        took = []
+        for function, n in calls:
+            start = time.perf_counter()
+            for _ in range(n):
+                function()
+            took.append((time.perf_counter() - start) / n)
+        found.append(took[0] / took[1])
+    return round(statistics.median(found), 2)
+
+
+def linear() -> dict:
+    """The entry of `linear`: the grid, and for every pass a ratio at each of its points."""
+    sizes = [(M, N, K) for M in GRID["M"] for N in GRID["N"] for K in GRID["K"]]
+    at = {}
+    with timing.undisturbed(), torch.no_grad():
+        for size in text.progress(sizes, "tune linear", lambda size: "x".join(map(str, size))):
+            at[size] = {name: ratio(*pair) for name, pair in contenders(*size).items()}
+    return {"grid": GRID} | {
+        name: [[[at[M, N, K][name] for K in GRID["K"]] for N in GRID["N"]] for M in GRID["M"]] for name in _tuned.PASSES
+    }
+
+
+def main() -> int:
+    """Measure this machine and keep the other entries of the table."""
+    if fastllm.dispatch.extension is None:
+        raise ValueError(f"bench --tune: {fastllm.dispatch.missing_extension}")
+    if not _tuned.cpu():
+        raise ValueError("bench --tune: this system does not say which CPU it has (/proc/cpuinfo)")
+    measured = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "linear": linear()}
+    table = json.loads(_tuned.PATH.read_text()) | {_tuned.key(): measured}
+    rows = json.dumps(dict(sorted(table.items())), indent=1)
+    _tuned.PATH.write_text(compact(rows) + "\n")
+    print(f"wrote {_tuned.key()} to {_tuned.PATH}")
+    for name in _tuned.PASSES:
+        flat = torch.tensor(measured["linear"][name]).flatten()
+        print(f"{name:<8} ours over PyTorch's {flat.min():.2f} to {flat.max():.2f}, median {flat.median():.2f}")
+    return 0
+
+
+def compact(rows: str) -> str:
+    """JSON with the innermost lists on one line."""
+    return re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", rows)
