@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from fastllm import patch
+from fastllm import patch, swap
 from fastllm.ops.attention import attention
 from fastllm.ops.varlen import attention_varlen
 
@@ -271,7 +271,7 @@ def _view(config, views):
         return property(see, lambda self, value: vars(self).__setitem__(key, value))
 
     def reduce(self, protocol):
-        return patch.as_instance_of(theirs, cls, super(cls, self).__reduce_ex__(protocol))
+        return swap.as_instance_of(theirs, cls, super(cls, self).__reduce_ex__(protocol))
 
     members = {key: inner(key) for key in theirs.sub_configs if key in vars(config)}
     members |= {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__reduce_ex__": reduce}
@@ -286,7 +286,7 @@ def _view(config, views):
 
 
 def _computes_attention(module):
-    return "ALL_ATTENTION_FUNCTIONS" in patch.names_used(patch.forward_of(module))
+    return "ALL_ATTENTION_FUNCTIONS" in swap.names_used(swap.forward_of(module))
 
 
 def _take_attention(model, report, options):
@@ -298,7 +298,7 @@ def _take_attention(model, report, options):
         config = vars(module).get("config")
         if not isinstance(config, PreTrainedConfig) or id(config) in views or id(config) in refused:
             continue
-        row = patch.Row(name, type(module).__name__, "attention")
+        row = swap.Row(name, type(module).__name__, "attention")
         if isinstance(module, PreTrainedModel):
             try:
                 if not module._can_set_attn_implementation():
@@ -316,8 +316,8 @@ def _take_attention(model, report, options):
         if id(vars(module).get("config")) in views:
             module.config = views[id(module.config)]
             if _computes_attention(module):
-                row = patch.Row(name, type(module).__name__, "attention", "attention")
-                patch.attach(module, row)
+                row = swap.Row(name, type(module).__name__, "attention", "attention")
+                swap.attach(module, row)
                 report.rows.append(row)
 
 
