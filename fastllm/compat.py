@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.ops.attention import attention
+from fastllm.ops.kvcache import attention_with_kvcache
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import softmax
 from fastllm.ops.varlen import attention_varlen
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "install_flash_attn",
     "layer_norm_fn",
     "liger_layer_norm",
@@ -187,6 +189,59 @@ def flash_attn_varlen_qkvpacked_func(
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     return flash_attn_varlen_func(*qkv.unbind(1), *lengths, *options)
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+):
+    """flash-attn's function of this name: q [B, T, H, D], caches [B, S, Hkv, D], or pages [pages, page, Hkv, D].
+
+    k and v [B, T_new, Hkv, D] are written into the caches behind cache_seqlens (an int or [B]; without it a cache is
+    full). Returns [B, T, H, D], or (out, lse [B, H, T]). Raises ValueError for cache_batch_idx and cache_leftpad, and
+    for a rotation of several queries that are not causal, which flash-attn turns as if all stood at one position. The
+    rest is `fastllm.attention_with_kvcache`.
+    """
+    if cache_batch_idx is not None or cache_leftpad is not None:
+        raise ValueError("flash_attn_with_kvcache: cache_batch_idx and cache_leftpad are not supported")
+    if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
+        raise ValueError("flash_attn_with_kvcache: several rotated queries must be causal or have a window")
+    if cache_seqlens is None:
+        cache_seqlens = k_cache.shape[1]
+    heads = [None if x is None else x.transpose(1, 2) for x in (q, k_cache, v_cache, k, v)]
+    o, lse = attention_with_kvcache(
+        *heads,
+        cache_seqlens=cache_seqlens,
+        block_table=block_table,
+        cos=rotary_cos,
+        sin=rotary_sin,
+        rope_interleaved=rotary_interleaved,
+        causal=causal,
+        window=window_size,
+        scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+    )
+    o = o.transpose(1, 2)
+    return (o, lse) if return_softmax_lse else o
 
 
 def unpad_input(hidden_states, attention_mask, unused_mask=None):

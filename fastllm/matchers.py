@@ -15,6 +15,7 @@ from torch import nn
 from fastllm import compat
 from fastllm.nn import flat_norm
 from fastllm.ops.attention import attention
+from fastllm.ops.linear import linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.swap import Unsupported, forward_of, names_used, swap
 
@@ -236,11 +237,25 @@ def match_sdpa(module, row):
                 return swap(module, row, _in_sdpa_mode)
 
 
-MATCHERS = {  # kind, a keyword of accelerate -> its matchers; the first that knows a module has it
+def match_linear(module, row):
+    """torch's Linear. One of another class has more to do than the product (LoRA, quantised weights)."""
+    if isinstance(module, nn.Linear) and forward_of(module) is nn.Linear.forward:
+        swap(module, row, _linear_forward)
+
+
+def _linear_forward(self, plain, x):
+    return linear(x, self.weight, self.bias)
+
+
+_linear_forward.runs = "linear"
+
+# Kind, a keyword of accelerate -> its matchers; the first that knows a module has it. Kinds come in this order: the
+# loss, last, goes around a head that is a linear layer.
+MATCHERS = {
     "attention": [match_multihead_attention, match_encoder, match_sdpa],
     "norms": [match_torch_norm, match_written_norm],
     "mlp": [],
     "rope": [],
-    "linear": [],
+    "linear": [match_linear],
     "loss": [],
 }

@@ -39,10 +39,8 @@ def accelerate(
         try:
             for prepare in BEFORE:
                 prepare(model, report, options)
-            for name, module in model.named_modules():
-                if not isinstance(module, torch.jit.ScriptModule):
-                    for kind in filter(options.get, MATCHERS):
-                        _match(name, module, kind, report)
+            for kind in filter(options.get, MATCHERS):
+                _match_all(model, kind, report)
             if strict and report.left_alone:
                 raise RuntimeError(f"accelerate: strict, and these are left alone:\n{Report(report.left_alone)}")
         except BaseException:
@@ -52,16 +50,22 @@ def accelerate(
     return report
 
 
-def _match(name, module, kind, report):
-    for matcher in MATCHERS[kind]:
-        row = Row(name, type(module).__name__, kind)
-        try:
-            matcher(module, row)
-        except Unsupported as why:
-            row.runs, row.reason = "", str(why)
-        if row.runs or row.reason:
-            report.rows.append(row)
-            return
+def _match_all(model, kind, report):
+    whole = None  # the last MLP that runs as one: what is inside it is not called by itself
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or (whole is not None and name.startswith(whole)):
+            continue
+        for matcher in MATCHERS[kind]:
+            row = Row(name, type(module).__name__, kind)
+            try:
+                matcher(module, row)
+            except Unsupported as why:
+                row.runs, row.reason = "", str(why)
+            if row.runs or row.reason:
+                report.rows.append(row)
+                if kind == "mlp" and row.runs:
+                    whole = f"{name}."
+                break
 
 
 def _load_hf(model):

@@ -26,6 +26,9 @@ SIGNATURES = {
     " softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
     "flash_attn_varlen_qkvpacked_func": "qkv cu_seqlens max_seqlen dropout_p softmax_scale causal window_size softcap"
     " alibi_slopes deterministic return_attn_probs",
+    "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad"
+    " block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits"
+    " return_softmax_lse",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
     "layer_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
     " zero_centered_weight is_rms_norm return_dropout_mask out_dtype out residual_out",
@@ -125,6 +128,54 @@ def test_packed_forms_are_views_of_the_same():
 def test_pages_are_refused():
     with pytest.raises(ValueError, match="block_table"):
         compat.flash_attn_varlen_func(*[torch.zeros(3, 1, 4)] * 3, *[torch.tensor([0, 3])] * 2, 3, 3, block_table=1)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_flash_attn_with_kvcache(paged):
+    """Keys are written into the caller's cache, turned, and seen by the queries after them."""
+    new, held = 3, torch.tensor([4, 9], dtype=torch.int32)
+    q, k, v = torch.randn(B, new, H, D), torch.randn(B, new, HKV, D), torch.randn(B, new, HKV, D)
+    k_cache, v_cache = torch.randn(B, 16, HKV, D), torch.randn(B, 16, HKV, D)
+    angles = torch.rand(16, D // 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def turned(x, start):  # pairs (2i, 2i + 1), flash-attn's default for caches
+        c, s = cos[start : start + new, None], sin[start : start + new, None]
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+
+    table, caches = None, (k_cache.clone(), v_cache.clone())
+    if paged:
+        table = torch.tensor([[3, 0, 1, 6], [5, 2, 7, 4]], dtype=torch.int32)
+        pages = [torch.empty(8, 4, HKV, D) for _ in caches]
+        for page, cache in zip(pages, caches):
+            page[table.flatten().long()] = cache.reshape(8, 4, HKV, D)
+        caches = pages
+    o, lse = compat.flash_attn_with_kvcache(
+        q, *caches, k, v, cos, sin, held, block_table=table, causal=True, window_size=(6, 0), return_softmax_lse=True
+    )
+    assert o.shape == q.shape and lse.shape == (B, H, new)
+    for n, length in enumerate(held.tolist()):
+        kn = torch.cat([k_cache[n, :length], turned(k[n], length)])[None]
+        vn = torch.cat([v_cache[n, :length], v[n]])[None]
+        expected = truth(turned(q[n], length)[None], kn, vn, causal=True, window=(6, 0))
+        torch.testing.assert_close(o[n : n + 1], expected)
+        held_now = caches[0][table[n].long()].flatten(0, 1) if paged else caches[0][n]
+        torch.testing.assert_close(held_now[: length + new], kn[0])
+
+
+def test_flash_attn_with_a_full_cache():
+    q, k, v = heads_inside(T=1)
+    o = compat.flash_attn_with_kvcache(q, k, v)
+    torch.testing.assert_close(o, truth(q, k, v))
+
+
+def test_what_a_cache_cannot_do_is_refused():
+    q, k, v = heads_inside(T=2)
+    with pytest.raises(ValueError, match="cache_leftpad"):
+        compat.flash_attn_with_kvcache(q, k, v, cache_leftpad=torch.zeros(B, dtype=torch.int32))
+    with pytest.raises(ValueError, match="must be causal"):
+        compat.flash_attn_with_kvcache(q, k, v, rotary_cos=torch.ones(S, 8), rotary_sin=torch.ones(S, 8))
 
 
 def test_padding_goes_out_and_comes_back():

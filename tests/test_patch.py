@@ -21,7 +21,8 @@ def padding():
 
 
 def ops(function, *args, **kwargs):
-    return {call.op for call in fastllm.explain(function, *args, **kwargs).calls}
+    """The ops that ran, but for linear, which has a test of its own."""
+    return {call.op for call in fastllm.explain(function, *args, **kwargs).calls} - {"linear"}
 
 
 def check(model, *args, kept=None, **kwargs):
@@ -68,7 +69,7 @@ def test_multihead_attention(case):
     if not module.batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     report = check(module, q, k, v, need_weights=False, **given)
-    assert [row.runs for row in report.rows] == ["attention"] and not report.never_called
+    assert [row.runs for row in report.rows] == ["attention", "linear"] and not report.never_called
     assert ops(module, q, k, v, need_weights=False, **given) == {"attention"}
 
 
@@ -104,7 +105,7 @@ def test_transformer_encoder(training, norm_first):
         nn.init.normal_(p, 0.1, 0.2)
     x = torch.randn(2, T, D)
     report = check(model, x, src_key_padding_mask=padding(), kept=~padding())
-    assert not report.never_called and {row.kind for row in report.rows} == {"attention", "norms"}
+    assert not report.never_called and {row.kind for row in report.rows} == {"attention", "norms", "linear"}
     with torch.no_grad():  # where PyTorch takes a road around its modules
         assert ops(model, x, src_key_padding_mask=padding()) == {"attention", "layer_norm"}
         got = model(x, src_key_padding_mask=padding())
@@ -147,7 +148,7 @@ def test_modules_that_call_sdpa(through_helper):
     model = nn.Sequential(Block(through_helper), Block(through_helper))
     report = check(model, torch.randn(2, T, D))
     assert ops(model, torch.randn(2, T, D)) == {"attention", "layer_norm"}
-    assert not report.never_called and len(report.rows) == 4
+    assert not report.never_called and len(report.rows) == 4 + 2 * 2
     q = torch.randn(1, 2, 3, 4)
     assert not ops(F.scaled_dot_product_attention, q, q, q), "outside the model it is PyTorch's"
 
@@ -243,6 +244,18 @@ def test_torch_norms(norm, shape):
     check(norm(shape, elementwise_affine=False), torch.randn(5, 3, D))
 
 
+def test_linear_layers():
+    """fastllm.linear decides by size and CPU whether the product is its own; layers of other classes keep theirs."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(nn.Linear(D, 48), nn.Linear(48, D, bias=False), Adapted(D, D))
+    report = check(model, torch.randn(5, D))
+    assert [(row.name, row.runs, row.calls) for row in report.rows] == [("0", "linear", 1), ("1", "linear", 1)]
+
+
 # --- the report ---
 
 
@@ -257,7 +270,7 @@ def test_report_is_a_table():
     assert ["*", "Block", "2", "attention"] == rows[0][:4] and "4" in rows[0]
     assert ["*.norm", "LayerNorm", "2", "norms", "layer_norm", "4", "-"] in rows
     assert ["*", "LayerNorm", "1", "norms", "layer_norm", "2", "-"] in rows
-    assert str(fastllm.accelerate(nn.Linear(2, 2))) == "nothing to accelerate was found"
+    assert str(fastllm.accelerate(nn.Embedding(2, 2))) == "nothing to accelerate was found"
 
 
 def test_report_tells_what_no_call_reached():
@@ -277,8 +290,8 @@ def test_report_tells_what_no_call_reached():
 
 def test_kinds_are_chosen():
     model = nn.Sequential(Block(), nn.MultiheadAttention(D, H))
-    assert {row.kind for row in fastllm.accelerate(model, norms=False).rows} == {"attention"}
-    assert {row.kind for row in fastllm.accelerate(model, attention=False).rows} == {"norms"}
+    assert {row.kind for row in fastllm.accelerate(model, norms=False).rows} == {"attention", "linear"}
+    assert {row.kind for row in fastllm.accelerate(model, attention=False, linear=False).rows} == {"norms"}
     with pytest.raises(TypeError, match="atention"):
         fastllm.accelerate(model, atention=False)
 
