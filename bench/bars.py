@@ -115,6 +115,9 @@ BARS = [
     _attention("backward", 0.68, 0.45, 2, 16, 8192, 128, causal=True),
     _attention("backward", 0.75, 0.42, 1, 32, 8192, 64),
     Bar(cases.varlen(log_uniform(128, 8192, 32), 16, 128, causal=True), "forward", {"torch": 1.3, "matrix": 0.47}),
+    *(Bar(cases.kvcache(64, 32, 8, 8192, 128, page_size=n), "forward", {"bandwidth": 0.93}) for n in (16, 64)),
+    Bar(cases.kvcache(1, 32, 8, 131072, 128), "forward", {"bandwidth": 0.85}),
+    Bar(cases.kvcache(16, 32, 8, 4096, 128, page_size=16), "forward", {"torch": 3.0}),
     *(
         _row(cases.norm("rms_norm", 16384, D), "forward", 0.90 if D == 2048 else 0.97, compile=1.1)
         for D in (2048, 4096, 8192, 16384)

@@ -29,7 +29,7 @@ class Case:
     ours: Callable
     torch: Callable  # PyTorch's own kernel: the peer of the accuracy rule and the rival that counts
     naive: Callable  # the same in plain PyTorch operations, from fastllm.reference
-    flops: dict[str, float]  # pass -> floating point operations
+    flops: dict[str, float]  # pass -> floating point operations; an op without a backward pass has "forward" alone
     values: dict[str, int]  # pass -> values of the dtype read and written
     outputs: tuple[str, ...] = ("y",)
     compiled: Callable | None = None  # what torch.compile is given, where that is not `torch`
@@ -182,6 +182,47 @@ def varlen(lengths, H, D, *, Hkv=None, causal=False):
     )
 
 
+def kvcache(B, H, Hkv, S, D, *, page_size=None):
+    """A step of generation: one query per sequence on S keys of a cache, whole or in pages that lie scattered."""
+    pages = B * (S // page_size) if page_size else B
+
+    @functools.cache
+    def table(device):
+        shuffled = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+        return shuffled.view(B, -1).to(device, torch.int32) if page_size else None
+
+    def lengths(q):
+        return torch.full((B,), S, device=q.device)
+
+    def ours(q, k, v):
+        return fastllm.attention_with_kvcache(q, k, v, cache_seqlens=lengths(q), block_table=table(q.device))
+
+    def sdpa(q, k, v):
+        if page_size:
+            k, v = (x[table(q.device).flatten().long()].unflatten(0, (B, -1)) for x in (k, v))
+            k, v = (x.transpose(1, 2).flatten(2, 3) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=H != Hkv)
+
+    def naive(q, k, v):
+        given = q, k, v, None, None, lengths(q), table(q.device), None, None, False
+        none = dict.fromkeys(("q_offset", "mask", "bias", "alibi_slopes"))
+        return reference.attention_with_kvcache(*given, **none, scale=D**-0.5)[0]
+
+    rows = (pages, Hkv, page_size or S, D)
+    return Case(
+        op="attention_with_kvcache",
+        name=f"{B}x{H if H == Hkv else f'{H}/{Hkv}'}x1/{S}x{D}" + (f" pages of {page_size}" if page_size else ""),
+        shapes={"q": (B, H, 1, D), "k_cache": rows, "v_cache": rows},
+        outputs=("o",),
+        ours=ours,
+        torch=sdpa,
+        naive=naive,
+        flops={"forward": 4.0 * B * H * S * D},
+        values={"forward": 2 * B * H * D + 2 * B * Hkv * S * D},
+        part=lambda x: x[:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads
+    )
+
+
 def norm(op, N, D, *, residual=False):
     """layer_norm or rms_norm of N rows of D values, with weight (and bias), perhaps after adding a residual."""
     eps = {"layer_norm": 1e-5, "rms_norm": 1e-6}[op]
@@ -320,6 +361,8 @@ BENCH = [
     linear(512, 3072, 768),
     linear(2048, 768, 3072),
     linear(2048, 3072, 768),
+    kvcache(1, 32, 8, 4096, 128),
+    kvcache(8, 32, 8, 2048, 128, page_size=16),
 ]
 QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24)]
 
@@ -334,6 +377,8 @@ VERIFY = [
     attention(1, 2, 90, 40, masked=True),
     attention(1, 2, 96, 64, causal=True, lse=True),
     varlen([5, 1, 70, 33], 4, 64, Hkv=2, causal=True),
+    kvcache(2, 4, 4, 75, 40),
+    kvcache(3, 6, 2, 80, 64, page_size=16),
     norm("layer_norm", 127, 768),
     norm("layer_norm", 64, 1000, residual=True),
     norm("rms_norm", 127, 768),

@@ -99,7 +99,7 @@ class Row:
 
 
 def check(case, dtype, device="cpu", seed=0) -> list[Row]:
-    """Run one case of bench/cases.py forward and backward in `dtype`, and hold the rule for every result.
+    """Run one case of bench/cases.py in `dtype`, backward too where it has that, and hold the rule for every result.
 
     Kernels run on the whole input; the fp64 truth and PyTorch's own answer are taken on `case.part` of it.
     """
@@ -112,14 +112,15 @@ def check(case, dtype, device="cpu", seed=0) -> list[Row]:
             shapes = [y.shape for y in _as_list(case.ours(*inputs))]
         random = torch.Generator(device).manual_seed(seed + 1)
         grads = [torch.randn(shape, generator=random, device=device).to(dtype) for shape in shapes]
+        grads = grads if "backward" in case.flops else None
         got = forward_backward(case.ours, inputs, grads)
     except Exception as error:  # whatever it is, it is this case's result, and the others are still worth having
         kernel = calls[-1].kernel if calls else "none"
         return [Row(*about, "call", kernel, "", Accuracy(problem=f"{type(error).__name__}: {error}"))]
-    inputs, grads = [case.part(x) for x in inputs], [case.part(g) for g in grads]
+    inputs, grads = [case.part(x) for x in inputs], grads and [case.part(g) for g in grads]
     peer = forward_backward(case.torch, inputs, grads)
     truth = forward_backward(case.naive, inputs, grads, torch.float64)
-    names = [*case.outputs, *(f"d{name}" for name in case.shapes)]
+    names = [*case.outputs, *(f"d{name}" for name in case.shapes if grads)]
     kernel = calls[-1].kernel if calls else "none"
     fallback = calls[-1].reason if calls else ""
     return [

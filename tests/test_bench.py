@@ -36,9 +36,10 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("case", cases.BENCH + cases.VERIFY, ids=str)
 def test_cases_say_what_they_cost(case):
-    assert set(case.flops) == set(case.values) == set(cases.PASSES)
+    assert set(case.flops) == set(case.values) and set(case.flops) in (set(cases.PASSES), {"forward"})
     for costs in (case.flops, case.values):
-        assert 0 < costs["forward"] and costs["forward"] + costs["backward"] == costs["both"]
+        whole = costs["forward"] + costs.get("backward", 0)
+        assert costs["forward"] > 0 and costs.get("both", whole) == whole
     floating = sum(math.prod(shape) for shape in case.shapes.values())
     assert case.values["forward"] >= 0.9 * floating  # every input is read, but small weights are not counted
 

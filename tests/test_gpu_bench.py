@@ -26,13 +26,14 @@ FP32 = torch.float32
 TINY = [
     Bar(cases.attention(1, 1, 18, 16, causal=True), "forward", {"sdpa": 1e9, "matrix": 0.0}, FP32),
     Bar(cases.varlen([3, 5], 1, 16, causal=True), "forward", {"torch": 0.0}, FP32),
+    Bar(cases.kvcache(1, 2, 1, 32, 16, page_size=16), "forward", {"bandwidth": 0.0}, FP32),
     Bar(cases.norm("rms_norm", 4, 24), "backward", {"bandwidth": 0.0, "compile": 0.0}, FP32, compile_mode="default"),
     Bar(cases.norm("layer_norm", 4, 24), "forward", {"torch": 0.0}, FP32),
     Bar(cases.softmax(4, 40), "forward", {"bandwidth": 0.0}, FP32, graph=True),
 ]
 TINY_TUNABLES = [
     Tunable("attention", "Call", "launch", "dq", [(TINY[0].case, "backward")], [dict(BLOCK_M=16)]),
-    Tunable("softmax", None, "_launch_for", None, [(TINY[4].case, "forward")], [dict(ROWS=1), dict(BLOCK=16)]),
+    Tunable("softmax", None, "_launch_for", None, [(TINY[-1].case, "forward")], [dict(ROWS=1), dict(BLOCK=16)]),
 ]
 MODEL = dict(vocab=11, d_model=16, heads=2, layers=1, d_ff=16, max_len=8)
 
@@ -80,9 +81,9 @@ def test_check(tiny, tmp_path, capsys):
     assert (tests["PASSED"], tests["listed"], tests["unfinished"], tests["bad"]) == (1, 1, 0, [])
     assert of(found, "compile")[0]["failed"] == [] and of(found, "compile")[0]["jobs"] == len(TINY) + 1
     assert len(of(found, "sanitizer")) == 2 * len(bars.RISKIEST)
-    attention, packed, rms, layer, softmax = of(found, "bar")
+    attention, packed, cache, rms, layer, softmax = of(found, "bar")
     assert {"torch", "flash-attn 2"} <= set(attention["ratio"]) and "flash-attn 3" in attention["missing"]
-    assert set(attention["missed"]) == {"sdpa"} and not packed["missed"]
+    assert set(attention["missed"]) == {"sdpa"} and not packed["missed"] and not cache["missed"]
     assert {"torch", "compile", "liger"} == set(rms["ratio"]) and "liger" in layer["missing"]
     assert all(row["wrong"] == "" and row["ms"] > 0 and row["noise"] >= 0 for row in of(found, "bar"))
     (training,) = of(found, "training")
@@ -111,11 +112,13 @@ def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
     stage.compile()
     never.set()
     (row,) = stage.log.of("compile")
-    assert row["failed"] == ["bar 0: RuntimeError: no", f"{TINY[1].name}: not finished"] and row["jobs"] == 6
+    assert (
+        row["failed"] == ["bar 0: RuntimeError: no", f"{TINY[1].name}: not finished"] and row["jobs"] == len(TINY) + 1
+    )
 
 
 def test_accept_takes_the_worse_of_two_runs(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(bars, "BARS", TINY[4:])
+    monkeypatch.setattr(bars, "BARS", TINY[-1:])
     monkeypatch.setattr(gpu.verify, "run", lambda device: [])
     times = iter([1.0, 2.0])
 
@@ -160,8 +163,8 @@ def test_no_time_left(tiny, tmp_path, capsys):
 
 
 def test_a_wrong_result_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
-    case = dataclasses.replace(TINY[4].case, ours=lambda x: TINY[4].case.torch(x) * 1.01)
-    monkeypatch.setattr(bars, "BARS", [dataclasses.replace(TINY[4], case=case)])
+    case = dataclasses.replace(TINY[-1].case, ours=lambda x: TINY[-1].case.torch(x) * 1.01)
+    monkeypatch.setattr(bars, "BARS", [dataclasses.replace(TINY[-1], case=case)])
     stage = stage_of(tmp_path)
     stage.bar(bars.BARS[0])
     (bar,) = stage.log.of("bar")
