@@ -39,6 +39,7 @@ DEFAULT_CUDA_ARCHS = "80 90a"
 OPS = [
     "norm",
     "softmax",
+    "cross_entropy",
     "attention",
     "attention_bwd",
     "attention_decode",

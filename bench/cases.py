@@ -332,6 +332,56 @@ def linear(M, N, K):
     )
 
 
+def targets(N, V, ignored=0.0):
+    """int64 [N], a share of them -100."""
+    random = torch.Generator().manual_seed(2)
+    target = torch.randint(V, (N,), generator=random)
+    return target.masked_fill(torch.rand(N, generator=random) < ignored, -100)
+
+
+def cross_entropy(N, V, *, ignored=0.0, **options):
+    """The loss of N rows of V logits, with options that torch has; costs are those of no row ignored."""
+    target = targets(N, V, ignored)
+    size = N * V
+    return Case(
+        op="cross_entropy",
+        name=f"{N}x{V}" + f" ignoring {ignored:.0%}" * bool(ignored) + "".join(f" {k} {v}" for k, v in options.items()),
+        shapes={"x": (N, V)},
+        outputs=("loss",),
+        ours=lambda x: fastllm.cross_entropy(x, target.to(x.device), **options),
+        torch=lambda x: F.cross_entropy(x, target.to(x.device), **options),
+        naive=lambda x: reference.cross_entropy(x, target.to(x.device), **options),
+        flops=_both({"forward": 5.0 * size, "backward": 4.0 * size}),
+        values=_both({"forward": size, "backward": 2 * size}),
+    )
+
+
+def linear_cross_entropy(N, D, V, *, bias=False, ignored=0.0, **options):
+    """The loss of N hidden states of D values under a head of V classes, forward and backward 3 products."""
+    target = targets(N, V, ignored)
+    size, inputs = N * V, N * D + V * D
+
+    def head(x, w, b=None):
+        return F.cross_entropy(F.linear(x, w, b), target.to(x.device), **options)
+
+    def with_function(function):
+        return lambda x, w, b=None: function(x, w, target.to(x.device), linear_bias=b, **options)
+
+    return Case(
+        op="linear_cross_entropy",
+        name=f"{N}x{D}x{V}"
+        + f" ignoring {ignored:.0%}" * bool(ignored)
+        + "".join(f" {k} {v}" for k, v in options.items()),
+        shapes={"x": (N, D), "linear_weight": (V, D)} | ({"linear_bias": (V,)} if bias else {}),
+        outputs=("loss",),
+        ours=with_function(fastllm.linear_cross_entropy),
+        torch=head,
+        naive=with_function(reference.linear_cross_entropy),
+        flops=_both({"forward": 2.0 * D * size, "backward": 4.0 * D * size}),
+        values=_both({"forward": inputs, "backward": 2 * inputs}),
+    )
+
+
 BENCH = [
     attention(1, 8, 2048, 64, causal=True),
     attention(4, 12, 1024, 64, causal=True),  # GPT-2 small
@@ -363,8 +413,11 @@ BENCH = [
     linear(2048, 3072, 768),
     kvcache(1, 32, 8, 4096, 128),
     kvcache(8, 32, 8, 2048, 128, page_size=16),
+    cross_entropy(128, 32000),
+    cross_entropy(512, 50304),
+    linear_cross_entropy(1024, 768, 50304),  # GPT-2 small
 ]
-QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24)]
+QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24, 38)]
 
 VERIFY = [
     attention(2, 3, 129, 64),
@@ -388,4 +441,9 @@ VERIFY = [
     softmax(63, 1001, log=True),
     *(weight_only(M, 100, 192, bits) for M, bits in ((1, 16), (1, 8), (2, 8), (3, 4))),
     linear(129, 520, 777),
+    cross_entropy(33, 5001),
+    cross_entropy(64, 1000, ignored=0.3, label_smoothing=0.1),
+    cross_entropy(40, 777, ignored=0.3, reduction="none"),
+    linear_cross_entropy(200, 48, 1001),
+    linear_cross_entropy(130, 33, 777, bias=True, ignored=0.3, label_smoothing=0.1, reduction="none"),
 ]

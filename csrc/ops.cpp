@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
   m.impl("linear_fwd", TORCH_BOX(&fastllm::cpu::linear_fwd));
   m.impl("linear_bwd", TORCH_BOX(&fastllm::cpu::linear_bwd));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&fastllm::cpu::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cpu::cross_entropy_bwd));
+  m.impl("cross_entropy_total", TORCH_BOX(&fastllm::cpu::cross_entropy_total));
+  m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cpu::cross_entropy_rows));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
   m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));

@@ -14,8 +14,10 @@ from fastllm.compat import (
 from fastllm.dispatch import backend
 from fastllm.explain import explain
 from fastllm.ops.attention import attention
+from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
 from fastllm.ops.linear import linear
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
@@ -31,6 +33,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "backend",
+    "cross_entropy",
     "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -41,6 +44,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
     "pad_input",

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.ops.attention import attention
+from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.softmax import softmax
 from fastllm.ops.varlen import attention_varlen
@@ -30,6 +32,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "install_flash_attn",
     "layer_norm_fn",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
     "liger_layer_norm",
     "liger_rms_norm",
     "liger_softmax",
@@ -420,6 +424,75 @@ def liger_layer_norm(X, W, B, eps):
 def liger_softmax(x):
     """Liger's: softmax over the last dimension."""
     return softmax(x)
+
+
+def liger_cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    lse_square_scale=0.0,
+    softcap=None,
+    return_z_loss=False,
+    return_token_accuracy=False,
+):
+    """Liger's: `fastllm.cross_entropy` with z_loss=lse_square_scale; the logits are not overwritten.
+
+    The z-loss is part of the loss and not returned by itself: return_z_loss=True raises ValueError.
+    """
+    _without_z_loss("liger_cross_entropy", return_z_loss)
+    return cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        softcap=softcap or 0.0,
+        z_loss=lse_square_scale,
+        return_token_accuracy=return_token_accuracy,
+    )
+
+
+def liger_fused_linear_cross_entropy(
+    input,
+    weight,
+    target,
+    bias=None,
+    ce_weight=None,
+    ignore_index=-100,
+    lse_square_scale=0.0,
+    label_smoothing=0.0,
+    reduction="mean",
+    softcap=None,
+    return_z_loss=False,
+):
+    """Liger's: `fastllm.linear_cross_entropy`, weight [V, D] being the head's and ce_weight [V] that of the classes.
+
+    return_z_loss=True raises ValueError, as for `liger_cross_entropy`.
+    """
+    _without_z_loss("liger_fused_linear_cross_entropy", return_z_loss)
+    return linear_cross_entropy(
+        input,
+        weight,
+        target,
+        linear_bias=bias,
+        weight=ce_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap or 0.0,
+        z_loss=lse_square_scale,
+    )
+
+
+def _without_z_loss(op, wanted):
+    if wanted:
+        raise ValueError(f"{op}: return_z_loss is not offered: the z-loss is a part of the loss")
 
 
 # The modules that code written for flash-attn imports from, and what it finds there.

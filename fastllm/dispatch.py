@@ -230,3 +230,18 @@ class Op:
         if backend == "triton" and not args[0].is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)
+
+
+class Composite(Op):
+    """An op that is Python over other ops, the same on every device: body(backend, *arguments)."""
+
+    def __init__(self, schema: str, body, fake):
+        self.name, self.body = schema.partition("(")[0], body
+        library.define(schema)
+        torch.library.register_fake(f"fastllm::{self.name}", fake, lib=library)
+        for name, key in (("cpu", "CPU"), ("triton", "CUDA")):
+            library.impl(self.name, functools.partial(body, name), key)
+        self.dispatched = getattr(torch.ops.fastllm, self.name).default
+
+    def triton(self, *args):
+        return self.body("triton", *args)

@@ -148,7 +148,7 @@ def _options(dtype):
     """Op -> option -> (inputs, keywords): the rows of the support matrix."""
     q, x = torch.zeros(1, 2, 4, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
     one, w = torch.zeros(1, 1, 4, 8, dtype=dtype), x[0]
-    kept = torch.ones(4, 4, dtype=torch.bool)
+    kept, classes = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
     return {
         fastllm.attention: {
             "plain, scale": ((q, q, q), {"scale": 1.0}),
@@ -195,6 +195,19 @@ def _options(dtype):
             "int8 (scale per row or group)": ((x, fastllm.quantize_weight(torch.ones(4, 8))), {}),
             "int4 (scale, offset per group)": ((x, fastllm.quantize_weight(torch.ones(4, 8), 4)), {}),
             "bf16, fp16, fp32 weight": ((x, torch.zeros(4, 8, dtype=torch.bfloat16)), {}),
+        },
+        fastllm.cross_entropy: {
+            "ignore_index, reduction, any layout": ((x, classes), {"reduction": "none"}),
+            "weight": ((x, classes, w), {}),
+            "label_smoothing": ((x, classes), {"label_smoothing": 0.1}),
+            "softcap": ((x, classes), {"softcap": 30.0}),
+            "z_loss": ((x, classes), {"z_loss": 1e-4}),
+            "return_token_accuracy": ((x, classes), {"return_token_accuracy": True}),
+            "targets that are probabilities": ((x, x), {}),
+        },
+        fastllm.linear_cross_entropy: {
+            "linear_bias, with cross_entropy's options": ((x, x, classes), {"linear_bias": w[:4]}),
+            "targets that are probabilities": ((x, x, x[:, :4]), {}),
         },
     }
 

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastllm
 import fastllm.nn
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("sinusoidal", "learned", "rotary")
 ACTIVATIONS = ("relu", "gelu", "swiglu")
+LARGE_VOCAB = 4096  # where one product of all rows stops to be faster than many of 128
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,10 @@ class Transformer(nn.Module):
     encoder: [B, classes], or the hidden states [B, T, d_model] without classes. decoder: [B, T, vocab], causal.
     encoder-decoder: [B, T, vocab] for the target `tokens`, given `source` [B, S]; both sides share the embedding.
     mask [B, T] and source_mask [B, S] are boolean, True = a real token, False = padding; None = no padding.
+    With targets [B, T], the tokens to come, forward returns their mean cross-entropy instead of logits; -100 does not
+    count. Accelerated, the logits of a vocabulary from LARGE_VOCAB on are then never all in memory.
     accelerated=False runs plain PyTorch as the tutorials write it, True the fastllm kernels.
-    Raises ValueError for sequences past max_len and for a source that is missing or not wanted.
+    Raises ValueError for sequences past max_len, for a source that is missing or not wanted, for targets of an encoder.
     """
 
     def __init__(self, config, accelerated=True):
@@ -268,15 +272,23 @@ class Transformer(nn.Module):
         x = self.embed(tokens, 0 if caches is None else len(caches[0][0]))
         return self.decoder(x, mask, context, context_mask, caches)
 
-    def forward(self, tokens, mask=None, source=None, source_mask=None):
+    def forward(self, tokens, mask=None, source=None, source_mask=None, targets=None):
         if (source is not None) != (self.config.kind == "encoder-decoder"):
             wanted = "needs a source" if source is None else "takes no source"
             raise ValueError(f"Transformer: kind={self.config.kind!r} {wanted}")
         if self.config.kind == "encoder":
+            if targets is not None:
+                raise ValueError("Transformer: kind='encoder' takes no targets")
             x = self.encode(tokens, mask)
             return self.head(pool(x, mask)) if self.config.classes else x
         context = None if source is None else self.encode(source, source_mask)
-        return self.head(self.decode(tokens, mask, context, source_mask))
+        x = self.decode(tokens, mask, context, source_mask)
+        if targets is None:
+            return self.head(x)
+        if self.accelerated and self.config.vocab >= LARGE_VOCAB:
+            return fastllm.linear_cross_entropy(x, self.head.weight, targets)
+        cross_entropy = fastllm.cross_entropy if self.accelerated else F.cross_entropy
+        return cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(

@@ -272,3 +272,57 @@ def dequantize(codes, scales, offsets=None, *, bits, group_size):
 def linear(x, weight, bias=None):
     """y = x W^T + bias: x [..., K], weight [N, K], bias [N]."""
     return F.linear(x, weight, bias)
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    softcap=0.0,
+    z_loss=0.0,
+    return_token_accuracy=False,
+):
+    """-log p[target] of logits [N, V]: class weights, ignored rows, smoothed targets, soft-cap and z_loss * lse^2.
+
+    The mean divides by the sum of the weights of the targets, and the z-loss, which has no class, by their number.
+    Targets may be probabilities [N, V] too: the sum of -target log p, its mean over all N rows.
+    """
+    x = input if input.dtype == torch.float64 else input.float()
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    V = x.shape[-1]
+    lse = torch.logsumexp(x, -1)
+    log_p = x - lse[:, None]
+    w = torch.ones_like(x[:1]) if weight is None else weight.to(x.dtype)[None]
+    if target.is_floating_point():
+        ignored, weights = torch.zeros_like(lse, dtype=torch.bool), torch.ones_like(lse)
+        share = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / V
+        loss = -(share * w * log_p).sum(-1)
+        right = log_p.argmax(-1) == target.argmax(-1)
+    else:
+        ignored = target == ignore_index
+        index = target.masked_fill(ignored, 0)[:, None]
+        weights = w.expand_as(x).gather(-1, index)[:, 0].masked_fill(ignored, 0.0)
+        loss = -weights * log_p.gather(-1, index)[:, 0].masked_fill(ignored, 0.0)
+        if label_smoothing:
+            smooth = -(w * log_p).sum(-1).masked_fill(ignored, 0.0)
+            loss = (1 - label_smoothing) * loss + label_smoothing / V * smooth
+        right = (input.argmax(-1) == target) & ~ignored
+    squares = z_loss * (lse * lse).masked_fill(ignored, 0.0) if z_loss else torch.zeros_like(lse)
+    if reduction == "none":
+        loss, accuracy = loss + squares, right.to(x.dtype)
+    else:
+        loss, kept = loss.sum(), (~ignored).sum()
+        loss = loss / weights.sum() + squares.sum() / kept if reduction == "mean" else loss + squares.sum()
+        accuracy = right.sum() / kept
+    loss = loss.to(input.dtype)
+    return (loss, accuracy) if return_token_accuracy else loss
+
+
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
+    """`cross_entropy` of the logits input [N, D] @ linear_weight [V, D].T + linear_bias [V]."""
+    return cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)

@@ -19,11 +19,11 @@ ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton", "cuda"]
 
 
-SHARE = 7  # of the attention tests, one in this many: coprime to the number of dtypes, rules and options
+SHARE = 7  # of the tests named below, one in this many: coprime to the number of dtypes, rules and options
 
 
 def pytest_collection_modifyitems(items):
-    """Attention takes long without a GPU: of its interpreted and of its emulated tests, the fast suite has a share
+    """These take long without a GPU: of the interpreted and of the emulated ones, the fast suite has a share
     across all options, the slow one all."""
     if torch.cuda.is_available():
         return
@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items):
         tests = [
             item
             for item in items
-            if item.path.name in ("test_attention.py", "test_varlen.py", "test_kvcache.py")
+            if item.path.name
+            in ("test_attention.py", "test_varlen.py", "test_kvcache.py", "test_linear_cross_entropy.py")
             and hasattr(item, "callspec")
             and item.callspec.params.get("backend") == backend
         ]

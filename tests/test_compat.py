@@ -35,6 +35,10 @@ SIGNATURES = {
     "liger_rms_norm": "X W eps offset casting_mode in_place",
     "liger_layer_norm": "X W B eps",
     "liger_softmax": "x",
+    "liger_cross_entropy": "input target weight size_average ignore_index reduce reduction label_smoothing"
+    " lse_square_scale softcap return_z_loss return_token_accuracy",
+    "liger_fused_linear_cross_entropy": "input weight target bias ce_weight ignore_index lse_square_scale"
+    " label_smoothing reduction softcap return_z_loss",
 }
 
 
@@ -294,6 +298,30 @@ def test_liger_names():
     torch.testing.assert_close(compat.liger_rms_norm(x, w, 1e-6, 1.0), F.rms_norm(x, (32,), w + 1, 1e-6))
     torch.testing.assert_close(compat.liger_layer_norm(x, w, b, 1e-5), F.layer_norm(x, (32,), w, b, 1e-5))
     torch.testing.assert_close(compat.liger_softmax(x), x.softmax(-1))
+
+
+def test_liger_losses():
+    x, w, b, classes = torch.randn(6, 8), torch.randn(9, 8), torch.randn(9), torch.rand(9)
+    target = torch.tensor([0, 8, 3, -1, 2, 2])
+    logits = F.linear(x, w, b)
+    expected = F.cross_entropy(30 * torch.tanh(logits / 30), target, classes, ignore_index=-1, label_smoothing=0.1)
+    squares = torch.logsumexp(30 * torch.tanh(logits / 30), -1)[target >= 0].square().mean()
+    options = dict(ignore_index=-1, label_smoothing=0.1, lse_square_scale=0.01, softcap=30.0)
+    torch.testing.assert_close(
+        compat.liger_cross_entropy(logits, target, classes, **options), expected + 0.01 * squares
+    )
+    torch.testing.assert_close(
+        compat.liger_fused_linear_cross_entropy(x, w, target, b, classes, **options), expected + 0.01 * squares
+    )
+    torch.testing.assert_close(
+        compat.liger_cross_entropy(logits[:3], target[:3]), F.cross_entropy(logits[:3], target[:3])
+    )
+    for call in (
+        lambda: compat.liger_cross_entropy(logits, target, return_z_loss=True),
+        lambda: compat.liger_fused_linear_cross_entropy(x, w, target, return_z_loss=True),
+    ):
+        with pytest.raises(ValueError, match="return_z_loss is not offered"):
+            call()
 
 
 def test_stand_in_only_on_request():

@@ -18,7 +18,7 @@ def attend(q=Q, k=Q, v=Q, dtypes=(torch.float32,) * 3, devices=("cpu",) * 3, **o
     return fastllm.attention(*made, **options)
 
 
-X, W = t(3, 8), t(8)
+X, W, C = t(3, 8), t(8), t(3, dtype=torch.int64)
 F32, BF16, INT = torch.float32, torch.bfloat16, torch.int64
 BAD = {  # what is wrong -> (call, error, what the message must say)
     "q rank": (lambda: attend(q=(4, 5, 8)), ValueError, ["attention", "q must be [B, H, T, D]", "[4, 5, 8]"]),
@@ -83,6 +83,27 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
     "softmax float mask": (lambda: fastllm.softmax(X, mask=X), TypeError, ["softmax", "mask", "bool", "float32"]),
     "softmax integer": (lambda: fastllm.softmax(X.long()), TypeError, ["softmax", "float32", "int64"]),
     "softmax type": (lambda: fastllm.softmax(None), TypeError, ["softmax", "x must be a tensor", "NoneType"]),
+    "logits scalar": (lambda: fastllm.cross_entropy(t(()), C), ValueError, ["cross_entropy", "[N, V, ...]", "[]"]),
+    "no classes": (lambda: fastllm.cross_entropy(t(3, 0), C), ValueError, ["cross_entropy", "V >= 1", "[3, 0]"]),
+    "logits integer": (lambda: fastllm.cross_entropy(X.long(), C), TypeError, ["cross_entropy", "float32", "int64"]),
+    "target size": (lambda: fastllm.cross_entropy(X, C[:2]), ValueError, ["cross_entropy", "target", "[3]", "[2]"]),
+    "target rank": (lambda: fastllm.cross_entropy(X, C[None]), ValueError, ["cross_entropy", "[3]", "[1, 3]"]),
+    "target int32": (lambda: fastllm.cross_entropy(X, C.int()), TypeError, ["cross_entropy", "int64", "int32"]),
+    "target list": (lambda: fastllm.cross_entropy(X, [0, 1, 2]), TypeError, ["cross_entropy", "target", "list"]),
+    "target device": (lambda: fastllm.cross_entropy(X, C.to("meta")), ValueError, ["cross_entropy", "cpu", "meta"]),
+    "target too large": (lambda: fastllm.cross_entropy(X, C + 8), RuntimeError, ["target 8 of row 0", "8 classes"]),
+    "target negative": (lambda: fastllm.cross_entropy(X, C - 1), RuntimeError, ["target -1 of row 0", "ignore_index"]),
+    "probabilities shape": (lambda: fastllm.cross_entropy(X, W), ValueError, ["cross_entropy", "[3, 8]", "[8]"]),
+    "class weight": (lambda: fastllm.cross_entropy(X, C, t(7)), ValueError, ["cross_entropy", "weight", "[8]", "[7]"]),
+    "class weight trained": (
+        lambda: fastllm.cross_entropy(X, C, t(8, requires_grad=True)),
+        ValueError,
+        ["cross_entropy", "weight", "constant"],
+    ),
+    "reduction": (lambda: fastllm.cross_entropy(X, C, reduction="avg"), ValueError, ["none, mean, sum", "'avg'"]),
+    "smoothing": (lambda: fastllm.cross_entropy(X, C, label_smoothing=1.5), ValueError, ["label_smoothing", "1.5"]),
+    "logit softcap": (lambda: fastllm.cross_entropy(X, C, softcap=-1.0), ValueError, ["softcap", "-1.0"]),
+    "z_loss": (lambda: fastllm.cross_entropy(X, C, z_loss=float("nan")), ValueError, ["z_loss", "nan"]),
     "backend name": (lambda: fastllm.backend("cudnn").__enter__(), ValueError, ["backend", "reference", "cudnn"]),
 }
 
@@ -143,9 +164,10 @@ HUGE = 2**50  # no machine can allocate the answer; the input is one number seen
         lambda x: fastllm.layer_norm(x.expand(HUGE, 8)),
         lambda x: fastllm.rms_norm(x.expand(HUGE, 8)),
         lambda x: fastllm.softmax(x.expand(HUGE, 8)),
+        lambda x: fastllm.cross_entropy(x.expand(HUGE, 8), torch.zeros(1, dtype=torch.int64).expand(HUGE)),
         lambda x: fastllm.attention(*[x.expand(1, 1, HUGE, 8)] * 3, causal=True),
     ],
-    ids=["layer_norm", "rms_norm", "softmax", "attention"],
+    ids=["layer_norm", "rms_norm", "softmax", "cross_entropy", "attention"],
 )
 def test_huge_input_raises(call):
     with pytest.raises((RuntimeError, MemoryError), match="(?i)memory|alloc|overflow|too (big|large)|API call failed"):

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OPS = {"dispatch", "explain", "ops", "reference"}
 MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "linear", "rms_norm", "softmax", "log_softmax"}
+MODELS |= {"cross_entropy", "linear_cross_entropy"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "hf", "info", "kernels", "llm", "text", "verify", "__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too

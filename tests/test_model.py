@@ -144,6 +144,26 @@ def test_generation_stops_and_keeps_the_mode():
     assert model.training
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+@pytest.mark.parametrize("large", [1, 10**9], ids=["fused", "not fused"])
+def test_targets_give_the_loss_of_the_logits(monkeypatch, kind, large):
+    monkeypatch.setattr(fastllm.model, "LARGE_VOCAB", large)
+    tokens, others = data(kind)
+    targets = torch.randint(41, (2, 10))
+    targets[1, 6:] = -100
+    exact, models = make(False, kind=kind).double(), [make(accelerated, kind=kind) for accelerated in (True, False)]
+    expected = F.cross_entropy(exact(tokens, **others).flatten(0, 1), targets.flatten())
+    losses = [model(tokens, **others, targets=targets) for model in models]
+    assert_as_accurate(*losses, expected)
+    ops = [call.op for call in fastllm.explain(models[0], tokens, **others, targets=targets).calls]
+    assert ("linear_cross_entropy" in ops) == (large == 1) and "cross_entropy" in ops[-1]
+    truth = torch.autograd.grad(expected, exact.head.weight)[0]
+    gradients = [torch.autograd.grad(loss, model.head.weight)[0] for loss, model in zip(losses, models, strict=True)]
+    assert_as_accurate(*(g.bfloat16() for g in gradients), truth)
+    with pytest.raises(ValueError, match="takes no targets"):
+        make(kind="encoder")(tokens, targets=targets)
+
+
 def test_overfits_a_tiny_batch():
     model = make(positions="rotary")
     tokens = torch.randint(41, (2, 12))

@@ -89,6 +89,67 @@ def test_norm_names_the_shape_it_wants():
             fnn.LayerNorm((3, 7))(x)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(weight=torch.rand(9)),
+        dict(ignore_index=2, reduction="sum"),
+        dict(reduction="none", label_smoothing=0.1),
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_cross_entropy_is_torchs(options):
+    ours, theirs = fnn.CrossEntropyLoss(**options), torch.nn.CrossEntropyLoss(**options)
+    assert isinstance(ours, torch.nn.CrossEntropyLoss) and repr(ours) == repr(theirs).replace("torch", "fastllm")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    target = torch.randint(9, (12,))
+    exact = torch.nn.CrossEntropyLoss(**{k: v.double() if k == "weight" else v for k, v in options.items()})
+    grad = torch.randn(12 if options.get("reduction") == "none" else ())
+    inputs = [torch.randn(12, 9)]
+    compare(
+        lambda x: ours(x, target),
+        lambda x: theirs(x, target),
+        lambda x: exact(x, target),
+        inputs,
+        [grad],
+        torch.float32,
+    )
+
+
+def test_cross_entropy_hands_its_own_options_on():
+    x, target = torch.randn(5, 9), torch.randint(9, (5,))
+    options = dict(softcap=2.0, z_loss=0.1, return_token_accuracy=True)
+    for a, b in zip(
+        fnn.CrossEntropyLoss(**options)(x, target), fastllm.cross_entropy(x, target, **options), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch has the class from 2.13 on")
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(bias=True), dict(weight=torch.rand(9), ignore_index=2), dict(reduction="none", label_smoothing=0.1)],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_linear_cross_entropy_is_torchs(options):
+    ours, theirs = fnn.LinearCrossEntropyLoss(6, 9, **options), torch.nn.LinearCrossEntropyLoss(6, 9, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    names = [name for name in theirs.state_dict() if name != "weight"]
+    target = torch.randint(9, (12,))
+
+    def with_module(module):
+        def call(x, *given):
+            classes = {} if module.weight is None else {"weight": options["weight"].to(x.dtype)}
+            return torch.func.functional_call(module, dict(zip(names, given, strict=True)) | classes, (x, target))
+
+        return call
+
+    grad = torch.randn(12 if options.get("reduction") == "none" else ())
+    inputs = [torch.randn(12, 6), *(theirs.state_dict()[name] for name in names)]
+    compare(with_module(ours), with_module(theirs), with_module(theirs), inputs, [grad], torch.float32)
+
+
 class TorchAttention(fnn.Attention):
     """The same block around torch's kernel."""
 

@@ -141,12 +141,26 @@ def softmax_calls(torch, softmax):
             softmax.softmax_bwd(x, x, 1.0, True)
 
 
+def cross_entropy_calls(torch, cross_entropy):
+    for V in (64, 1024, 4096, 32768, 262144):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.empty(128, V, dtype=dtype, device="meta")
+            target = torch.empty(128, dtype=torch.int64, device="meta")
+            lse, total = (torch.empty(n, dtype=torch.float64, device="meta") for n in (128, 2))
+            weight, dloss = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in (V, ()))
+            for given, *numbers in ((None, 0.0, 0.0, 0.0), (weight, 0.1, 30.0, 1e-4)):
+                cross_entropy.cross_entropy_fwd(x, target, given, -100, 1, *numbers, given is not None)
+                cross_entropy.cross_entropy_bwd(dloss, x, target, given, lse, -100, 1, *numbers)
+                cross_entropy.cross_entropy_rows(x, target, given, total, dloss, -100, *numbers, False)
+
+
 CALLS = {
     "attention": attention_calls,
     "varlen": varlen_calls,
     "kvcache": kvcache_calls,
     "norm": norm_calls,
     "softmax": softmax_calls,
+    "cross_entropy": cross_entropy_calls,
 }
 
 

@@ -23,6 +23,15 @@ Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log);
 Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
                                               bool needs_dbias);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, MaybeTensor weight, int64_t ignore_index,
+                                                     int64_t reduction, double label_smoothing, double softcap,
+                                                     double z_loss, bool accuracy);
+Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse, int64_t ignore_index,
+                         int64_t reduction, double label_smoothing, double softcap, double z_loss);
+Tensor cross_entropy_total(Tensor target, MaybeTensor weight, int64_t classes, int64_t ignore_index);
+std::tuple<Tensor, Tensor> cross_entropy_rows(Tensor x, Tensor target, MaybeTensor weight, MaybeTensor total,
+                                              MaybeTensor dloss, int64_t ignore_index, double label_smoothing,
+                                              double softcap, double z_loss, bool accuracy);
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor bias,
                                          MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,

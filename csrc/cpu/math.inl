@@ -22,6 +22,26 @@ inline Vec exp_fma(Vec a, Vec b, Vec c, Vec low) {
 inline VecD exp_fma(VecD a, VecD b, VecD c, VecD low) { return exp(fma(a, b, c) - low); }
 inline Vec exp(Vec x) { return exp_fma(x, Vec::set(1.0f), Vec::set(0.0f), Vec::set(0.0f)); }
 
+// e^x for sums of which the largest term is 1: at least 2^-126, which is as good as 0 there, and without the digits of
+// x log2(e) that only a small term would need.
+inline Vec exp_normal(Vec x) {
+  // e^x = 2^n 2^r with n = round(x log2(e)): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
+  // sum. The polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0. max keeps a NaN that is its second argument.
+  const Vec lowest = Vec::set(-87.33654f), magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
+  const Vec clamped = max(lowest, x);
+  const Vec shifted = fma(clamped, log2e, magic), n = shifted - magic;
+  const Vec r = fma(clamped, log2e, Vec::set(0.0f) - n);
+  Vec p = Vec::set(1.545316336e-04f);
+  p = fma(p, r, Vec::set(1.339086331e-03f));
+  p = fma(p, r, Vec::set(9.618083015e-03f));
+  p = fma(p, r, Vec::set(5.550356954e-02f));
+  p = fma(p, r, Vec::set(2.402265072e-01f));
+  p = fma(p, r, Vec::set(6.931471825e-01f));
+  p = fma(p, r, Vec::set(1.0f));
+  return scale_by_power_of_two(p, shifted);
+}
+inline VecD exp_normal(VecD x) { return exp(x); }
+
 inline Vec tanh(Vec x) {
   // Near 0 an odd polynomial (Cephes, 2 ulp below 0.625); elsewhere 1 - 2 / (e^2|x| + 1), which would cancel there.
   const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), y = max(zero - x, x), z = x * x;
@@ -70,4 +90,17 @@ inline typename V::T sum_over(int64_t D, F f) {
   for (; i + V::L <= D; i += V::L) s[0] = f(s[0], i, V::L);
   if (i < D) s[1] = f(s[1], i, D - i);
   return sum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+// The largest of f(i, n) over a row. A NaN may be lost: sums over the same row keep it.
+template <class V, class F>
+inline typename V::T max_over(int64_t D, F f) {
+  const V lowest = V::set(-INFINITY);
+  V m[4] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + 4 * V::L <= D; i += 4 * V::L)
+    UNROLLED for (int u = 0; u < 4; ++u) m[u] = max(m[u], f(i + u * V::L, int64_t(V::L)));
+  for (; i + V::L <= D; i += V::L) m[0] = max(m[0], f(i, int64_t(V::L)));
+  if (i < D) m[1] = max(m[1], select_lt(V::iota(), V::set(typename V::T(D - i)), f(i, D - i), lowest));
+  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
 }

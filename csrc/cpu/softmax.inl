@@ -33,19 +33,9 @@ typename V::T masked_scores(const Softmax& a, SoftmaxRow row, typename V::T* s) 
 // Without a mask the scores need no memory: they are made from x again.
 template <class V, class S>
 typename V::T largest_score(const Softmax& a, SoftmaxRow row) {
-  using T = typename V::T;
   const S* x = (const S*)a.x + row.begin;
-  const V scale = V::set(T(a.scale)), lowest = V::set(-INFINITY);
-  V m[4] = {lowest, lowest, lowest, lowest};
-  int64_t i = 0;
-  for (; i + 4 * V::L <= row.visible; i += 4 * V::L)
-    UNROLLED for (int u = 0; u < 4; ++u) m[u] = max(m[u], V::load(x + i + u * V::L) * scale);
-  for (; i < row.visible; i += V::L) {
-    const int64_t n = row.visible - i < V::L ? row.visible - i : V::L;
-    const V v = load<V>(x + i, n) * scale;
-    m[0] = max(m[0], n < V::L ? select_lt(V::iota(), V::set(T(n)), v, lowest) : v);
-  }
-  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
+  const V scale = V::set(typename V::T(a.scale));
+  return max_over<V>(row.visible, [&](int64_t i, int64_t n) { return load<V>(x + i, n) * scale; });
 }
 
 template <class V, class S, bool kMasked>

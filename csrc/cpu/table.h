@@ -36,6 +36,20 @@ struct Softmax {
   void* dx;
 };
 
+struct CrossEntropy {
+  int64_t V, ignore_index;
+  double label_smoothing, softcap, z_loss;
+  const void* x;          // logits [N, V]
+  const int64_t* target;  // [N]: ignore_index, or in [0, V)
+  const void* weight;     // [V] in the compute type, or null
+  double weight_sum;      // of weight; V without one
+  double *loss, *lse;     // [N]; both are double because losses are summed, and because a rounding of the log-sum-exp
+                          // would be the largest error of the gradient
+  uint8_t* right;         // [N]: whether the target has the largest logit; may be null
+  const double* dloss;    // backward: [N]
+  void* dx;               // [N, V]; may be x
+};
+
 struct Heads {  // a [B, H, T, D] tensor of the storage type, any strides (in elements)
   void* data;
   int64_t b, h, t, d;
@@ -128,6 +142,11 @@ struct SoftmaxKernels {
   void (*bwd[kTypes])(const Softmax&, int64_t begin, int64_t end);
 };
 
+struct CrossEntropyKernels {
+  void (*fwd[kTypes])(const CrossEntropy&, int64_t begin, int64_t end);
+  void (*bwd[kTypes])(const CrossEntropy&, int64_t begin, int64_t end);
+};
+
 struct AttentionKernels {
   int64_t (*items[kTypes])(const Attention&);
   int64_t (*bytes[kTypes])(const Attention&);
@@ -169,6 +188,7 @@ struct LinearKernels {  // there is none for 16-bit types
 #define FASTLLM_OPS(X, isa)                           \
   X(norm, NormKernels, isa)                           \
   X(softmax, SoftmaxKernels, isa)                     \
+  X(cross_entropy, CrossEntropyKernels, isa)          \
   X(attention, AttentionKernels, isa)                 \
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from fastllm.llm.data import SPLITS, atomic
 from fastllm.llm.tokens import Bytes, windows
@@ -45,8 +44,7 @@ class Task:
 
 
 def loss_of(model, batch):
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    return model(batch[:, :-1], targets=batch[:, 1:])
 
 
 def tokens_in(batch):

@@ -33,6 +33,15 @@ def no_fp64(x):
     return lambda backend: "float64: the GPU kernels compute in fp32" if backend in ("triton", "cuda") else None
 
 
+def autocast(*tensors):
+    """What autocast does for torch's own products: low precision, but for fp64; None stays None."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
+
+
 def as_4d(x: torch.Tensor) -> torch.Tensor:
     """A view of `x` with leading dimensions of size 1."""
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x

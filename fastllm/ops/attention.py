@@ -6,7 +6,16 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, gradients_through, no_fp64, wants_gradient
+from fastllm.ops._common import (
+    FLOATS,
+    as_4d,
+    autocast,
+    check_broadcast,
+    check_tensor,
+    gradients_through,
+    no_fp64,
+    wants_gradient,
+)
 
 
 def _heads_like(x, D):
@@ -135,7 +144,7 @@ def attention(
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
     if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     _check(q, k, v)
     (B, H, T, _), S = q.shape, k.shape[2]
     options = check_options("attention", q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
@@ -161,15 +170,6 @@ def attention(
     if not return_lse:
         return o
     return o, lse if q.dtype == torch.float64 else lse.float()
-
-
-def _autocast(*tensors):
-    """What autocast does for torch's own attention: low precision, but for fp64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    low = torch.get_autocast_dtype(device)
-    return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _kernels_lack(q, v, dropout_p):
