@@ -199,8 +199,8 @@ def _kvcache_merge(parts, part_lse_ptr, o, lse_ptr, N, H, T, RANGES, D_V: tl.con
 
 
 # By GPU name ("any" for the others): head size -> BLOCK_N, num_warps, num_stages, for 16 rows of queries in 16 bits.
-# 2026-11-24, not measured: a decode step is bound by reading keys and values, so three to four blocks of each are in
-# flight; warps as many as the tile of keys divides among without spilling. fp32 and more rows take half the block.
+# 2026-11-24, not measured: a decode step is bound by reading keys and values, so that the blocks are as large as three
+# of each in shared memory let two programs share a multiprocessor. fp32 and more rows take half the block.
 LAUNCHES = {"any": {32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}}
 
 

@@ -96,7 +96,7 @@ def varlen_calls(torch, varlen):
 
 
 def kvcache_calls(torch, kvcache):
-    """Decoding with 8 queries a key head and prefilling, with pages of 16 and with one block of memory a sequence."""
+    """Decoding one and a few positions with 8 heads a key head, and prefilling; pages of 16, and whole caches."""
 
     def meta(*shape, dtype="bfloat16"):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -110,7 +110,7 @@ def kvcache_calls(torch, kvcache):
         )
         pages, whole = meta(2048, Hkv, 16, D, dtype=dtype), meta(B, Hkv, 8192, D, dtype=dtype)
         mask, bias, heads = meta(B, 1, 1, 8192, dtype="bool"), meta(1, H, 1, 8192), meta(H, dtype="float32")
-        for T, cache, table_or_none in ((1, pages, table), (1, whole, None), (64, pages, table)):
+        for T, cache, table_or_none in ((1, pages, table), (1, whole, None), (4, whole, None), (64, pages, table)):
             q, new = meta(B, H, T, D, dtype=dtype), meta(B, Hkv, T, D, dtype=dtype)
             rest = lengths, table_or_none, angles, angles, False
             plain = None, None, None, None, 0.1, 0.0, None, -1, 0
