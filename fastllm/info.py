@@ -198,7 +198,7 @@ def _options(dtype):
         },
         fastllm.cross_entropy: {
             "ignore_index, reduction, any layout": ((x, classes), {"reduction": "none"}),
-            "weight": ((x, classes, w), {}),
+            "weight": ((x, classes, torch.ones_like(w)), {}),
             "label_smoothing": ((x, classes), {"label_smoothing": 0.1}),
             "softcap": ((x, classes), {"softcap": 30.0}),
             "z_loss": ((x, classes), {"z_loss": 1e-4}),

@@ -14,6 +14,7 @@ from check import compare
 
 import fastllm
 from fastllm import dispatch, info, reference
+from fastllm.ops import attention, cross_entropy, norm, softmax
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 
@@ -66,8 +67,17 @@ def test_rows_that_do_not_start_at_a_multiple_of_16_bytes(arch):
 
 @needs_compiler
 def test_the_long_rows_of_a_vocabulary(arch):
-    """The longest that has to work. On sm_90 eight blocks share it, on sm_80 one walks over it."""
-    x = torch.randn(1, 262144).bfloat16()
+    """The longest that has to work. On sm_90 eight blocks share a row of softmax, on sm_80 one walks over it."""
+    x, target = torch.randn(1, 262144).bfloat16(), torch.tensor([123456])
+    options = dict(label_smoothing=0.1, reduction="none")
+    compare(
+        lambda x: fastllm.cross_entropy(x, target, **options),
+        lambda x: F.cross_entropy(x, target, **options),
+        lambda x: reference.cross_entropy(x, target, **options),
+        [x],
+        [torch.randn(1)],
+        x.dtype,
+    )
     compare(fastllm.softmax, lambda x: x.softmax(-1), lambda x: x.softmax(-1), [x], [torch.randn(x.shape)], x.dtype)
 
 
@@ -88,6 +98,33 @@ def test_attention_over_several_tiles(gpu, D, options):
             test_attention.check(shape, torch.float16, device, lse=True, **options)
     finally:
         next(emulated, None)
+
+
+@needs_compiler
+def test_opcheck(arch):
+    """Schemas, fake kernels and what the kernels return agree, strides too."""
+    check = torch.library.opcheck
+    x, dy, w = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
+    _, _, mean, rstd = norm.layer_norm_fwd.cuda(x, w, w, None, 1e-5)
+    check(norm.layer_norm_fwd.cuda, (x, w, w, dy, 1e-5))
+    check(norm.layer_norm_bwd.cuda, (dy, None, x, w, mean, rstd, True))
+    check(norm.rms_norm_fwd.cuda, (x, None, None, 1e-5, 1.0))
+    check(norm.rms_norm_bwd.cuda, (dy, dy, x, w, rstd, 1.0))
+    rows, mask = torch.randn(2, 3, 4, 5), torch.rand(1, 1, 4, 5) > 0.5
+    check(softmax.softmax_fwd.cuda, (rows, mask, 0.5, True, False))
+    check(softmax.softmax_bwd.cuda, (rows, rows.softmax(-1), 0.5, False))
+    logits, target = torch.randn(4, 7), torch.tensor([0, 3, -100, 6])
+    for reduction, accuracy in ((0, True), (1, False)):
+        loss, lse, _ = cross_entropy.cross_entropy_fwd.cuda(logits, target, None, -100, reduction, 0.0, 0.0, 0.0, True)
+        check(cross_entropy.cross_entropy_fwd.cuda, (logits, target, None, -100, reduction, 0.1, 2.0, 0.1, accuracy))
+        check(cross_entropy.cross_entropy_bwd.cuda, (loss, logits, target, None, lse, -100, reduction, 0.1, 2.0, 0.1))
+    q, do = (torch.randn(2, 5, 4, 8).bfloat16().transpose(1, 2) for _ in range(2))  # heads inside positions
+    k, bias, sink = torch.randn(2, 2, 6, 8).bfloat16(), torch.randn(1, 4, 5, 6), torch.randn(4)
+    options = (None, bias, None, sink, None, 0.3, 0.0, 1, -1, 0, 0.0)
+    check(attention.attention_fwd.cuda, (q, k, k, *options))
+    o, lse = attention.attention_fwd.cuda(q, k, k, *options)
+    for bias_grad in (True, False):
+        check(attention.attention_bwd.cuda, (do, lse, q, k, k, o, lse, *options, bias_grad))
 
 
 EMULATED = """

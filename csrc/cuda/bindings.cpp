@@ -221,6 +221,78 @@ Tensor softmax_backward(Tensor dy, Tensor y, double scale, bool log) {
   return dx;
 }
 
+MaybeTensor at_most_float(const MaybeTensor& x) {
+  return x && x->scalar_type() == ScalarType::Double ? MaybeTensor(torch::stable::to(*x, ScalarType::Float)) : x;
+}
+
+constexpr int64_t kNone = 0, kMean = 1;  // of the reductions; 2 is the sum
+
+// A call of cross-entropy in the kernels' terms, and the tensors that it needed.
+struct LossCall {
+  CrossEntropy a{};
+  MaybeTensor weight;
+  Tensor total;
+
+  LossCall(const char* op, const Tensor& x, const Tensor& target, const MaybeTensor& weight_in, int64_t ignore_index,
+           int64_t reduction, double label_smoothing, double softcap, double z_loss)
+      : total(empty(x, {3}, ScalarType::Double)) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.is_contiguous(), op, ": x must be contiguous [N, V]");
+    a.N = x.size(0), a.V = x.size(1);
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.numel() == a.N, op,
+                    ": target must be contiguous int64 [N]");
+    weight = contiguous_vector(at_most_float(weight_in), a.V, op, "weight");
+    a.x = x.data_ptr(), a.target = (const int64_t*)target.data_ptr();
+    a.weight = vector(weight, op);
+    a.ignore_index = ignore_index;
+    a.label_smoothing = float(label_smoothing), a.softcap = float(softcap), a.z_loss = float(z_loss);
+    a.mean = reduction == kMean;
+    if (a.mean || (weight && label_smoothing > 0)) a.total = (double*)total.data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor x, Tensor target, MaybeTensor weight,
+                                                         int64_t ignore_index, int64_t reduction,
+                                                         double label_smoothing, double softcap, double z_loss,
+                                                         bool accuracy) {
+  const char* op = "cross_entropy_fwd";
+  LossCall call(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss);
+  CrossEntropy& a = call.a;
+  const bool reduced = reduction != kNone;
+  const Tensor loss = empty(x, reduced ? std::vector<int64_t>{} : std::vector<int64_t>{a.N}, ScalarType::Float);
+  const Tensor row_loss = empty(x, {reduced ? a.N : 0}, ScalarType::Double), lse = empty(x, {a.N}, ScalarType::Double);
+  const Tensor right = empty(x, {accuracy ? a.N : 0}, ScalarType::Bool);
+  a.loss = (float*)loss.data_ptr();
+  a.row_loss = reduced ? (double*)row_loss.data_ptr() : nullptr;
+  a.lse = (double*)lse.data_ptr();
+  a.right = accuracy ? (bool*)right.data_ptr() : nullptr;
+  if (a.N || reduced) {
+    const OnDeviceOf device(x);
+    check(cross_entropy_fwd(type_of(x, op), a, reduced, device.stream()), op);
+  }
+  return {loss, lse, right};
+}
+
+Tensor cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing, double softcap,
+                              double z_loss) {
+  const char* op = "cross_entropy_bwd";
+  LossCall call(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss);
+  CrossEntropy& a = call.a;
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.N && lse.scalar_type() == ScalarType::Double, op,
+                  ": lse must be contiguous float64 [N]");
+  a.dloss_per_row = reduction == kNone;
+  const MaybeTensor grad = contiguous_vector(at_most_float(dloss), a.dloss_per_row ? a.N : 1, op, "dloss");
+  a.dloss = vector(grad, op);
+  a.lse = (double*)lse.data_ptr();
+  const Tensor dx = empty(x, {a.N, a.V}, x.scalar_type());
+  a.dx = dx.data_ptr();
+  if (a.N) {
+    const OnDeviceOf device(x);
+    check(cross_entropy_bwd(type_of(x, op), a, device.stream()), op);
+  }
+  return dx;
+}
+
 // A tensor as attention's kernels read it: itself, or a copy where its rows are not contiguous, aligned and filled up.
 Tensor readable(const Tensor& x, Type type, const char* op, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4 && type_of(x, op) == type, op, ": ", name, " must be 4-D, with the dtype of q");
@@ -242,10 +314,6 @@ Tensor new_heads(const Tensor& like, int64_t D) {
   if (like.stride(1) < like.stride(2))
     return torch::stable::transpose(empty(like, {B, T, H, D}, like.scalar_type()), 1, 2);
   return empty(like, {B, H, T, D}, like.scalar_type());
-}
-
-MaybeTensor at_most_float(const MaybeTensor& x) {
-  return x && x->scalar_type() == ScalarType::Double ? MaybeTensor(torch::stable::to(*x, ScalarType::Float)) : x;
 }
 
 // What the schemas call the options, in their order.
@@ -401,6 +469,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm_cuda, FASTLLM_CUDA_DEVICE, m) {
   m.impl("rms_norm_bwd", TORCH_BOX(&fastllm::cuda::rms_norm_bwd));
   m.impl("softmax_fwd", TORCH_BOX(&fastllm::cuda::softmax_forward));
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cuda::softmax_backward));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&fastllm::cuda::cross_entropy_forward));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cuda::cross_entropy_backward));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cuda::attention_forward));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cuda::attention_backward));
 }

@@ -49,6 +49,27 @@ struct Softmax {
 Error softmax_fwd(Type type, const Softmax& a, Stream stream);
 Error softmax_bwd(Type type, const Softmax& a, Stream stream);
 
+struct CrossEntropy {
+  int64_t N, V;  // x is [N, V], contiguous
+  const void* x;
+  const int64_t* target;  // [N]
+  Vector weight;          // [V]
+  int64_t ignore_index;
+  float label_smoothing, softcap, z_loss;
+  bool mean;
+  double* total;  // [3], written first: sum of the weights and number of the rows kept, sum of all weights. Needed for
+                  // the mean and for smoothed targets with weights
+  double* row_loss;  // [N] where the loss is reduced
+  float* loss;       // [1] where it is reduced, else [N]
+  double* lse;       // [N]
+  bool* right;       // [N], whether the target has the largest logit; may be null
+  Vector dloss;      // backward: [1], or [N]
+  bool dloss_per_row;
+  void* dx;
+};
+Error cross_entropy_fwd(Type type, const CrossEntropy& a, bool reduced, Stream stream);
+Error cross_entropy_bwd(Type type, const CrossEntropy& a, Stream stream);
+
 // A [B, H, T, D] tensor of 16-bit numbers, strides in elements. A row is contiguous; in what is read it starts at a
 // multiple of 16 bytes and is filled up with zeros to one.
 struct Heads {

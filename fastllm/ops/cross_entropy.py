@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, check_tensor, gradients_through, wants_gradient
+from fastllm.ops._common import FLOATS, check_tensor, gradients_through, no_fp64, wants_gradient
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -147,9 +147,7 @@ def lacks(x, probabilities):
     """`unsupported` for dispatch.choose."""
     if probabilities:
         return lambda backend: "target: there is no kernel for probabilities"
-    if x.dtype == torch.float64:
-        return lambda backend: "float64: the Triton kernels compute in fp32" if backend == "triton" else None
-    return None
+    return no_fp64(x)
 
 
 def check_loss(op, x, wanted, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss, classes=None):
