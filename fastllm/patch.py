@@ -23,9 +23,10 @@ def accelerate(
 
     model: any Hugging Face or PyTorch model. The keywords choose what is accelerated. Only this model's modules change:
     its parameters, state dict, dtype, device, hooks and what copies and pickles hold stay as they are. Calling it again
-    decides anew. Two threads may run the model meanwhile: each module changes in one step, and both ways are right.
-    strict=True raises RuntimeError, with the model as it was, where something of the chosen kinds is left alone.
-    Raises TypeError where model is not a torch.nn.Module.
+    decides anew. In training, the loss of a causal language model leaves the logits out, unless the model is called
+    with skip_logits=False, as Liger has it; evaluation has them. Two threads may run the model meanwhile: each module
+    changes in one step, and both ways are right. strict=True raises RuntimeError, with the model as it was, where
+    something of the chosen kinds is left alone. Raises TypeError where model is not a torch.nn.Module.
 
     >>> print(fastllm.accelerate(model))
     """

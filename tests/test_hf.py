@@ -344,7 +344,7 @@ def test_gradient_checkpointing(family, reentrant):
                 setattr(module, name, 0.0)
     expected = run(model, batch)
     model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
-    report = fastllm.accelerate(model)
+    report = fastllm.accelerate(model, loss=False)
     assert_same(run(model, batch), expected)
     layers = [row for row in report.accelerated if row.kind == "attention"]
     assert all(row.calls == 2 for row in layers), "each layer runs again in the backward pass"
@@ -376,8 +376,9 @@ def test_compile_fullgraph(family):
     model.loss_type = model.loss_type or "ForCausalLM"  # where there is none, transformers logs it, which is no graph
     expected = run(model, batch)
     fastllm.accelerate(model)
-    norm = "rms_norm" if family == "llama" else "layer_norm"
-    assert ops_in_graph(model, batch) == {f"fastllm.{op}_{way}" for op in ("attention", norm) for way in ("fwd", "bwd")}
+    used = {"attention", "rms_norm" if family == "llama" else "layer_norm"}
+    used |= {"cross_entropy"} if family != "bert" else set()  # whose class has a loss of its own
+    assert ops_in_graph(model, batch) == {f"fastllm.{op}_{way}" for op in used for way in ("fwd", "bwd")}
     torch._dynamo.reset()
     logits, loss, gradients = run(torch.compile(model, fullgraph=True), batch)
     assert_same((logits, loss, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}), expected)
@@ -396,6 +397,85 @@ def ops_in_graph(model, batch):
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True)(**batch)
     return {name for name in found if name.startswith("fastllm.") and "linear" not in name}
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_head_and_loss_are_one_in_training(family):
+    """Loss and gradients as without; logits only in eval() and where they are asked for. gemma2 changes its logits."""
+    model, batch = without_dropout(make(family)).train(), inputs(family)
+    expected = run(model, batch)
+    changed = family == "gemma2"
+    with fastllm.accelerated(model, linear=False) as report:
+        model.zero_grad()
+        told = fastllm.explain(lambda: model(**batch))
+        fused = {"linear_cross_entropy"} if not changed else {"cross_entropy"}
+        assert {call.op for call in told.calls if "entropy" in call.op} == fused
+        assert ("logits" in told.result) == changed
+        told.result.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert_same((expected[0], told.result.loss.detach(), gradients), expected)
+        assert_same(run(model, batch | dict(skip_logits=False)), expected)
+        (row,) = [row for row in report.rows if row.kind == "loss"]
+        assert row.calls and row.runs.startswith("cross_entropy" if changed else "linear_cross_entropy")
+        assert "logits" in model.eval()(**batch) and "logits" in model.train()(batch["input_ids"])
+        with torch.no_grad():
+            assert "logits" in model(**batch)
+        assert isinstance(model(**batch, return_dict=False)[1], torch.Tensor)
+    assert "logits" in model(**batch)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        for name in ("p", "attention_dropout", "dropout", "dropout_prob", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_of_a_part_of_a_batch(training):
+    """num_items_in_batch is the divisor, as Trainer gives it for accumulated gradients; labels may come shifted."""
+    model, batch = without_dropout(make("llama")).train(training), inputs("llama")
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    for extra in (dict(num_items_in_batch=torch.tensor(7)), dict(num_items_in_batch=7), dict(shift_labels=shifted)):
+        expected = model(**batch, **extra).loss
+        with fastllm.accelerated(model):
+            torch.testing.assert_close(model(**batch, **extra).loss, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_of_a_bf16_model_is_fp32(training):
+    """As transformers computes it, from logits that it copies to fp32."""
+    model, batch = without_dropout(make("llama")).train(training), inputs("llama")
+    exact = model(**batch).loss
+    expected = model.bfloat16()(**batch).loss
+    with fastllm.accelerated(model):
+        got = model(**batch).loss
+    assert got.dtype == expected.dtype == torch.float32
+    assert_as_accurate(got.bfloat16(), expected.bfloat16(), exact.double())
+
+
+def test_a_loss_of_the_users_own_stays():
+    model, tokens = make("llama").train(), inputs("llama")["input_ids"]
+    model.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    expected = model(tokens, labels=tokens).loss
+    with fastllm.accelerated(model):
+        torch.testing.assert_close(model(tokens, labels=tokens).loss, expected)
+    model = make("llama").train()
+    with fastllm.accelerated(model):
+        model.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+        torch.testing.assert_close(model(tokens, labels=tokens).loss, expected)
+
+
+def test_a_hook_on_the_head_sees_logits():
+    model, batch, seen = make("llama").train(), inputs("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
+    with fastllm.accelerated(model):
+        assert "logits" in model(**batch)
+    assert seen == [V]
 
 
 # --- one instance, and back ---
