@@ -45,6 +45,7 @@ OPS = [
     "attention_decode",
     "weight_only",
     "linear",
+    "generation",
 ]
 
 

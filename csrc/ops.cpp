@@ -6,6 +6,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/dispatch.h"
+#include "cpu/generation.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&fastllm::cpu::layer_norm_fwd));
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("available", &fastllm::available, "Instruction sets that this build has and this CPU runs, narrowest first.");
   m.def("select", &fastllm::select, "Use one of available(); '' for the widest. Raises ValueError for another name.");
   m.def("selected", &fastllm::selected, "The instruction set in use.");
+  fastllm::cpu::bind_generation(m);
 }

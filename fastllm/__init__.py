@@ -13,6 +13,7 @@ from fastllm.compat import (
 )
 from fastllm.dispatch import backend
 from fastllm.explain import explain
+from fastllm.generation import generate
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
@@ -42,6 +43,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "generate",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -69,7 +69,7 @@ def test_the_readme_fills_in_numbers_from_the_report():
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=["accelerate", "functions", "modules"])
+@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=["accelerate", "functions", "generation", "modules"])
 def test_the_examples_of_the_readme_run(code):
     exec(compile(code, "README.md", "exec"), {})
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = {"dispatch", "explain", "ops", "reference"}
 MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "linear", "rms_norm", "softmax", "log_softmax"}
 MODELS |= {"cross_entropy", "linear_cross_entropy"}
-TOP = MODELS | {"accelerate", "bench", "cli", "compat", "hf", "info", "kernels", "llm", "text", "verify", "__version__"}
+TOP = MODELS | {"accelerate", "bench", "cli", "compat", "generation", "hf", "info", "kernels", "llm", "text", "verify"}
+TOP |= {"__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
@@ -26,9 +27,11 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/patch.py": {"hf", "matchers", "swap"},
     "fastllm/hf.py": OPS | {"hf_loss", "patch", "swap"},
     "fastllm/hf_loss.py": OPS | {"matchers", "swap"},
+    "fastllm/decoder.py": OPS,
+    "fastllm/generation.py": OPS | {"decoder"},
     "fastllm/model.py": MODELS,
     "fastllm/hub.py": OPS,
-    "fastllm/__init__.py": {"compat", "dispatch", "explain", "nn", "ops", "patch"},
+    "fastllm/__init__.py": {"compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},
     "fastllm/__main__.py": {"cli"},
     "fastllm/cli.py": {"bench", "info", "llm", "verify"},
     "fastllm/info.py": TOP,

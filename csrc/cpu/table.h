@@ -128,6 +128,8 @@ struct Gemm {  // c = a b + bias, or c += a b + bias, in float or double
   const void* bias;  // [N], added to every row of the result; may be null
 };
 
+enum Activation { kRelu, kGelu, kGeluTanh, kSilu };
+
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
 
 struct NormKernels {
@@ -183,6 +185,12 @@ struct LinearKernels {  // there is none for 16-bit types
   void (*gemm[kTypes])(const Gemm&, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, void* workspace);
 };
 
+struct GenerationKernels {  // on fp32, whatever the weights and the cache are
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+  void (*activate)(int kind, float* gate, const float* up, int64_t n);
+  void (*add)(float* x, const float* y, int64_t n);
+};
+
 // Every op: X(op, type of its tables, isa). A new one is a line here, one in setup.py's OPS, and csrc/cpu/<op>.inl.
 // clang-format off
 #define FASTLLM_OPS(X, isa)                           \
@@ -193,7 +201,8 @@ struct LinearKernels {  // there is none for 16-bit types
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \
   X(weight_only, WeightOnlyKernels, isa)              \
-  X(linear, LinearKernels, isa)
+  X(linear, LinearKernels, isa)                       \
+  X(generation, GenerationKernels, isa)
 // clang-format on
 
 // All tables of one instruction set.

@@ -163,7 +163,12 @@ inline void dot_rows(const WeightOnly& a, int64_t n, int64_t m) {
   UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int u = 0; u < kChains; ++u)
       sum_[i][j][u] = V::set(0);
   int64_t k = 0;
-  for (; k + kChains * V::L <= a.K; k += kChains * V::L) UNROLLED for (int u = 0; u < kChains; ++u) {
+  for (; k + kChains * V::L <= a.K; k += kChains * V::L) {
+    // The next rows are asked for while these are read: several streams that end after K numbers are too short to be
+    // seen as such.
+    UNROLLED for (int i = 0; i < R; ++i) for (int64_t b = 0; b < kChains * V::L * int64_t(sizeof(S)); b += 64)
+        PREFETCH_L2((const char*)(w + (i + R) * a.K + k) + b);
+    UNROLLED for (int u = 0; u < kChains; ++u) {
       V left[R];
       UNROLLED for (int i = 0; i < R; ++i) left[i] = V::load(w + i * a.K + k + u * V::L);
       UNROLLED for (int j = 0; j < C; ++j) {
@@ -171,6 +176,7 @@ inline void dot_rows(const WeightOnly& a, int64_t n, int64_t m) {
         UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][u] = fma(left[i], right, sum_[i][j][u]);
       }
     }
+  }
   for (; k < a.K; k += V::L) {
     const int64_t inside = a.K - k < V::L ? a.K - k : V::L;
     UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][0] =

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
 from fastllm.ops._common import check_tensor, wants_gradient
+from fastllm.ops.linear import linear
 
 PANEL = 16  # rows of a packed weight that lie together
 FEW_ROWS = 16  # of x, that the kernel reads every weight once for; more are a matrix product
@@ -221,7 +221,7 @@ def _product(x, weight, bias):
     """A matrix product with rows of the weight in x's dtype, some at a time."""
     bias = None if bias is None else bias.to(x.dtype)
     parts = [
-        F.linear(x, w, None if bias is None else bias[begin:end]) for begin, end, w in _in_chunks(weight, x.detach())
+        linear(x, w, None if bias is None else bias[begin:end]) for begin, end, w in _in_chunks(weight, x.detach())
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
