@@ -54,6 +54,9 @@ def hugging_face_step(model, prompt, compiled):
     token, place = prompt[:, -1:], torch.tensor([[T]])
 
     def call():
+        if compiled:
+            for layer in cache.layers:  # a static cache counts for itself where the next token goes
+                layer.cumulative_length.fill_(T)
         out = step(token, past_key_values=cache, position_ids=place, cache_position=place[0], use_cache=True)
         if not compiled:
             cache.crop(-1)
