@@ -70,6 +70,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     }
   }
 
+  // How many words along d are summed at a time. A long chain of additions has larger errors than the few sums that
+  // PyTorch's product of a matrix and a vector adds up; where queries are few, and time is not spent here, it is cut.
+  static int64_t piece(const Attention& a, int64_t words) { return a.T <= V::L && words > 16 ? 16 : words; }
+
   static void prepare_queries(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
     const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
     for (int64_t block = 0; block < blocks(a); ++block) {
@@ -177,6 +181,16 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       }
   }
 
+  // c[k][q] = sum over d.
+  static void product_along_d(const Attention& a, int64_t rows, int64_t vectors, Broadcast<W> left, const W* right,
+                              int64_t words, T* c) {
+    const int64_t n = piece(a, words);
+    product<Start::kZero, V>(rows, vectors, left, right, kQueries, n, c, kQueries);
+    for (int64_t d = n; d < words; d += n)
+      product<Start::kAdd, V>(rows, vectors, left.at(0, d), right + d * kQueries, kQueries, clamp(words - d, 0, n), c,
+                              kQueries);
+  }
+
   static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
                              int64_t keys, Broadcast<W> key, Broadcast<W> value, Broadcast<W> key_rows, T* dk, T* dv) {
     const int64_t q0 = scores.q0, n = scores.queries, vectors = scores.vectors;
@@ -188,9 +202,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
       const int64_t run = end - k, columns = vectors - first, skip = first * V::L, at = k * kQueries + skip;
       const W *q = w.q + q0 * Blocks::words(a.D) + skip, *grad_o = w.grad_o + q0 * Blocks::words(a.Dv) + skip;
-      product<Start::kZero, V>(run, columns, key.at(k, 0), q, kQueries, Blocks::words(a.D), w.s + at, kQueries);
-      product<Start::kZero, V>(run, columns, value.at(k, 0), grad_o, kQueries, Blocks::words(a.Dv), w.dp + at,
-                               kQueries);
+      product_along_d(a, run, columns, key.at(k, 0), q, Blocks::words(a.D), w.s + at);
+      product_along_d(a, run, columns, value.at(k, 0), grad_o, Blocks::words(a.Dv), w.dp + at);
       if (!plain) scores.finish(w.s, k0, k, end, first);
       score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, q0);
       if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first);
@@ -234,7 +247,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
       prepare_queries(a, w, b, h);
-      if (a.sink && part == 0) sink_gradient(a, w, b, h);
+      if (a.sink && part == 0) sink_gradient(a, b, h);
       memset(w.dq, 0, blocks(a) * kQueries * a.D * sizeof(T));
       for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
         const int64_t keys = clamp(end - k0, 0, kKeys);
@@ -256,12 +269,18 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
   }
 
-  // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries.
-  static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
+  // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries
+  // into one number. In double: rounding delta would be its largest error.
+  static void sink_gradient(const Attention& a, int64_t b, int64_t h) {
     const double sink = ((const T*)a.sink)[h];
-    const double* lse = a.lse + b * a.lse_b + h * a.lse_h;
+    const int64_t at = b * a.lse_b + h * a.lse_h;
     double total = 0;
-    for (int64_t i = 0; i < a.T; ++i) total -= ::exp(sink - lse[i]) * w.delta[i];
+    for (int64_t i = 0; i < a.T; ++i) {
+      const S *o = Blocks::row(a.o, b, h, i), *g = Blocks::row(a.grad_o, b, h, i);
+      double delta = a.dlse ? -a.dlse[at + i] : 0;
+      for (int64_t d = 0; d < a.Dv; ++d) delta += double(widen(o[d * a.o.d])) * double(widen(g[d * a.grad_o.d]));
+      total -= ::exp(sink - a.lse[at + i]) * delta;
+    }
     ((T*)a.dsink_partial)[b * a.H + h] = T(total);
   }
 
