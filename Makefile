@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-all lint bench gpu demo readme clean
+.PHONY: help setup build test test-all sanitize lint bench gpu demo readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,15 @@ test: build ## the fast tests: CPU only, under 15 minutes on 2 cores
 
 test-all: build ## the slow tests too
 	$(BIN)/python -m pytest $(TESTS)
+
+# A build of its own beside the installed one; `pytest` alone does not put the folder it is called in before it.
+SANITIZED := build/sanitized
+SANITIZE_TESTS ?= tests/test_attention.py tests/test_kvcache.py tests/test_varlen.py tests/test_norm.py tests/test_softmax.py
+sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTLLM_SANITIZE=address,undefined FASTLLM_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  $(BIN)/pytest $(SANITIZE_TESTS) -m "not slow" -k "cpu and not opcheck and not compile"
 
 lint: setup ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check --output-format concise .
