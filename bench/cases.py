@@ -32,6 +32,7 @@ class Case:
     flops: dict[str, float]  # pass -> floating point operations; an op without a backward pass has "forward" alone
     values: dict[str, int]  # pass -> values of the dtype read and written
     outputs: tuple[str, ...] = ("y",)
+    peer: Callable | None = None  # of the accuracy rule, where `torch` computes something else
     compiled: Callable | None = None  # what torch.compile is given, where that is not `torch`
     fixed_bytes: int = 0  # read besides, whatever the dtype: packed weights
     part: Callable = field(default=lambda x: x)  # the share of an input or output that is checked against fp64
@@ -61,9 +62,26 @@ def visible_pairs(T, S, left, right, q_offset) -> int:
 
 
 def attention(
-    B, H, T, D, *, Hkv=None, S=None, Dv=None, causal=False, window=None, q_offset=None, lse=False, masked=False
+    B,
+    H,
+    T,
+    D,
+    *,
+    Hkv=None,
+    S=None,
+    Dv=None,
+    causal=False,
+    window=None,
+    q_offset=None,
+    lse=False,
+    masked=False,
+    biased=False,
+    dropout_p=0.0,
 ):
-    """q [B, H, T, D] on k [B, Hkv, S, D] and v [B, Hkv, S, Dv]; with `masked`, under a random boolean mask."""
+    """q [B, H, T, D] on k [B, Hkv, S, D] and v [B, Hkv, S, Dv]; T = 1 is a step of decoding.
+
+    With `masked` under a random boolean mask, with `biased` (which is not causal) with a bias that has a gradient.
+    """
     Hkv, S, Dv = Hkv or H, S or T, Dv or D
     offset = S - T if q_offset is None else q_offset
     left, right = window or (-1, -1)
@@ -86,18 +104,27 @@ def attention(
         kept = kept & (j >= i - left) if left >= 0 else kept
         return kept & (j <= i + right) if right >= 0 else kept
 
-    def ours(q, k, v):
-        given = mask(q.device) if masked else None
-        return fastllm.attention(q, k, v, causal=causal, window=window, q_offset=q_offset, mask=given, return_lse=lse)
+    def drawn():  # the same probabilities are dropped in every call
+        if dropout_p:
+            torch.manual_seed(0)
 
-    def sdpa(q, k, v):
-        given = None if plain or top_left else dense(q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=given, is_causal=top_left, enable_gqa=H != Hkv)
+    def ours(q, k, v, bias=None):
+        drawn()
+        given = dict(mask=mask(q.device) if masked else None, bias=bias, dropout_p=dropout_p)
+        return fastllm.attention(q, k, v, causal=causal, window=window, q_offset=q_offset, return_lse=lse, **given)
 
-    def naive(q, k, v):
-        given = mask(q.device) if masked else None
+    def sdpa(q, k, v, bias=None):
+        drawn()
+        given = bias if bias is not None else None if plain or top_left else dense(q.device)
+        given = dict(attn_mask=given, is_causal=top_left, dropout_p=dropout_p, enable_gqa=H != Hkv)
+        return F.scaled_dot_product_attention(q, k, v, **given)
+
+    def naive(q, k, v, bias=None):
+        drawn()
+        given = dict(mask=mask(q.device) if masked else None, bias=bias, dropout_p=dropout_p)
+        given["seed"] = torch.randint(2**62, (), device=q.device) if dropout_p else None
         o, logsumexp = reference.attention(
-            q, k, v, scale=D**-0.5, mask=given, q_offset=offset, window_left=left, window_right=right
+            q, k, v, scale=D**-0.5, q_offset=offset, window_left=left, window_right=right, **given
         )
         return (o, logsumexp) if lse else o
 
@@ -112,6 +139,7 @@ def attention(
         return flex_attention(q, k, v, block_mask=blocks, enable_gqa=H != Hkv)
 
     words = ["causal"] * causal + [f"window {left},{right}"] * bool(window) + ["mask"] * masked + ["lse"] * lse
+    words += ["bias"] * biased + [f"dropout {dropout_p}"] * bool(dropout_p)
     words += [f"q_offset {q_offset}"] if q_offset is not None else []
     size = f"{B}x{H if H == Hkv else f'{H}/{Hkv}'}x{T if T == S else f'{T}/{S}'}x{D if D == Dv else f'{D}/{Dv}'}"
     pairs = B * H * visible_pairs(T, S, left, right, offset)
@@ -119,12 +147,14 @@ def attention(
     return Case(
         op="attention",
         name=" ".join([size, *words]),
-        shapes={"q": (B, H, T, D), "k": (B, Hkv, S, D), "v": (B, Hkv, S, Dv)},
+        shapes={"q": (B, H, T, D), "k": (B, Hkv, S, D), "v": (B, Hkv, S, Dv)}
+        | ({"bias": (B, H, T, S)} if biased else {}),
         outputs=("o", "lse") if lse else ("o",),
         ours=ours,
         torch=naive if lse else sdpa,  # PyTorch's kernels do not return the log-sum-exp
         naive=naive,
-        compiled=flex,
+        peer=naive if dropout_p else None,  # PyTorch drops others
+        compiled=None if biased or dropout_p else flex,
         flops=_both({"forward": 2.0 * pairs * (D + Dv), "backward": 2.0 * pairs * (3 * D + 2 * Dv)}),
         values=_both({"forward": qo + kv, "backward": 2 * (qo + kv)}),
         part=lambda x: x[-1:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads: fp64 scores are large
@@ -392,6 +422,13 @@ BENCH = [
     attention(64, 4, 64, 32),  # a small classifier on short sentences
     attention(1, 8, 4096, 64, window=(511, 0)),
     attention(1, 8, 1024, 128, Dv=64, causal=True),
+    attention(1, 8, 1024, 64, biased=True),
+    attention(1, 8, 1024, 64, dropout_p=0.1),
+    attention(1, 32, 1, 128, Hkv=8, S=1024),  # a step of decoding
+    attention(1, 32, 1, 128, Hkv=8, S=4096),
+    attention(1, 32, 1, 128, Hkv=8, S=32768),
+    attention(16, 12, 1, 64, S=1024),
+    attention(1, 4, 16, 32),  # calls, hardly any work
     norm("layer_norm", 2048, 768),
     norm("layer_norm", 2048, 768, residual=True),
     norm("layer_norm", 8192, 2048),
@@ -417,7 +454,18 @@ BENCH = [
     cross_entropy(512, 50304),
     linear_cross_entropy(1024, 768, 50304),  # GPT-2 small
 ]
-QUICK = [BENCH[i] for i in (0, 5, 9, 13, 16, 17, 24, 38)]
+_QUICK = (
+    "attention 1x8x2048x64 causal",
+    "attention 16x12x128x64",
+    "attention 1x32/8x1/4096x128",
+    "layer_norm 2048x768",
+    "rms_norm 2048x768 residual",
+    "softmax 512x512",
+    "softmax 4096x1024",
+    "weight_only_linear 1x4096x4096 int8",
+    "cross_entropy 512x50304",
+)
+QUICK = [case for case in BENCH if str(case) in _QUICK]
 
 VERIFY = [
     attention(2, 3, 129, 64),
@@ -429,6 +477,9 @@ VERIFY = [
     attention(1, 4, 160, 64, Hkv=2, window=(31, 16)),
     attention(1, 2, 90, 40, masked=True),
     attention(1, 2, 96, 64, causal=True, lse=True),
+    attention(1, 2, 80, 40, biased=True),
+    attention(1, 2, 80, 64, dropout_p=0.2),
+    attention(2, 4, 1, 64, Hkv=2, S=600),
     varlen([5, 1, 70, 33], 4, 64, Hkv=2, causal=True),
     kvcache(2, 4, 4, 75, 40),
     kvcache(3, 6, 2, 80, 64, page_size=16),

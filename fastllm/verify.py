@@ -118,7 +118,7 @@ def check(case, dtype, device="cpu", seed=0) -> list[Row]:
         kernel = calls[-1].kernel if calls else "none"
         return [Row(*about, "call", kernel, "", Accuracy(problem=f"{type(error).__name__}: {error}"))]
     inputs, grads = [case.part(x) for x in inputs], grads and [case.part(g) for g in grads]
-    peer = forward_backward(case.torch, inputs, grads)
+    peer = forward_backward(case.peer or case.torch, inputs, grads)
     truth = forward_backward(case.naive, inputs, grads, torch.float64)
     names = [*case.outputs, *(f"d{name}" for name in case.shapes if grads)]
     kernel = calls[-1].kernel if calls else "none"
