@@ -157,7 +157,8 @@ def attention(
         compiled=None if biased or dropout_p else flex,
         flops=_both({"forward": 2.0 * pairs * (D + Dv), "backward": 2.0 * pairs * (3 * D + 2 * Dv)}),
         values=_both({"forward": qo + kv, "backward": 2 * (qo + kv)}),
-        part=lambda x: x[-1:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads: fp64 scores are large
+        # The last key head and its query heads, as fp64 scores are large; what is dropped differs from head to head.
+        part=(lambda x: x) if dropout_p else lambda x: x[-1:, -(x.shape[1] // Hkv) :],
     )
 
 
