@@ -40,6 +40,8 @@ OPS = [
     "norm",
     "softmax",
     "cross_entropy",
+    "activation",
+    "rope",
     "attention",
     "attention_bwd",
     "attention_decode",

@@ -413,6 +413,88 @@ def linear_cross_entropy(N, D, V, *, bias=False, ignored=0.0, **options):
     )
 
 
+def gated(op, N, D, *, approximate=None):
+    """swiglu or geglu of N rows of D gates and D values."""
+    options = {} if approximate is None else {"approximate": approximate}
+    activation = {"swiglu": F.silu, "geglu": F.gelu}[op]
+    size = N * D
+    return Case(
+        op=op,
+        name=f"{N}x{D}" + (f" {approximate}" if approximate else ""),
+        shapes={"gate": (N, D), "up": (N, D)},
+        ours=lambda gate, up: getattr(fastllm, op)(gate, up, **options),
+        torch=lambda gate, up: activation(gate, **options) * up,
+        naive=lambda gate, up: getattr(reference, op)(gate, up, **options),
+        flops=_both({"forward": 20.0 * size, "backward": 28.0 * size}),
+        values=_both({"forward": 3 * size, "backward": 5 * size}),
+    )
+
+
+def bias_gelu(N, D, *, approximate):
+    """gelu of N rows of D, after adding a bias."""
+    size = N * D
+    return Case(
+        op="bias_gelu",
+        name=f"{N}x{D} {approximate}",
+        shapes={"x": (N, D), "bias": (D,)},
+        ours=lambda x, bias: fastllm.bias_gelu(x, bias, approximate=approximate),
+        torch=lambda x, bias: F.gelu(x + bias, approximate=approximate),
+        naive=lambda x, bias: reference.bias_gelu(x, bias, approximate=approximate),
+        flops=_both({"forward": 20.0 * size, "backward": 28.0 * size}),
+        values=_both({"forward": 2 * size, "backward": 3 * size}),
+    )
+
+
+def rope(B, T, H, D, *, Hkv=None, R=None, interleaved=False):
+    """q and k [B, T, heads, D], as a projection leaves them; R of D elements are turned. The rival is Llama's code."""
+    Hkv, R = Hkv or H, R or D
+
+    @functools.cache
+    def tables(device):
+        frequencies = 10000.0 ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+        angles = torch.arange(T, dtype=torch.float64)[:, None] * frequencies
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+    @functools.cache
+    def wide_tables(device, dtype):  # a number for each element, in the model's dtype
+        return tuple((x.repeat_interleave(2, -1) if interleaved else x.repeat(1, 2)).to(dtype) for x in tables(device))
+
+    def ours(q, k):
+        turned = fastllm.rope(q.transpose(1, 2), k.transpose(1, 2), *tables(q.device), interleaved=interleaved)
+        return tuple(x.transpose(1, 2) for x in turned)
+
+    def rival(*both):
+        cos, sin = (table[:, None] for table in wide_tables(both[0].device, both[0].dtype))
+        found = []
+        for x in both:
+            head = x[..., :R]
+            if interleaved:
+                partner = torch.stack([-head[..., 1::2], head[..., ::2]], -1).flatten(-2)
+            else:
+                partner = torch.cat([-head[..., R // 2 :], head[..., : R // 2]], -1)
+            turned = head * cos + partner * sin
+            found.append(turned if R == D else torch.cat([turned, x[..., R:]], -1))
+        return tuple(found)
+
+    def naive(q, k):
+        turned = reference.rope(q.transpose(1, 2), k.transpose(1, 2), *tables(q.device), interleaved=interleaved)
+        return tuple(x.transpose(1, 2) for x in turned)
+
+    size = B * T * (H + Hkv) * D
+    words = [f"{B}x{T}x{H if H == Hkv else f'{H}/{Hkv}'}x{D}"] + [f"R {R}"] * (R != D) + ["interleaved"] * interleaved
+    return Case(
+        op="rope",
+        name=" ".join(words),
+        shapes={"q": (B, T, H, D), "k": (B, T, Hkv, D)},
+        outputs=("q", "k"),
+        ours=ours,
+        torch=rival,
+        naive=naive,
+        flops=_both({"forward": 3.0 * size, "backward": 3.0 * size}),
+        values=_both({"forward": 2 * size, "backward": 2 * size}),
+    )
+
+
 BENCH = [
     attention(1, 8, 2048, 64, causal=True),
     attention(4, 12, 1024, 64, causal=True),  # GPT-2 small
@@ -454,6 +536,16 @@ BENCH = [
     cross_entropy(128, 32000),
     cross_entropy(512, 50304),
     linear_cross_entropy(1024, 768, 50304),  # GPT-2 small
+    gated("swiglu", 2048, 3072),
+    gated("swiglu", 256, 3072),
+    gated("swiglu", 4096, 6144),
+    gated("geglu", 2048, 3072, approximate="tanh"),
+    gated("geglu", 2048, 3072, approximate="none"),
+    bias_gelu(2048, 3072, approximate="tanh"),
+    bias_gelu(2048, 3072, approximate="none"),
+    rope(1, 2048, 32, 64),
+    rope(1, 2048, 32, 128, Hkv=8),  # Llama 3 8B
+    rope(8, 256, 6, 64),
 ]
 _QUICK = (
     "attention 1x8x2048x64 causal",
@@ -465,6 +557,9 @@ _QUICK = (
     "softmax 4096x1024",
     "weight_only_linear 1x4096x4096 int8",
     "cross_entropy 512x50304",
+    "swiglu 2048x3072",
+    "geglu 2048x3072 tanh",
+    "rope 1x2048x32x64",
 )
 QUICK = [case for case in BENCH if str(case) in _QUICK]
 
@@ -498,4 +593,12 @@ VERIFY = [
     cross_entropy(40, 777, ignored=0.3, reduction="none"),
     linear_cross_entropy(200, 48, 1001),
     linear_cross_entropy(130, 33, 777, bias=True, ignored=0.3, label_smoothing=0.1, reduction="none"),
+    gated("swiglu", 63, 1001),
+    gated("geglu", 63, 1001, approximate="tanh"),
+    gated("geglu", 63, 1001, approximate="none"),
+    bias_gelu(127, 1000, approximate="tanh"),
+    bias_gelu(127, 1000, approximate="none"),
+    rope(2, 33, 4, 64, Hkv=1),
+    rope(2, 33, 3, 80, R=32),
+    rope(2, 33, 3, 66, interleaved=True),
 ]

@@ -21,6 +21,13 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cpu::cross_entropy_bwd));
   m.impl("cross_entropy_total", TORCH_BOX(&fastllm::cpu::cross_entropy_total));
   m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cpu::cross_entropy_rows));
+  m.impl("swiglu_fwd", TORCH_BOX(&fastllm::cpu::swiglu_fwd));
+  m.impl("swiglu_bwd", TORCH_BOX(&fastllm::cpu::swiglu_bwd));
+  m.impl("geglu_fwd", TORCH_BOX(&fastllm::cpu::geglu_fwd));
+  m.impl("geglu_bwd", TORCH_BOX(&fastllm::cpu::geglu_bwd));
+  m.impl("bias_gelu_fwd", TORCH_BOX(&fastllm::cpu::bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&fastllm::cpu::bias_gelu_bwd));
+  m.impl("rope_fwd", TORCH_BOX(&fastllm::cpu::rope_fwd));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
   m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));

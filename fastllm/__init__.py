@@ -14,12 +14,14 @@ from fastllm.compat import (
 from fastllm.dispatch import backend
 from fastllm.explain import explain
 from fastllm.generation import generate
+from fastllm.ops.activation import bias_gelu, geglu, swiglu
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.rope import rope
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
@@ -34,6 +36,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "backend",
+    "bias_gelu",
     "cross_entropy",
     "explain",
     "flash_attn_func",
@@ -43,6 +46,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "geglu",
     "generate",
     "layer_norm",
     "linear",
@@ -53,7 +57,9 @@ __all__ = [
     "quantize_weight",
     "restore",
     "rms_norm",
+    "rope",
     "softmax",
+    "swiglu",
     "unpad_input",
     "weight_only_linear",
 ]

@@ -14,15 +14,19 @@ import types
 import torch
 import torch.nn.functional as F
 
+from fastllm.ops.activation import geglu, swiglu
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.rope import rope
 from fastllm.ops.softmax import softmax
 from fastllm.ops.varlen import attention_varlen
 
 __all__ = [
+    "apply_rotary_emb",
+    "apply_rotary_pos_emb",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -34,9 +38,12 @@ __all__ = [
     "layer_norm_fn",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_geglu",
     "liger_layer_norm",
     "liger_rms_norm",
+    "liger_rope",
     "liger_softmax",
+    "liger_swiglu",
     "pad_input",
     "rms_norm_fn",
     "scaled_dot_product_attention",
@@ -411,6 +418,47 @@ def rms_norm_fn(
     )
 
 
+def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None):
+    """flash-attn's: x [B, T, H, D], or packed [total, H, D] with cu_seqlens; cos and sin [S, R / 2].
+
+    seqlen_offsets is an integer or has one for each sequence. inplace=True also writes the result into x. max_seqlen is
+    not needed. The rest is `fastllm.rope`.
+    """
+    if cos.ndim != 2 or 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"apply_rotary_emb: cos must be [S, R / 2], R at most {x.shape[-1]}, got {list(cos.shape)}")
+    options = dict(interleaved=interleaved, offset=seqlen_offsets)
+    if cu_seqlens is not None:
+        y = rope(x, None, cos, sin, cu_seqlens=cu_seqlens, **options)
+    else:
+        y = rope(x.transpose(1, 2), None, cos, sin, **options).transpose(1, 2)
+    return x.copy_(y) if inplace else y
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    """Hugging Face's: q and k [B, H, T, D] (unsqueeze_dim=1) or [B, T, H, D] (2) turned, cos and sin [B, T, D]."""
+    if unsqueeze_dim == 1:
+        return rope(q, k, cos, sin)
+    if unsqueeze_dim != 2:
+        raise ValueError(f"apply_rotary_pos_emb: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+    q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def liger_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    """Liger's: `apply_rotary_pos_emb`; position_ids are not looked at, there as here."""
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def liger_swiglu(a, b):
+    """Liger's: silu(a) * b."""
+    return swiglu(a, b)
+
+
+def liger_geglu(a, b):
+    """Liger's: gelu(a) * b, gelu by tanh."""
+    return geglu(a, b, approximate="tanh")
+
+
 def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
     """Liger's: X / rms(X) * (W + offset). Every casting_mode rounds once, at the end; no gradient is overwritten."""
     return rms_norm(X, W, eps=eps, weight_offset=offset)
@@ -500,6 +548,8 @@ _FLASH_ATTN = {
     "flash_attn": [name for name in __all__ if name.startswith("flash_attn")],
     "flash_attn.flash_attn_interface": [name for name in __all__ if name.startswith("flash_attn")],
     "flash_attn.bert_padding": ["pad_input", "unpad_input"],
+    "flash_attn.layers": [],
+    "flash_attn.layers.rotary": ["apply_rotary_emb"],
     "flash_attn.ops": [],
     "flash_attn.ops.triton": [],
     "flash_attn.ops.triton.layer_norm": ["layer_norm_fn", "rms_norm_fn"],

@@ -149,6 +149,7 @@ def _options(dtype):
     q, x = torch.zeros(1, 2, 4, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
     one, w = torch.zeros(1, 1, 4, 8, dtype=dtype), x[0]
     kept, classes = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    angles = torch.zeros(4, 4)
     return {
         fastllm.attention: {
             "plain, scale": ((q, q, q), {"scale": 1.0}),
@@ -179,16 +180,36 @@ def _options(dtype):
             ),
         },
         fastllm.linear: {"bias": ((x, x, w[:4]), {})},
-        fastllm.layer_norm: {"weight, bias": ((x, w, w), {}), "residual": ((x, w, w), {"residual": x})},
+        fastllm.layer_norm: {
+            "weight, bias": ((x, w, w), {}),
+            "residual": ((x, w, w), {"residual": x}),
+            "dropout_p": ((x, w, w), {"residual": x, "dropout_p": 0.1}),
+        },
         fastllm.rms_norm: {
             "weight": ((x, w), {}),
             "residual": ((x, w), {"residual": x}),
             "weight_offset": ((x, w), {"weight_offset": 1.0}),
+            "dropout_p": ((x, w), {"residual": x, "dropout_p": 0.1}),
         },
         fastllm.softmax: {
             "scale, any dim": ((x,), {"scale": 0.5}),
             "mask (boolean)": ((x,), {"mask": kept[:, :1]}),
             "causal": ((x,), {"causal": True}),
+        },
+        fastllm.swiglu: {"gate, up": ((x, x), {}), "packed": ((x,), {})},
+        fastllm.geglu: {
+            "tanh": ((x, x), {}),
+            "exact": ((x, x), {"approximate": "none"}),
+            "packed": ((x,), {}),
+        },
+        fastllm.bias_gelu: {"tanh": ((x, w), {}), "exact": ((x, w), {"approximate": "none"})},
+        fastllm.rope: {
+            "q, k, halves": ((q, q, angles, angles), {}),
+            "interleaved": ((q, None, angles, angles), {"interleaved": True}),
+            "part of a head": ((q, None, angles[:, :2], angles[:, :2]), {}),
+            "a number for each element, for each batch entry": ((q, None, q[:, 0], q[:, 0]), {}),
+            "offset": ((q, None, angles, angles), {"offset": torch.tensor([0])}),
+            "packed batches": ((q[0], None, angles, angles), {"cu_seqlens": torch.tensor([0, 2])}),
         },
         fastllm.log_softmax: {"scale, mask, causal": ((x,), {"causal": True})},
         fastllm.weight_only_linear: {

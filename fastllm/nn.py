@@ -3,16 +3,19 @@
 import torch
 from torch import nn
 
+from fastllm.ops.activation import geglu, swiglu
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.rope import rope
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
 __all__ = [
     "Attention",
     "CrossEntropyLoss",
+    "GeGLU",
     "KeyValues",
     "LayerNorm",
     "Linear",
@@ -20,19 +23,20 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "Rotary",
+    "SwiGLU",
 ]
 
 
-def flat_norm(module, op, x, weights, eps, residual=None):
+def flat_norm(module, op, x, weights, eps, residual=None, dropout_p=0.0):
     """`op` over all of module.normalized_shape, which the op itself sees as one last dimension."""
     shape = tuple(module.normalized_shape)
     if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
         raise ValueError(f"{type(module).__name__}: x must be [..., {', '.join(map(str, shape))}], got {list(x.shape)}")
     if len(shape) == 1:
-        return op(x, *weights, eps=eps, residual=residual)
+        return op(x, *weights, eps=eps, residual=residual, dropout_p=dropout_p)
     weights = [None if w is None else w.flatten() for w in weights]
     residual = None if residual is None else residual.flatten(-len(shape))
-    found = op(x.flatten(-len(shape)), *weights, eps=eps, residual=residual)
+    found = op(x.flatten(-len(shape)), *weights, eps=eps, residual=residual, dropout_p=dropout_p)
     return found.view(x.shape) if residual is None else tuple(y.view(x.shape) for y in found)
 
 
@@ -40,13 +44,14 @@ class LayerNorm(nn.LayerNorm):
     """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last len(normalized_shape) dimensions.
 
     Constructor, defaults, initial values and state dict are those of torch.nn.LayerNorm. x [..., *normalized_shape] in
-    fp32, bf16, fp16 or fp64. `forward(x)` returns y; `forward(x, residual)` returns (y, h) with h = x + residual.
+    fp32, bf16, fp16 or fp64. `forward(x)` returns y; `forward(x, residual)` returns (y, h) with h = x + residual, or
+    dropout(x) + residual with dropout_p, whatever the module's mode.
     Precision, what is saved, and errors are those of `fastllm.layer_norm`, and ValueError where x does not end in
     normalized_shape (tests/test_nn.py).
     """
 
-    def forward(self, x, residual=None):
-        return flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual)
+    def forward(self, x, residual=None, *, dropout_p=0.0):
+        return flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual, dropout_p)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -54,14 +59,15 @@ class RMSNorm(nn.RMSNorm):
 
     Constructor, defaults, initial values and state dict are those of torch.nn.RMSNorm. eps=None is, as there, the eps
     of the dtype that the norm is computed in: fp32's for bf16 and fp16 too. `forward(x, residual)` returns (y, h) with
-    h = x + residual. Shapes, precision and errors are those of `LayerNorm` here and of `fastllm.rms_norm`.
+    h = x + residual, or dropout(x) + residual. Shapes, precision and errors are those of `LayerNorm` here and of
+    `fastllm.rms_norm`.
     """
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, dropout_p=0.0):
         eps = self.eps
         if eps is None:
             eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-        return flat_norm(self, rms_norm, x, (self.weight,), eps, residual)
+        return flat_norm(self, rms_norm, x, (self.weight,), eps, residual, dropout_p)
 
 
 class QuantizedLinear(nn.Module):
@@ -205,14 +211,15 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
+    def turn(self, x, position):
+        """x [B, H, T, D] from `position` on: what another implementation overrides."""
+        return rope(x, None, self.cos, self.sin, offset=position)
+
     def forward(self, x, position=0):
         end = position + x.shape[2]
         if end > self.max_len:
             raise ValueError(f"Rotary: position {end} is past max_len={self.max_len}")
-        cos, sin = self.cos[position:end], self.sin[position:end]  # [T, D / 2]
-        wide = x if x.dtype == torch.float64 else x.float()
-        a, b = wide.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return self.turn(x, position)
 
 
 class KeyValues:
@@ -306,3 +313,35 @@ class Attention(nn.Module):
             mask = mask[:, None, None, :]
         o = self.attend(q, k, v, mask)
         return self.out(o.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """y = down(silu(gate(x)) * up(x)): the gated feed-forward block of Llama and its like.
+
+    x [..., d_model]; gate and up are d_model -> d_ff, down is d_ff -> d_model, without bias unless asked for. Returns y
+    like x. Precision, what is saved, and errors are those of `fastllm.swiglu` (tests/test_nn.py).
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, d_model, d_ff, bias=False):
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias)
+        self.up = nn.Linear(d_model, d_ff, bias)
+        self.down = nn.Linear(d_ff, d_model, bias)
+
+    def forward(self, x):
+        return self.down(swiglu(self.gate(x), self.up(x)))
+
+
+class GeGLU(SwiGLU):
+    """y = down(gelu(gate(x)) * up(x)), gelu by tanh, as in Gemma, or exact with approximate="none"."""
+
+    def __init__(self, d_model, d_ff, bias=False, approximate="tanh"):
+        super().__init__(d_model, d_ff, bias)
+        self.approximate = approximate
+
+    def extra_repr(self):
+        return f"approximate={self.approximate!r}"
+
+    def forward(self, x):
+        return self.down(geglu(self.gate(x), self.up(x), approximate=self.approximate))

@@ -226,9 +226,22 @@ def softmax(x, *, scale=1.0, mask=None, causal=False, log=False):
     return (s - m - torch.log(l) if log else p / l).to(x.dtype)
 
 
-def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
-    """y = (h - mean) / sqrt(var + eps) * weight + bias over the last dimension, h = x + residual; y, or (y, h)."""
-    h = x if residual is None else x + residual
+def _dropout_add(x, residual, dropout_p, seed):
+    """dropout(x) + residual in x's dtype; what is dropped is decided by `dropout_keep` of a single head of rows."""
+    if dropout_p:
+        N = math.prod(x.shape[:-1])
+        keep = dropout_keep(seed, dropout_p, 1, 1, N, x.shape[-1]).view(x.shape)
+        kept = x * keep.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+        return (kept if residual is None else kept + residual).to(x.dtype)
+    return x if residual is None else x + residual
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, seed=None):
+    """y = (h - mean) / sqrt(var + eps) * weight + bias over the last dimension, h = dropout(x) + residual.
+
+    Returns y, or (y, h) where there is a residual.
+    """
+    h = _dropout_add(x, residual, dropout_p, seed)
     c = h if h.dtype == torch.float64 else h.float()
     c = c - c.mean(-1, keepdim=True)
     y = c * torch.rsqrt((c * c).mean(-1, keepdim=True) + eps)
@@ -240,9 +253,9 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
     return y if residual is None else (y, h)
 
 
-def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
-    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset), h = x + residual; returns y, or (y, h)."""
-    h = x if residual is None else x + residual
+def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, dropout_p=0.0, seed=None):
+    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset), h = dropout(x) + residual; returns y, or (y, h)."""
+    h = _dropout_add(x, residual, dropout_p, seed)
     c = h if h.dtype == torch.float64 else h.float()
     y = c * torch.rsqrt((c * c).mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -326,3 +339,62 @@ def cross_entropy(
 def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
     """`cross_entropy` of the logits input [N, D] @ linear_weight [V, D].T + linear_bias [V]."""
     return cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+
+
+def _gated(activation, gate, up):
+    """activation(gate) * up, gate and up being the halves of gate where there is no up."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    dtype = gate.dtype
+    gate, up = (x if dtype == torch.float64 else x.float() for x in (gate, up))
+    return (activation(gate) * up).to(dtype)
+
+
+def swiglu(gate, up=None):
+    """silu(gate) * up; without up, gate is [gate | up]."""
+    return _gated(F.silu, gate, up)
+
+
+def geglu(gate, up=None, *, approximate="tanh"):
+    """gelu(gate) * up; without up, gate is [gate | up]."""
+    return _gated(lambda x: F.gelu(x, approximate=approximate), gate, up)
+
+
+def bias_gelu(x, bias=None, *, approximate="tanh"):
+    """gelu(x + bias)."""
+    c = x if x.dtype == torch.float64 else x.float()
+    return F.gelu(c if bias is None else c + bias, approximate=approximate).to(x.dtype)
+
+
+def rope(q, k, cos, sin, *, interleaved=False, offset=0, offsets=None, cu_seqlens=None, whole=False):
+    """q [B, H, T, D] and k (or None), each pair (a, b) of their first R elements made (a cos - b sin, b cos + a sin).
+
+    cos and sin [S, R / 2] or [B, S, R / 2] have a number for each pair; where `whole`, [.., R], for each element. Pairs
+    are (2i, 2i + 1) where interleaved, else (i, i + R / 2). The row of position t is t + offset + offsets[b]; with
+    cu_seqlens, B is 1, t counts from the beginning of its sequence, and offsets has one for each sequence.
+    """
+    B, _, T, _ = q.shape
+    row = torch.arange(T, device=q.device)
+    b = torch.arange(B, device=q.device)[:, None]
+    sequence = b.expand(B, T)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).expand(B, T)
+        row = row - cu_seqlens[sequence[0]]
+    row = (row + offset).expand(B, T)
+    if offsets is not None:
+        row = row + offsets[sequence]
+    pick = [table[row] if table.ndim == 2 else table.expand(B, -1, -1)[b, row] for table in (cos, sin)]  # [B, T, ..]
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    cos, sin = (table.to(wide)[:, None] for table in pick)
+    if not whole:
+        cos, sin = (table.repeat_interleave(2, -1) if interleaved else table.repeat(1, 1, 1, 2) for table in (cos, sin))
+    R = cos.shape[-1]
+
+    def turned(x):
+        head = x[..., :R].to(wide)
+        if interleaved:
+            partner = torch.stack([-head[..., 1::2], head[..., ::2]], -1).flatten(-2)
+        else:
+            partner = torch.cat([-head[..., R // 2 :], head[..., : R // 2]], -1)
+        return torch.cat([(head * cos + partner * sin).to(x.dtype), x[..., R:]], -1)
+
+    return turned(q) if k is None else (turned(q), turned(k))

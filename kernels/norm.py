@@ -1,23 +1,49 @@
-"""Layer norm and RMS norm in Triton, forward and backward, with the residual addition in front.
+"""Layer norm and RMS norm in Triton, forward and backward, with dropout and the residual addition in front.
 
 One pair of kernels serves both: RMS norm is layer norm without the mean, and a mean_ptr of None says so. Rows that fit
 on chip are read once; longer ones are walked in blocks. Backward sums the weight gradients of a stripe of
 rows on chip, and the stripes' sums are added afterwards in a fixed order: no atomics.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 
+class Dropout(NamedTuple):
+    """Elements whose random word is below `threshold` are dropped, the others weighted."""
+
+    seed_ptr: Any
+    threshold: Any
+    weight: Any
+
+
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, offsets, mask):
-    """x, or x + residual rounded to x's dtype: what the rest of the network sees is what is normalised."""
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+def _keep(dropout, row, group):
+    """0 or dropout.weight for each of the four columns of every group: word column % 4 of counter (row, column // 4).
+
+    Place and seed alone decide, so that forward and backward agree, and every other backend with them.
+    Source: Philox4x32-7, Salmon et al. 2011, doi:10.1145/2063384.2063405.
+    """
+    row = tl.cast(row, tl.int64)
+    counter = (row & 0xFFFFFFFF).to(tl.uint32), group.to(tl.uint32), (row >> 32).to(tl.uint32), 0
+    w0, w1, w2, w3 = tl.philox(tl.load(dropout.seed_ptr), *counter, n_rounds=7)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.where(words < tl.cast(dropout.threshold, tl.uint32), 0.0, dropout.weight)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, offsets, mask, dropout, row, group):
+    """x, or dropout(x) + residual rounded to x's dtype: what the rest of the network sees is what is normalised."""
+    stored = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    x = stored.to(tl.float32)
+    if dropout is not None:
+        x *= _keep(dropout, row, group)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    return x.to(tl.float32)
+        x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return x.to(stored.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -38,6 +64,7 @@ def _norm_fwd(
     h_ptr,
     mean_ptr,
     rstd_ptr,
+    dropout,
     N,
     D,
     eps,
@@ -50,7 +77,8 @@ def _norm_fwd(
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (columns < D)[None, :]
     offsets = rows[:, None] * D + columns[None, :]
-    h = _load_sum(x_ptr, residual_ptr, offsets, mask)  # [ROWS, BLOCK_D]
+    group = tl.arange(0, BLOCK_D // 4)[None, :]
+    h = _load_sum(x_ptr, residual_ptr, offsets, mask, dropout, rows[:, None], group)  # [ROWS, BLOCK_D]
 
     centred = h
     if mean_ptr is not None:
@@ -78,6 +106,7 @@ def _norm_fwd_long(
     h_ptr,
     mean_ptr,
     rstd_ptr,
+    dropout,
     D,
     eps,
     weight_offset,
@@ -85,19 +114,21 @@ def _norm_fwd_long(
 ):
     """One row that does not fit on chip, read again (from L2) for each of mean, variance and y."""
     row = tl.program_id(0).to(tl.int64)
+    first_group = tl.arange(0, BLOCK_D // 4)
     mean = 0.0
     if mean_ptr is not None:
         total = tl.zeros((BLOCK_D,), tl.float32)
         for start in tl.range(0, D, BLOCK_D):
             columns = start + tl.arange(0, BLOCK_D)
-            total += _load_sum(x_ptr, residual_ptr, row * D + columns, columns < D)
+            group = start // 4 + first_group
+            total += _load_sum(x_ptr, residual_ptr, row * D + columns, columns < D, dropout, row, group)
         mean = tl.sum(total, 0) / D
         tl.store(mean_ptr + row, mean)
 
     squares = tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        h = _load_sum(x_ptr, residual_ptr, row * D + columns, columns < D)
+        h = _load_sum(x_ptr, residual_ptr, row * D + columns, columns < D, dropout, row, start // 4 + first_group)
         centred = tl.where(columns < D, h - mean, 0.0)
         squares += centred * centred
     rstd = tl.rsqrt(tl.sum(squares, 0) / D + eps)
@@ -106,7 +137,7 @@ def _norm_fwd_long(
     for start in tl.range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = columns < D
-        h = _load_sum(x_ptr, residual_ptr, row * D + columns, inside)
+        h = _load_sum(x_ptr, residual_ptr, row * D + columns, inside, dropout, row, start // 4 + first_group)
         y = (h - mean) * rstd * _load_weight(weight_ptr, weight_offset, columns, inside)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -124,8 +155,10 @@ def _norm_bwd(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
+    dresidual_ptr,
     dweight_ptr,
     dbias_ptr,
+    dropout,
     N,
     D,
     rows_per_stripe,
@@ -133,7 +166,10 @@ def _norm_bwd(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A stripe of rows: dx = rstd (g - xhat mean(g xhat) - mean(g)) + dh, with g = dy weight, and dweight, dbias."""
+    """A stripe of rows: dresidual = rstd (g - xhat mean(g xhat) - mean(g)) + dh, with g = dy weight; dweight and dbias.
+
+    dx is dresidual where it was not dropped.
+    """
     stripe = tl.program_id(0).to(tl.int64)
     stop = tl.minimum((stripe + 1) * rows_per_stripe, N)
     columns = tl.arange(0, BLOCK_D)
@@ -159,6 +195,10 @@ def _norm_bwd(
         dx *= rstd
         if dh_ptr is not None:
             dx += tl.load(dh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dropout is not None:
+            dx *= _keep(dropout, rows[:, None], tl.arange(0, BLOCK_D // 4)[None, :])
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweight += dy * xhat
         dbias += dy
@@ -178,8 +218,10 @@ def _norm_bwd_long(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
+    dresidual_ptr,
     dweight_ptr,
     dbias_ptr,
+    dropout,
     N,
     D,
     rows_per_stripe,
@@ -222,6 +264,10 @@ def _norm_bwd_long(
             dx = (g - xhat * mean_g_xhat - mean_g) * rstd
             if dh_ptr is not None:
                 dx += tl.load(dh_ptr + offset + columns, mask=inside, other=0.0).to(tl.float32)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + offset + columns, dx.to(dresidual_ptr.dtype.element_ty), mask=inside)
+            if dropout is not None:
+                dx *= _keep(dropout, row, start // 4 + tl.arange(0, BLOCK_D // 4))
             tl.store(dx_ptr + offset + columns, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -233,7 +279,7 @@ def _launch_for(direction, x):
     D = x.shape[-1]
     if D * x.element_size() > _LONGEST_ROW[direction]:
         return dict(BLOCK_D=4096, num_warps=8)
-    BLOCK_D = triton.next_power_of_2(D)
+    BLOCK_D = max(4, triton.next_power_of_2(D))  # dropout draws four numbers at a time
     warps = min(max(BLOCK_D // (1024 if direction == "fwd" else 512), 4), 16)  # 32 or 16 elements a thread, or fewer
     return dict(ROWS=max(1, 2048 // BLOCK_D), BLOCK_D=BLOCK_D, num_warps=warps)
 
@@ -245,18 +291,24 @@ def _stripes(N, device):
     return triton.cdiv(N, rows_per_stripe), rows_per_stripe
 
 
-def _forward(x, weight, bias, residual, eps, weight_offset, centre):
+def _dropout(seed, dropout_p):
+    return Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p)) if dropout_p else None
+
+
+def _forward(x, weight, bias, residual, seed, eps, weight_offset, dropout_p, centre):
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"norm: the Triton kernels take fp32, bf16 and fp16, got {x.dtype}")
     D = x.shape[-1]
     N = x.numel() // D
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    has_h = residual is not None or dropout_p > 0
+    h = torch.empty(x.shape if has_h else (0,), dtype=x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if centre else None
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if N:
         weight, bias = (None if w is None else w.contiguous() for w in (weight, bias))
-        tensors = x, residual, weight, bias, y, None if residual is None else h, mean, rstd
+        dropout = _dropout(seed, dropout_p)
+        tensors = x, residual, weight, bias, y, h if has_h else None, mean, rstd, dropout
         launch = _launch_for("fwd", x)
         if "ROWS" in launch:
             _norm_fwd[(triton.cdiv(N, launch["ROWS"]),)](*tensors, N, D, eps, weight_offset, **launch)
@@ -265,13 +317,15 @@ def _forward(x, weight, bias, residual, eps, weight_offset, centre):
     return y, h, mean, rstd
 
 
-def _backward(dy, dh, h, weight, mean, rstd, weight_offset, has_bias):
+def _backward(dy, dh, h, weight, mean, rstd, seed, weight_offset, dropout_p, has_bias, has_residual):
     D = h.shape[-1]
     N = h.numel() // D
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    two = has_residual and dropout_p > 0
+    dresidual = torch.empty(h.shape if two else (0,), dtype=h.dtype, device=h.device)
     if not N:
         dweight = h.new_zeros(0) if weight is None else torch.zeros_like(weight)
-        return dx, dweight, rstd.new_zeros(D if has_bias else 0)
+        return dx, dresidual, dweight, rstd.new_zeros(D if has_bias else 0)
     stripes, rows_per_stripe = _stripes(N, h.device)
     launch = _launch_for("bwd", h)
     new = rstd.new_empty if "ROWS" in launch else rstd.new_zeros
@@ -286,8 +340,10 @@ def _backward(dy, dh, h, weight, mean, rstd, weight_offset, has_bias):
         mean,
         rstd,
         dx,
+        dresidual if two else None,
         dweights,
         dbiases,
+        _dropout(seed, dropout_p),
         N,
         D,
         rows_per_stripe,
@@ -295,25 +351,25 @@ def _backward(dy, dh, h, weight, mean, rstd, weight_offset, has_bias):
         **launch,
     )
     dweight = h.new_empty(0) if weight is None else dweights.sum(0).to(weight.dtype)
-    return dx, dweight, dbiases.sum(0) if has_bias else rstd.new_empty(0)
+    return dx, dresidual, dweight, dbiases.sum(0) if has_bias else rstd.new_empty(0)
 
 
-def layer_norm_fwd(x, weight, bias, residual, eps):
-    """y, h (empty without a residual), and mean and rstd of every row in fp32."""
-    return _forward(x, weight, bias, residual, eps, 0.0, centre=True)
+def layer_norm_fwd(x, weight, bias, residual, seed, eps, dropout_p):
+    """y, h (empty where it would be x), and mean and rstd of every row in fp32."""
+    return _forward(x, weight, bias, residual, seed, eps, 0.0, dropout_p, centre=True)
 
 
-def layer_norm_bwd(dy, dh, h, weight, mean, rstd, has_bias):
-    """dx, dweight in weight's dtype (empty without one) and dbias in fp32 (empty without one)."""
-    return _backward(dy, dh, h, weight, mean, rstd, 0.0, has_bias)
+def layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, dropout_p, has_bias, has_residual):
+    """dx, dresidual (empty where it would be dx), dweight in weight's dtype and dbias in fp32 (empty without one)."""
+    return _backward(dy, dh, h, weight, mean, rstd, seed, 0.0, dropout_p, has_bias, has_residual)
 
 
-def rms_norm_fwd(x, weight, residual, eps, weight_offset):
-    """y, h (empty without a residual), and rstd of every row in fp32."""
-    y, h, _, rstd = _forward(x, weight, None, residual, eps, weight_offset, centre=False)
+def rms_norm_fwd(x, weight, residual, seed, eps, weight_offset, dropout_p):
+    """y, h (empty where it would be x), and rstd of every row in fp32."""
+    y, h, _, rstd = _forward(x, weight, None, residual, seed, eps, weight_offset, dropout_p, centre=False)
     return y, h, rstd
 
 
-def rms_norm_bwd(dy, dh, h, weight, rstd, weight_offset):
-    """dx, and dweight in weight's dtype (empty without one)."""
-    return _backward(dy, dh, h, weight, None, rstd, weight_offset, has_bias=False)[:2]
+def rms_norm_bwd(dy, dh, h, weight, rstd, seed, weight_offset, dropout_p, has_residual):
+    """dx, dresidual (empty where it would be dx), and dweight in weight's dtype (empty without one)."""
+    return _backward(dy, dh, h, weight, None, rstd, seed, weight_offset, dropout_p, False, has_residual)[:3]

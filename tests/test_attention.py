@@ -304,6 +304,19 @@ def test_large_scores_and_nan(backend):
     assert o[0, 0, 4].isnan().all() and not o[0, 0, :4].isnan().any()
 
 
+def test_softcap_of_scores_far_beyond_it(backend):
+    """Scores of up to 200 times the cap: tanh is 1 there, however large e^2x."""
+    q = torch.linspace(-200, 200, 161, device=backend).view(1, 1, 161, 1)
+    k, v = torch.tensor([1.0, 0.0], device=backend).view(1, 1, 2, 1), torch.randn(1, 1, 2, 1, device=backend)
+    options = dict(scale=1.0, softcap=1.0)
+
+    def exact(q, k, v):
+        return reference.attention(q, k, v, **options)[0]
+
+    do = torch.randn(1, 1, 161, 1, device=backend)
+    compare(lambda q, k, v: fastllm.attention(q, k, v, **options), exact, exact, [q, k, v], [do], torch.float32)
+
+
 def test_one_key_head_is_split_over_threads(backend):
     """MQA, batch 1: the keys are cut into ranges; the sums of their parts must be those of the whole."""
     check(dict(B=1, H=3, Hkv=1, T=70, S=210, D=16), torch.float32, backend, causal=True)

@@ -30,6 +30,9 @@ SIGNATURES = {
     " block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits"
     " return_softmax_lse",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
+    "apply_rotary_emb": "x cos sin interleaved inplace seqlen_offsets cu_seqlens max_seqlen",
+    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim",
+    "liger_rope": "q k cos sin position_ids unsqueeze_dim",
     "layer_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
     " zero_centered_weight is_rms_norm return_dropout_mask out_dtype out residual_out",
     "liger_rms_norm": "X W eps offset casting_mode in_place",
@@ -293,11 +296,52 @@ def test_norm_dropout_is_torchs():
     assert torch.equal(h, dropped)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_apply_rotary_emb(interleaved):
+    x, angle = torch.randn(2, 5, 3, 20), torch.randn(9, 8)
+    cos, sin = angle.cos(), angle.sin()
+    lengths = torch.tensor([0, 4], dtype=torch.int32)
+    y = compat.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=lengths)
+    for b, first in enumerate(lengths.tolist()):
+        c, s = (table[first : first + 5, None] for table in (cos, sin))
+        a, b_ = (x[b, ..., :16:2], x[b, ..., 1:16:2]) if interleaved else (x[b, ..., :8], x[b, ..., 8:16])
+        turned = [a * c - b_ * s, b_ * c + a * s]
+        turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+        torch.testing.assert_close(y[b], torch.cat([turned, x[b, ..., 16:]], -1))
+    cu_seqlens = torch.tensor([0, 5, 10], dtype=torch.int32)
+    packed = compat.apply_rotary_emb(x.flatten(0, 1), cos, sin, interleaved, False, lengths, cu_seqlens, 5)
+    assert torch.equal(packed, y.flatten(0, 1))
+    before = x.clone()
+    assert torch.equal(compat.apply_rotary_emb(x, cos, sin, interleaved, True, lengths), y)
+    assert torch.equal(x, y) and not torch.equal(x, before)
+    with pytest.raises(ValueError, match="R / 2"):
+        compat.apply_rotary_emb(x, torch.ones(9, 20), torch.ones(9, 20))
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("function", [compat.apply_rotary_pos_emb, compat.liger_rope])
+def test_apply_rotary_pos_emb(function, unsqueeze_dim):
+    shape = (2, 4, 5, 16) if unsqueeze_dim == 1 else (2, 5, 4, 16)
+    q, k, angle = torch.randn(shape), torch.randn(shape), torch.randn(2, 5, 8)
+    cos, sin = angle.cos().repeat(1, 1, 2), angle.sin().repeat(1, 1, 2)
+
+    def theirs(x):
+        a, b = x.chunk(2, -1)
+        return x * cos.unsqueeze(unsqueeze_dim) + torch.cat([-b, a], -1) * sin.unsqueeze(unsqueeze_dim)
+
+    for got, x in zip(function(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim), (q, k), strict=True):
+        torch.testing.assert_close(got, theirs(x))
+    with pytest.raises(ValueError, match="unsqueeze_dim"):
+        compat.apply_rotary_pos_emb(q, k, cos, sin, 0)
+
+
 def test_liger_names():
     x, w, b = torch.randn(4, 32), torch.randn(32), torch.randn(32)
     torch.testing.assert_close(compat.liger_rms_norm(x, w, 1e-6, 1.0), F.rms_norm(x, (32,), w + 1, 1e-6))
     torch.testing.assert_close(compat.liger_layer_norm(x, w, b, 1e-5), F.layer_norm(x, (32,), w, b, 1e-5))
     torch.testing.assert_close(compat.liger_softmax(x), x.softmax(-1))
+    torch.testing.assert_close(compat.liger_swiglu(x, x), F.silu(x) * x)
+    torch.testing.assert_close(compat.liger_geglu(x, x), F.gelu(x, approximate="tanh") * x)
 
 
 def test_liger_losses():
@@ -332,8 +376,10 @@ def test_stand_in_only_on_request():
         from flash_attn import flash_attn_func
         from flash_attn.bert_padding import pad_input, unpad_input
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
+        from flash_attn.layers.rotary import apply_rotary_emb
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
 
+        assert apply_rotary_emb is compat.apply_rotary_emb
         assert (flash_attn_func, pad_input, unpad_input) == (
             compat.flash_attn_func,
             compat.pad_input,

@@ -19,6 +19,13 @@ def attend(q=Q, k=Q, v=Q, dtypes=(torch.float32,) * 3, devices=("cpu",) * 3, **o
 
 
 X, W, C = t(3, 8), t(8), t(3, dtype=torch.int64)
+
+
+def turn(q=Q, k=None, cos=(9, 4), sin=None, dtype=torch.float32, **options):
+    cos, sin = t(*cos), t(*(sin or cos))
+    return fastllm.rope(t(*q), None if k is None else t(*k, dtype=dtype), cos, sin, **options)
+
+
 F32, BF16, INT = torch.float32, torch.bfloat16, torch.int64
 BAD = {  # what is wrong -> (call, error, what the message must say)
     "q rank": (lambda: attend(q=(4, 5, 8)), ValueError, ["attention", "q must be [B, H, T, D]", "[4, 5, 8]"]),
@@ -75,6 +82,39 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
     "linear dtype": (lambda: fastllm.linear(X, t(4, 8).double()), TypeError, ["linear", "weight", "float64"]),
     "linear type": (lambda: fastllm.linear(X, None), TypeError, ["linear", "weight must be a tensor", "NoneType"]),
     "linear device": (lambda: fastllm.linear(X, t(4, 8).to("meta")), ValueError, ["linear", "weight", "meta"]),
+    "norm dropout": (lambda: fastllm.layer_norm(X, dropout_p=1.0), ValueError, ["layer_norm", "dropout_p", "1.0"]),
+    "gate scalar": (lambda: fastllm.swiglu(t(())), ValueError, ["swiglu", "[..., D]", "[]"]),
+    "gate odd": (lambda: fastllm.swiglu(t(3, 7)), ValueError, ["swiglu", "packed", "[3, 7]"]),
+    "gate integer": (lambda: fastllm.geglu(X.long()), TypeError, ["geglu", "gate", "int64"]),
+    "up shape": (lambda: fastllm.swiglu(X, W), ValueError, ["swiglu", "up must be [3, 8]", "[8]"]),
+    "up dtype": (lambda: fastllm.geglu(X, X.double()), TypeError, ["geglu", "up", "float32", "float64"]),
+    "approximate": (lambda: fastllm.geglu(X, X, approximate="erf"), ValueError, ["geglu", "tanh", "'erf'"]),
+    "gelu approximate": (lambda: fastllm.bias_gelu(X, approximate=None), ValueError, ["bias_gelu", "none", "None"]),
+    "gelu bias": (lambda: fastllm.bias_gelu(X, t(7)), ValueError, ["bias_gelu", "bias must be [8]", "[7]"]),
+    "gelu bias device": (lambda: fastllm.bias_gelu(X, W.to("meta")), ValueError, ["bias_gelu", "bias", "meta"]),
+    "gelu D = 0": (lambda: fastllm.bias_gelu(t(3, 0)), ValueError, ["bias_gelu", "D >= 1", "[3, 0]"]),
+    "rope rank": (lambda: turn(q=(4, 5, 8)), ValueError, ["rope", "q must be [B, H, T, D]", "[4, 5, 8]"]),
+    "rope packed rank": (
+        lambda: turn(cu_seqlens=torch.tensor([0, 5])),
+        ValueError,
+        ["rope", "q must be [T, H, D]", "[1, 4, 5, 8]"],
+    ),
+    "rope k": (lambda: turn(k=(1, 2, 6, 8)), ValueError, ["rope", "k must be [1, 4, 5, 8]", "[1, 2, 6, 8]"]),
+    "rope k dtype": (lambda: turn(k=Q, dtype=BF16), TypeError, ["rope", "k must be", "bfloat16"]),
+    "rope tables": (lambda: turn(cos=(9, 5)), ValueError, ["rope", "cos and sin", "D=8", "[9, 5]"]),
+    "rope sin": (lambda: turn(sin=(9, 3)), ValueError, ["rope", "cos and sin", "[9, 3]"]),
+    "rope batches": (lambda: turn(cos=(2, 9, 4)), ValueError, ["rope", "[1, ..]", "[2, 9, 4]"]),
+    "rope short": (lambda: turn(cos=(4, 4)), ValueError, ["rope", "positions 0 to 4", "4 positions"]),
+    "rope offset": (lambda: turn(offset=5), ValueError, ["rope", "positions 5 to 9", "9 positions"]),
+    "rope negative": (lambda: turn(offset=-1), ValueError, ["rope", "positions -1"]),
+    "rope float": (lambda: turn(offset=1.0), TypeError, ["rope", "offset", "1.0"]),
+    "rope offsets": (lambda: turn(offset=torch.tensor([1, 2])), ValueError, ["rope", "offset", "[1]", "[2]"]),
+    "rope offsets float": (lambda: turn(offset=t(1)), TypeError, ["rope", "offset", "int64", "float32"]),
+    "rope cu_seqlens": (
+        lambda: turn(q=(5, 4, 8), cu_seqlens=torch.tensor([5])),
+        ValueError,
+        ["rope", "cu_seqlens", "[1]"],
+    ),
     "softmax dim": (lambda: fastllm.softmax(X, dim=2), ValueError, ["softmax", "dim", "[-2, 2)", "2"]),
     "softmax low dim": (lambda: fastllm.log_softmax(X, dim=-3), ValueError, ["log_softmax", "dim", "-3"]),
     "softmax causal 1-D": (lambda: fastllm.softmax(W, causal=True), ValueError, ["softmax", "causal", "[8]"]),
@@ -142,6 +182,22 @@ def test_empty_norm(backend, op, shape):
     assert dx.shape == x.shape and dweight.shape == (8,) and (dweight == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
+def test_empty_activations(backend, shape):
+    x = torch.randn(shape, device=backend, requires_grad=True)
+    bias = torch.randn(8, device=backend, requires_grad=True)
+    for call in (fastllm.swiglu, fastllm.geglu, lambda x: fastllm.swiglu(x, x), lambda x: fastllm.bias_gelu(x, bias)):
+        assert torch.autograd.grad(call(x).sum(), x)[0].shape == x.shape
+    assert (torch.autograd.grad(fastllm.bias_gelu(x, bias).sum(), bias)[0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 8), (1, 4, 0, 8), (1, 0, 5, 8)])
+def test_empty_rope(backend, shape):
+    q, table = torch.randn(shape, device=backend, requires_grad=True), torch.randn(9, 4, device=backend)
+    y, k = fastllm.rope(q, q, table, table)
+    assert y.shape == k.shape == shape and torch.autograd.grad(y.sum() + k.sum(), q)[0].shape == shape
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 5, 5), (0,)])
 @pytest.mark.parametrize("op", [fastllm.softmax, fastllm.log_softmax])
 def test_empty_softmax(backend, op, shape):
@@ -166,8 +222,11 @@ HUGE = 2**50  # no machine can allocate the answer; the input is one number seen
         lambda x: fastllm.softmax(x.expand(HUGE, 8)),
         lambda x: fastllm.cross_entropy(x.expand(HUGE, 8), torch.zeros(1, dtype=torch.int64).expand(HUGE)),
         lambda x: fastllm.attention(*[x.expand(1, 1, HUGE, 8)] * 3, causal=True),
+        lambda x: fastllm.swiglu(x.expand(HUGE, 8)),
+        lambda x: fastllm.bias_gelu(x.expand(HUGE, 8)),
+        lambda x: fastllm.rope(x.expand(1, HUGE, 5, 8), None, x.expand(9, 4), x.expand(9, 4)),
     ],
-    ids=["layer_norm", "rms_norm", "softmax", "cross_entropy", "attention"],
+    ids="layer_norm rms_norm softmax cross_entropy attention swiglu bias_gelu rope".split(),
 )
 def test_huge_input_raises(call):
     with pytest.raises((RuntimeError, MemoryError), match="(?i)memory|alloc|overflow|too (big|large)|API call failed"):

@@ -9,13 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 OPS = {"dispatch", "explain", "ops", "reference"}
-MODELS = OPS | {"nn", "model", "backend", "attention", "layer_norm", "linear", "rms_norm", "softmax", "log_softmax"}
-MODELS |= {"cross_entropy", "linear_cross_entropy"}
+PUBLIC = {"attention", "bias_gelu", "geglu", "layer_norm", "log_softmax", "rms_norm", "rope", "softmax", "swiglu"}
+MODELS = OPS | PUBLIC | {"nn", "model", "backend", "tune_allocator"}
+MODELS |= {"cross_entropy", "linear", "linear_cross_entropy"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "generation", "hf", "info", "kernels", "llm", "text", "verify"}
 TOP |= {"__version__"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
+    "fastllm/allocator.py": set(),
     "fastllm/text.py": set(),
     "fastllm/dispatch.py": {"_C", "kernels"},
     "fastllm/explain.py": {"dispatch"},
@@ -31,9 +33,9 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/generation.py": OPS | {"decoder"},
     "fastllm/model.py": MODELS,
     "fastllm/hub.py": OPS,
-    "fastllm/__init__.py": {"compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},
+    "fastllm/__init__.py": {"allocator", "compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},
     "fastllm/__main__.py": {"cli"},
-    "fastllm/cli.py": {"bench", "info", "llm", "verify"},
+    "fastllm/cli.py": {"bench", "info", "llm", "tune_allocator", "verify"},
     "fastllm/info.py": TOP,
     "fastllm/verify.py": TOP,
     "fastllm/llm": TOP,

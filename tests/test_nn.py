@@ -253,3 +253,36 @@ def test_attention_dropout_is_off_in_eval():
     assert torch.equal(attention(x), attention(x))
     calls = fastllm.explain(attention, x).calls
     assert [call.op for call in calls] == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "module, activation",
+    [
+        (fnn.SwiGLU(8, 24), F.silu),
+        (fnn.SwiGLU(8, 24, bias=True), F.silu),
+        (fnn.GeGLU(8, 24), lambda x: F.gelu(x, approximate="tanh")),
+        (fnn.GeGLU(8, 24, approximate="none"), F.gelu),
+    ],
+    ids=str,
+)
+def test_gated_feed_forward(module, activation):
+    names = list(module.state_dict())
+    assert names == [f"{part}.{x}" for part in ("gate", "up", "down") for x in ("weight", "bias")[: len(names) // 3]]
+
+    def call(x, *weights):
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
+
+    def plain(x, *weights):
+        w = dict(zip(names, weights, strict=True))
+        gate, up = (F.linear(x, w[f"{part}.weight"], w.get(f"{part}.bias")) for part in ("gate", "up"))
+        return F.linear(activation(gate) * up, w["down.weight"], w.get("down.bias"))
+
+    inputs = [torch.randn(3, 5, 8), *module.state_dict().values()]
+    compare(call, plain, plain, inputs, [torch.randn(3, 5, 8)], torch.float32)
+
+
+@pytest.mark.parametrize("module", [fnn.LayerNorm((3, 7)), fnn.RMSNorm(7)], ids=str)
+def test_norm_drops_before_it_adds(module):
+    x, r = torch.ones(2, 5, 3, 7), torch.full((2, 5, 3, 7), 10.0)
+    _, h = module(x, r, dropout_p=0.5)
+    assert set(h.unique().tolist()) == {10.0, 12.0}

@@ -80,11 +80,83 @@ def test_residual(backend, dtype, uses_h):
     )
 
 
+DROPPED = 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 31), (3, 64), (2, 5, 65), (4, 130)], ids=str)
+def test_dropout(backend, shape, residual, dtype):
+    """On x alone, before the residual; which elements, the seed decides, as it does for the reference."""
+    D = shape[-1]
+    x, r, dy, dh = (torch.randn(shape).to(backend) for _ in range(4))
+    w, b = torch.randn(D).to(backend), torch.randn(D).to(backend)
+    torch.manual_seed(3)
+    seed = torch.randint(2**62, (), device=backend)
+    keep = reference.dropout_keep(seed, DROPPED, 1, 1, x.numel() // D, D).view(shape)
+    inputs, grads = ([x, r, w, b], [dy, dh]) if residual else ([x, w, b], [dy])
+
+    def ours(norm, **options):
+        def call(x, *rest):
+            torch.manual_seed(3)  # the seed that the op draws is the one above
+            r, weights = (rest[0], rest[1:]) if residual else (None, rest)
+            return norm(x, *weights, residual=r, dropout_p=DROPPED, **options)
+
+        return call
+
+    def plain(norm):
+        def call(x, *rest):
+            x = x * keep.to(x.dtype)
+            r, weights = (rest[0], rest[1:]) if residual else (None, rest)
+            return norm(x, *weights) if r is None else (norm(x + r, *weights), x + r)
+
+        return call
+
+    layer_norm = plain(lambda h, w, b: F.layer_norm(h, (D,), w, b))
+    rms_norm = plain(lambda h, w: F.rms_norm(h, (D,), w, 1e-6))
+    compare(ours(fastllm.layer_norm), layer_norm, ours(reference.layer_norm, seed=seed), inputs, grads, dtype)
+    compare(ours(fastllm.rms_norm), rms_norm, ours(reference.rms_norm, seed=seed), inputs[:-1], grads, dtype)
+
+
+@pytest.mark.parametrize("D", [33000])
+def test_dropout_of_rows_that_do_not_fit_on_chip(backend, D):
+    x, r, dy = (torch.randn(2, D).to(backend) for _ in range(3))
+    w = torch.randn(D).to(backend)
+    torch.manual_seed(3)
+    seed = torch.randint(2**62, (), device=backend)
+
+    def call(norm, **options):
+        def seeded(x, r, w):
+            torch.manual_seed(3)
+            return norm(x, w, residual=r, dropout_p=DROPPED, **options)
+
+        return seeded
+
+    truth = call(reference.layer_norm, seed=seed)
+    compare(call(fastllm.layer_norm), truth, truth, [x, r, w], [dy, None], torch.float32)
+
+
+def test_dropout_drops_its_share(cpu_backend):
+    x = torch.ones(400, 500)
+    torch.manual_seed(1)
+    _, h = fastllm.rms_norm(x, residual=torch.zeros_like(x), dropout_p=0.25)
+    torch.manual_seed(2)
+    _, other = fastllm.rms_norm(x, residual=torch.zeros_like(x), dropout_p=0.25)
+    assert set(h.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+    both = (h == 0) & (other == 0)
+    for drawn, expected in ((h == 0, 0.25), (other == 0, 0.25), (both, 0.25**2)):  # other seeds draw independently
+        assert abs(float(drawn.float().mean()) - expected) < 5 * (expected / x.numel()) ** 0.5
+
+
 def test_only_the_sum_is_used(backend):
     x, r, dh = (torch.randn(4, 8).to(backend) for _ in range(3))
     for norm in (fastllm.layer_norm, fastllm.rms_norm):
         _, grads = run(lambda x, r, norm=norm: norm(x, residual=r), [x, r], [None, dh])
         assert torch.equal(grads[0], dh) and torch.equal(grads[1], dh)
+        (y, h), grads = run(lambda x, r, norm=norm: norm(x, residual=r, dropout_p=DROPPED), [x, r], [None, dh])
+        kept = (h != r).to(dh.dtype) / (1 - DROPPED)
+        torch.testing.assert_close(grads[0], dh * kept)
+        assert torch.equal(grads[1], dh)
 
 
 @pytest.mark.parametrize("mean", [100.0, 1e4])
@@ -148,14 +220,28 @@ def test_gradcheck():
             assert check(lambda x, w, r: fastllm.layer_norm(x, w, residual=r), (x, w, r))
             assert check(lambda x, w, r: fastllm.rms_norm(x, w, residual=r, weight_offset=1.0), (x, w, r))
 
+            def dropped(norm):
+                def call(x, w, r):
+                    torch.manual_seed(0)
+                    return norm(x, w, residual=r, dropout_p=DROPPED)
+
+                return call
+
+            assert check(dropped(fastllm.layer_norm), (x, w, r)) and check(dropped(fastllm.rms_norm), (x, w, r))
+
 
 @pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
 def test_opcheck():
     x, r, dy, w, b = torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.randn(3, 4, 6), torch.randn(6), torch.randn(6)
+    seed = torch.tensor(7)
     for residual in (None, r):
-        torch.library.opcheck(ops.layer_norm_fwd.dispatched, (x, w, b, residual, 1e-5))
-        torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, 1e-5, 1.0))
-    _, _, mean, rstd = ops.layer_norm_fwd.dispatched(x, w, b, None, 1e-5)
-    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, True))
-    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, None, x, None, mean, rstd, False))
-    torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, 1.0))
+        torch.library.opcheck(ops.layer_norm_fwd.dispatched, (x, w, b, residual, None, 1e-5, 0.0))
+        torch.library.opcheck(ops.layer_norm_fwd.dispatched, (x, w, b, residual, seed, 1e-5, DROPPED))
+        torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, None, 1e-5, 1.0, 0.0))
+        torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, seed, 1e-5, 1.0, DROPPED))
+    _, _, mean, rstd = ops.layer_norm_fwd.dispatched(x, w, b, None, None, 1e-5, 0.0)
+    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, None, 0.0, True, True))
+    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, None, x, None, mean, rstd, None, 0.0, False, False))
+    torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, seed, DROPPED, True, True))
+    torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, None, 1.0, 0.0, False))
+    torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, seed, 1.0, DROPPED, True))

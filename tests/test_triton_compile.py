@@ -124,10 +124,14 @@ def norm_calls(torch, norm):
             x = torch.empty(4096, D, dtype=dtype, device="meta")
             w = torch.empty(D, dtype=dtype, device="meta")
             row = torch.empty(4096, dtype=torch.float32, device="meta")
-            norm.layer_norm_fwd(x, w, w, x, 1e-5)
-            norm.layer_norm_bwd(x, x, x, w, row, row, True)
-            norm.rms_norm_fwd(x, w, None, 1e-5, 0.0)
-            norm.rms_norm_bwd(x, None, x, w, row, 0.0)
+            norm.layer_norm_fwd(x, w, w, x, None, 1e-5, 0.0)
+            norm.layer_norm_bwd(x, x, x, w, row, row, None, 0.0, True, True)
+            norm.rms_norm_fwd(x, w, None, None, 1e-5, 0.0, 0.0)
+            norm.rms_norm_bwd(x, None, x, w, row, None, 0.0, 0.0, False)
+            if D in (1024, 8192, 32768):
+                seed = torch.empty((), dtype=torch.int64, device="meta")
+                norm.layer_norm_fwd(x, w, w, x, seed, 1e-5, 0.1)
+                norm.layer_norm_bwd(x, x, x, w, row, row, seed, 0.1, True, True)
 
 
 def softmax_calls(torch, softmax):
@@ -154,6 +158,35 @@ def cross_entropy_calls(torch, cross_entropy):
                 cross_entropy.cross_entropy_rows(x, target, given, total, dloss, -100, *numbers, False)
 
 
+def activation_calls(torch, activation):
+    for D in (128, 3072):
+        for dtype in (torch.bfloat16, torch.float32) if D == 3072 else (torch.bfloat16,):
+            x = torch.empty(64, 2 * D, dtype=dtype, device="meta")
+            half, b = x[:, :D], torch.empty(D, dtype=dtype, device="meta")
+            dense = half.contiguous()
+            activation.swiglu_fwd(x, None)
+            activation.swiglu_bwd(dense, x, None)
+            for tanh in (False, True):
+                activation.geglu_fwd(dense, dense, tanh)
+                activation.geglu_bwd(dense, dense, dense, tanh)
+                for bias in (None, b):
+                    activation.bias_gelu_fwd(dense, bias, tanh)
+                    activation.bias_gelu_bwd(dense, dense, bias, tanh)
+
+
+def rope_calls(torch, rope):
+    for D, R in ((64, 64), (128, 128), (80, 32)):
+        for dtype in (torch.bfloat16, torch.float32):
+            q = torch.empty(2, 1000, 4, D, dtype=dtype, device="meta").transpose(1, 2)
+            pairs = torch.empty(2048, R // 2, dtype=torch.float32, device="meta")
+            lengths = torch.empty(2, dtype=torch.int64, device="meta")
+            rope.rope_fwd(q, None, pairs, pairs, None, None, 0, False, False, False)
+            rope.rope_fwd(q, None, pairs, pairs, lengths, None, 0, True, False, True)
+            if R == D:
+                elements = torch.empty(2, 1000, D, dtype=dtype, device="meta")
+                rope.rope_fwd(q, q, elements, elements, None, None, 0, False, True, False)
+
+
 CALLS = {
     "attention": attention_calls,
     "varlen": varlen_calls,
@@ -161,6 +194,8 @@ CALLS = {
     "norm": norm_calls,
     "softmax": softmax_calls,
     "cross_entropy": cross_entropy_calls,
+    "activation": activation_calls,
+    "rope": rope_calls,
 }
 
 

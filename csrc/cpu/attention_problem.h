@@ -77,11 +77,7 @@ struct Problem {
     a.sink = sink.data();
     STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1)");
     a.dropout_p = options.dropout_p;
-    if (a.dropout_p > 0) {
-      STD_TORCH_CHECK(options.seed && options.seed->numel() == 1 && options.seed->scalar_type() == ScalarType::Long, op,
-                      ": dropout needs a seed, one int64");
-      a.seed = uint64_t(*(const int64_t*)options.seed->data_ptr());
-    }
+    if (a.dropout_p > 0) a.seed = seed_of(options.seed, op);
   }
 };
 

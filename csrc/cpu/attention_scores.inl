@@ -4,6 +4,8 @@
 // Tiles are [key][query]: kKeys rows of `row` queries. Query i of the block at q0 stands at key position q0 + i +
 // q_offset.
 
+#include "philox.inl"
+
 struct Range {
   int64_t begin, end;
 };
@@ -82,22 +84,6 @@ void load_scores(const Scores& x, int64_t b, int64_t h, int64_t q0, int64_t k0, 
   }
 }
 
-// Philox4x32-7: four random words from a counter and a key (Salmon et al. 2011). The counter is (query, key / 4, head
-// of the batch), so that a probability's word depends on its place alone: forward and backward, on any backend, agree.
-inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, uint64_t seed, uint32_t* words) {
-  uint32_t c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
-}
-
 // score(q.k) of one query head: scale, soft-cap, bias, ALiBi, in this order. `distance` is the query's position less
 // the key's; `slope`, where given, receives d(capped score) / d(score).
 template <class V>
@@ -160,21 +146,24 @@ struct ScoreTile {
     return true;
   }
 
-  // keep[k][q] = 1 / (1 - dropout_p), or 0 with probability dropout_p.
+  // keep[k][q] = 1 / (1 - dropout_p), or 0 with probability dropout_p. The counter is (query, key / 4, head of the
+  // batch).
   void draw(int64_t k0, int64_t keys) const {
-    const uint32_t threshold = uint32_t(a.dropout_p * 4294967296.0), bh = uint32_t(a.first_head + b * a.H + h);
+    const uint32_t threshold = dropout_threshold(a.dropout_p), bh = uint32_t(a.first_head + b * a.H + h);
     const T kept = T(1 / (1 - a.dropout_p));
     for (int64_t group = k0 / 4; group * 4 < k0 + keys; ++group)
       for (int64_t v = 0; v < vectors; ++v) {
-        T lanes[4][V::L];
+        uint32_t words[4][V::L];
         for (int i = 0; i < V::L; ++i) {
-          uint32_t words[4];
-          philox(uint32_t(q0 + v * V::L + i), uint32_t(group), bh, a.seed, words);
-          for (int j = 0; j < 4; ++j) lanes[j][i] = words[j] < threshold ? T(0) : kept;
+          words[0][i] = uint32_t(q0 + v * V::L + i), words[1][i] = uint32_t(group);
+          words[2][i] = bh, words[3][i] = 0;
         }
+        philox<V::L>(words, a.seed);
         for (int64_t j = 0; j < 4; ++j) {
+          T lanes[V::L];
+          for (int i = 0; i < V::L; ++i) lanes[i] = words[j][i] < threshold ? T(0) : kept;
           const int64_t k = group * 4 + j - k0;
-          if (k >= 0 && k < keys) V::load(lanes[j]).store(keep + k * kQueries + v * V::L);
+          if (k >= 0 && k < keys) V::load(lanes).store(keep + k * kQueries + v * V::L);
         }
       }
   }

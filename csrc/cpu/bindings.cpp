@@ -4,8 +4,6 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements that are worth waking another thread for (0.5 to 1.2 us)
-
 struct Rows {
   int64_t N, D;
   std::vector<int64_t> shape, leading;
@@ -20,44 +18,19 @@ Rows rows_of(const Tensor& x, const char* op) {
   r.leading.assign(r.shape.begin(), r.shape.end() - 1);
   return r;
 }
-void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,
-                  ": ", name, " must be contiguous, with the shape and dtype of x");
-}
-void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
-  STD_TORCH_CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
-}
-
-// Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the
-// same for any number of threads.
-int64_t stripes_of(int64_t N) { return std::min<int64_t>(64, (N + 7) / 8); }
-
-// out[d] = sum over stripes of partial[stripe][d], in order, rounded to out's type.
-void sum_stripes(const void* partial, Type compute, int64_t stripes, int64_t D, const Tensor& out, const char* op) {
-  const Type t = type_of(out, op);
-  void* data = out.data_ptr();
-  for_range(D, kGrain / 16, [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(end - begin, 0.0);
-    for (int64_t s = 0; s < stripes; ++s)
-      for (int64_t d = begin; d < end; ++d)
-        sum[d - begin] += compute == kDouble ? ((const double*)partial)[s * D + d] : ((const float*)partial)[s * D + d];
-    for (int64_t d = begin; d < end; ++d) set_element(data, t, d, sum[d - begin]);
-  });
-}
-
 template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kernel, const Tensor& x,
                                                     const MaybeTensor& weight, const MaybeTensor& bias,
-                                                    const MaybeTensor& residual, double eps, double weight_offset,
-                                                    bool has_mean) {
+                                                    const MaybeTensor& residual, const MaybeTensor& seed, double eps,
+                                                    double weight_offset, double dropout_p, bool has_mean) {
   const Rows r = rows_of(x, op);
   if (residual) check_like(*residual, x, op, "residual");
   check_weight(weight, r.D, op, "weight");
   check_weight(bias, r.D, op, "bias");
   const Type t = type_of(x, op);
   const InComputeType w(weight, t, op), b(bias, t, op);
-  const Tensor y = empty(x, r.shape, x.scalar_type());
-  const Tensor h = residual ? empty(x, r.shape, x.scalar_type()) : none_like(x);
+  const bool sum = residual || dropout_p > 0;
+  const Tensor y = empty(x, r.shape, x.scalar_type()), h = sum ? empty(x, r.shape, x.scalar_type()) : none_like(x);
   const Tensor rstd = empty(x, r.leading, compute_type(t)), mean = has_mean ? empty(x, r.leading, compute_type(t)) : h;
   Norm a{};
   a.D = r.D;
@@ -65,8 +38,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kerne
   a.weight_offset = weight_offset;
   a.x = x.data_ptr();
   a.residual = residual ? residual->data_ptr() : nullptr;
+  a.dropout_p = dropout_p;
+  if (dropout_p > 0) a.seed = seed_of(seed, op);
   a.y = y.data_ptr();
-  a.h = residual ? h.data_ptr() : nullptr;
+  a.h = sum ? h.data_ptr() : nullptr;
   a.weight = w.data();
   a.bias = b.data();
   a.mean = has_mean ? mean.data_ptr() : nullptr;
@@ -75,10 +50,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kerne
   return {y, h, mean, rstd};
 }
 
+// dx, dresidual (empty where it would be dx), dweight, dbias.
 template <class Kernel>
-std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const Tensor& dy, const MaybeTensor& dh,
-                                            const Tensor& h, const MaybeTensor& weight, const void* mean,
-                                            const Tensor& rstd, bool has_bias, double weight_offset) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const Tensor& dy,
+                                                    const MaybeTensor& dh, const Tensor& h, const MaybeTensor& weight,
+                                                    const void* mean, const Tensor& rstd, const MaybeTensor& seed,
+                                                    double weight_offset, double dropout_p, bool has_bias,
+                                                    bool has_residual) {
   const Rows r = rows_of(h, op);
   check_like(dy, h, op, "dy");
   if (dh) check_like(*dh, h, op, "dh");
@@ -86,59 +64,65 @@ std::tuple<Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kernel, const
   STD_TORCH_CHECK(rstd.numel() == r.N, op, ": rstd must have a number per row");
   const Type t = type_of(h, op), compute = t == kDouble ? kDouble : kFloat;
   const InComputeType w(weight, t, op);
+  const bool two = has_residual && dropout_p > 0;
   const Tensor dx = empty(h, r.shape, h.scalar_type());
+  const Tensor dresidual = two ? empty(h, r.shape, h.scalar_type()) : none_like(h);
   const Tensor dweight = weight ? empty(h, shape_of(*weight), weight->scalar_type()) : none_like(h);
   const Tensor dbias = empty(h, {has_bias ? r.D : 0}, compute_type(t));
 
-  const int64_t stripes = stripes_of(r.N), bytes = compute == kDouble ? 8 : 4;
+  const int64_t stripes = stripes_of(r.N), bytes = bytes_of(compute);
   std::unique_ptr<char[]> partial(new char[stripes * r.D * bytes * ((weight ? 1 : 0) + (has_bias ? 1 : 0)) + 1]);
   Norm a{};
   a.D = r.D;
   a.weight_offset = weight_offset;
-  a.h = h.data_ptr();
+  a.h = const_cast<void*>(h.data_ptr());
   a.weight = w.data();
   a.mean = const_cast<void*>(mean);
   a.rstd = rstd.data_ptr();
+  a.dropout_p = dropout_p;
+  if (dropout_p > 0) a.seed = seed_of(seed, op);
   a.dy = dy.data_ptr();
   a.dh = dh ? dh->data_ptr() : nullptr;
   a.dx = dx.data_ptr();
+  a.dresidual = two ? dresidual.data_ptr() : nullptr;
   a.dweight = weight ? partial.get() : nullptr;
   a.dbias = has_bias ? partial.get() + (weight ? stripes * r.D * bytes : 0) : nullptr;
-  for_range(stripes, std::max<int64_t>(1, kGrain * stripes / std::max<int64_t>(1, r.N * r.D)),
-            [&](int64_t begin, int64_t end) {
-              for (int64_t s = begin; s < end; ++s) kernel[t](a, s, r.N * s / stripes, r.N * (s + 1) / stripes);
-            });
+  for_stripes(r.N, r.D, [&](int64_t stripe, int64_t begin, int64_t end) { kernel[t](a, stripe, begin, end); });
   if (weight) sum_stripes(a.dweight, compute, stripes, r.D, dweight, op);
   if (has_bias) sum_stripes(a.dbias, compute, stripes, r.D, dbias, op);
-  return {dx, dweight, dbias};
+  return {dx, dresidual, dweight, dbias};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
-                                                          MaybeTensor residual, double eps) {
-  return norm_fwd("layer_norm_fwd", kernels().norm->layer_norm_fwd, x, weight, bias, residual, eps, 0.0, true);
+                                                          MaybeTensor residual, MaybeTensor seed, double eps,
+                                                          double dropout_p) {
+  return norm_fwd("layer_norm_fwd", kernels().norm->layer_norm_fwd, x, weight, bias, residual, seed, eps, 0.0,
+                  dropout_p, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
-                                                double weight_offset) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, MaybeTensor seed,
+                                                double eps, double weight_offset, double dropout_p) {
   auto [y, h, none, rstd] = norm_fwd("rms_norm_fwd", kernels().norm->rms_norm_fwd, x, weight, MaybeTensor(), residual,
-                                     eps, weight_offset, false);
+                                     seed, eps, weight_offset, dropout_p, false);
   return {y, h, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
-                                                  Tensor rstd, bool has_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight,
+                                                          Tensor mean, Tensor rstd, MaybeTensor seed, double dropout_p,
+                                                          bool has_bias, bool has_residual) {
   STD_TORCH_CHECK(mean.numel() == rstd.numel(), "layer_norm_bwd: mean must have a number per row");
-  return norm_bwd("layer_norm_bwd", kernels().norm->layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, has_bias,
-                  0.0);
+  return norm_bwd("layer_norm_bwd", kernels().norm->layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, seed, 0.0,
+                  dropout_p, has_bias, has_residual);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
-                                        double weight_offset) {
-  auto [dx, dweight, none] =
-      norm_bwd("rms_norm_bwd", kernels().norm->rms_norm_bwd, dy, dh, h, weight, nullptr, rstd, false, weight_offset);
-  return {dx, dweight};
+std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
+                                                MaybeTensor seed, double weight_offset, double dropout_p,
+                                                bool has_residual) {
+  auto [dx, dresidual, dweight, none] = norm_bwd("rms_norm_bwd", kernels().norm->rms_norm_bwd, dy, dh, h, weight,
+                                                 nullptr, rstd, seed, weight_offset, dropout_p, false, has_residual);
+  return {dx, dresidual, dweight};
 }
 
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {

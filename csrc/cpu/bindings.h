@@ -11,13 +11,16 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
-                                                          MaybeTensor residual, double eps);
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
-                                                  Tensor rstd, bool has_bias);
-std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
-                                                double weight_offset);
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
-                                        double weight_offset);
+                                                          MaybeTensor residual, MaybeTensor seed, double eps,
+                                                          double dropout_p);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight,
+                                                          Tensor mean, Tensor rstd, MaybeTensor seed, double dropout_p,
+                                                          bool has_bias, bool has_residual);
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, MaybeTensor seed,
+                                                double eps, double weight_offset, double dropout_p);
+std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
+                                                MaybeTensor seed, double weight_offset, double dropout_p,
+                                                bool has_residual);
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log);
 Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log);
 Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
@@ -32,6 +35,14 @@ Tensor cross_entropy_total(Tensor target, MaybeTensor weight, int64_t classes, i
 std::tuple<Tensor, Tensor> cross_entropy_rows(Tensor x, Tensor target, MaybeTensor weight, MaybeTensor total,
                                               MaybeTensor dloss, int64_t ignore_index, double label_smoothing,
                                               double softcap, double z_loss, bool accuracy);
+Tensor swiglu_fwd(Tensor gate, MaybeTensor up);
+std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy, Tensor gate, MaybeTensor up);
+Tensor geglu_fwd(Tensor gate, MaybeTensor up, bool tanh);
+std::tuple<Tensor, Tensor> geglu_bwd(Tensor dy, Tensor gate, MaybeTensor up, bool tanh);
+Tensor bias_gelu_fwd(Tensor x, MaybeTensor bias, bool tanh);
+std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, MaybeTensor bias, bool tanh);
+std::tuple<Tensor, Tensor> rope_fwd(Tensor q, MaybeTensor k, Tensor cos, Tensor sin, MaybeTensor offsets,
+                                    MaybeTensor cu_seqlens, int64_t offset, bool interleaved, bool whole, bool inverse);
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTensor mask, MaybeTensor bias,
                                          MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,

@@ -6,8 +6,6 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // logits that are worth waking another thread for
-
 enum Reduction { kNone, kMean, kSum };  // as in fastllm/ops/cross_entropy.py
 
 double class_weight(const void* weight, Type t, int64_t c) {

@@ -1,4 +1,5 @@
 // What one new token needs beside norms, matrix-vector products and attention over the cache, on fp32.
+#include "activation_functions.inl"
 
 // (a, b) to (a cos - b sin, b cos + a sin), a and b being the two halves of x's first 2 * half numbers.
 template <class V>
@@ -12,22 +13,15 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 
 template <class V>
 inline V activation(int kind, V x) {
-  const V zero = V::set(0), one = V::set(1), half = V::set(0.5f);
   switch (kind) {
     case kRelu:
-      return max(x, zero);
+      return max(x, V::set(0));
     case kSilu:
-      return x / (one + exp(zero - x));
-    case kGeluTanh: {
-      const V inner = x * fma(x * x, V::set(0.7978845608f * 0.044715f), V::set(0.7978845608f));
-      return half * x * (one + tanh(inner));
-    }
-    default: {  // kGelu
-      float lanes[V::L];
-      x.store(lanes);
-      for (int i = 0; i < V::L; ++i) lanes[i] = 0.5f * lanes[i] * (1.0f + erff(lanes[i] * 0.70710678f));
-      return V::load(lanes);
-    }
+      return Silu<V>::of(x).y;
+    case kGeluTanh:
+      return GeluTanh<V>::of(x).y;
+    default:
+      return GeluErf<V>::of(x).y;
   }
 }
 

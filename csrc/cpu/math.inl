@@ -42,6 +42,13 @@ inline Vec exp_normal(Vec x) {
 }
 inline VecD exp_normal(VecD x) { return exp(x); }
 
+// x within [-bound, bound]; a NaN stays one.
+template <class V>
+inline V within(V x, typename V::T bound) {
+  const V zero = V::set(0), low = V::set(-bound);
+  return max(low, zero - max(low, zero - x));
+}
+
 inline Vec tanh(Vec x) {
   // Near 0 an odd polynomial (Cephes, 2 ulp below 0.625); elsewhere 1 - 2 / (e^2|x| + 1), which would cancel there.
   const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), y = max(zero - x, x), z = x * x;
@@ -53,6 +60,22 @@ inline Vec tanh(Vec x) {
   const Vec limit = Vec::set(20.0f), bounded = select_lt(limit, y, limit, y);  // e^2y must not overflow; NaN stays
   const Vec near = fma(p * z, x, x), far = one - Vec::set(2.0f) / (exp(bounded + bounded) + one);
   return select_lt(y, Vec::set(0.625f), near, select_lt(x, zero, zero - far, far));
+}
+
+// The upper tail of the normal distribution over e^(-a^2/2), for a >= 0: erfc(a / sqrt(2)) / 2 = e^(-a^2/2) * this. A
+// polynomial (1.8e-8) in t = 1 / (1 + 0.2625 a); the error function itself would cancel against 1 where a is large.
+inline Vec normal_tail_over_exp(Vec a) {
+  const Vec one = Vec::set(1.0f), t = one / fma(a, Vec::set(0.2625f), one);
+  Vec p = Vec::set(0.030745646f);
+  p = fma(p, t, Vec::set(-0.148811087f));
+  p = fma(p, t, Vec::set(0.234762862f));
+  p = fma(p, t, Vec::set(-0.133393079f));
+  p = fma(p, t, Vec::set(0.149139374f));
+  p = fma(p, t, Vec::set(0.0558488742f));
+  p = fma(p, t, Vec::set(0.102818646f));
+  p = fma(p, t, Vec::set(0.104138881f));
+  p = fma(p, t, Vec::set(0.104749881f));
+  return p * t;
 }
 
 // f(i, n) for every vector of a row of D: n lanes of it are inside.

@@ -1,13 +1,43 @@
-// layer_norm and rms_norm: y = (h - mean) * rstd * weight + bias with h = x + residual.
+// layer_norm and rms_norm: y = (h - mean) * rstd * weight + bias with h = dropout(x) + residual.
+#include "philox.inl"
+
+// f(i, n, keep) for every vector of a row: keep is 1 / (1 - dropout_p), or 0 with probability dropout_p. The counter is
+// (row, column / 4, row / 2^32).
+template <class V, class F>
+inline void for_kept(const Norm& a, int64_t row, F f) {
+  using T = typename V::T;
+  constexpr int kGroups = 16;
+  const uint32_t threshold = dropout_threshold(a.dropout_p);
+  const T kept = T(1 / (1 - a.dropout_p));
+  for (int64_t start = 0; start < a.D; start += 4 * kGroups) {
+    uint32_t words[4][kGroups];
+    for (int i = 0; i < kGroups; ++i) {
+      words[0][i] = uint32_t(row), words[1][i] = uint32_t(start / 4 + i);
+      words[2][i] = uint32_t(row >> 32), words[3][i] = 0;
+    }
+    philox<kGroups>(words, a.seed);
+    T keep[4 * kGroups];
+    for (int i = 0; i < kGroups; ++i)
+      for (int j = 0; j < 4; ++j) keep[4 * i + j] = words[j][i] < threshold ? T(0) : kept;
+    const int64_t count = a.D - start < 4 * kGroups ? a.D - start : 4 * kGroups;
+    for_vectors<V>(count, [&](int64_t i, int64_t n) { f(start + i, n, V::load(keep + i)); });
+  }
+}
 
 // h of one row: x itself, or the sum with the residual, rounded to the storage type as the next block will see it.
 template <class V, class S>
 inline const S* residual_sum(const Norm& a, int64_t row) {
   const S* x = (const S*)a.x + row * a.D;
-  if (!a.residual) return x;
-  const S* residual = (const S*)a.residual + row * a.D;
+  if (!a.h) return x;
+  const S* residual = (const S*)a.residual + (a.residual ? row * a.D : 0);
   S* h = (S*)a.h + row * a.D;
-  for_vectors<V>(a.D, [&](int64_t i, int64_t n) { store(load<V>(x + i, n) + load<V>(residual + i, n), h + i, n); });
+  if (a.dropout_p > 0)
+    for_kept<V>(a, row, [&](int64_t i, int64_t n, V keep) {
+      const V v = load<V>(x + i, n) * keep;
+      store(a.residual ? v + load<V>(residual + i, n) : v, h + i, n);
+    });
+  else
+    for_vectors<V>(a.D, [&](int64_t i, int64_t n) { store(load<V>(x + i, n) + load<V>(residual + i, n), h + i, n); });
   return h;
 }
 
@@ -86,7 +116,9 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
 }
 
 // Gradients of rows [begin, end): with g = dy * weight and xhat = (h - mean) * rstd,
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm,
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm (this is the residual's
+//   gradient;
+// x's has dropout's factor),
 // and the sums dweight += dy * xhat, dbias += dy into the partial sums of this stripe of rows.
 template <class V, class S, bool kCentred>
 void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
@@ -118,18 +150,25 @@ void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
     });
     const V mean_g = V::set(sum(sum_g) / T(D)), mean_gx = V::set(sum(sum_gx[0] + sum_gx[1]) / T(D));
 
-    S* dx = (S*)a.dx + row * D;
-    const S* dh = a.dh ? (const S*)a.dh + row * D : nullptr;
-    for_vectors<V>(D, [&](int64_t i, int64_t n) {
+    S *dx = (S*)a.dx + row * D, *dresidual = (S*)a.dresidual + (a.dresidual ? row * D : 0);
+    const S* dh_row = (const S*)a.dh + (a.dh ? row * D : 0);
+    auto gradient = [&](int64_t i, int64_t n) {
       PREFETCH(h + D + i);
       PREFETCH(dy + D + i);
       const V x = (load<V>(h + i, n) - mu) * r;
       V d = g(i, n) - x * mean_gx;
       if (kCentred) d = d - mean_g;
       d = d * r;
-      if (dh) d = d + load<V>(dh + i, n);
-      store(d, dx + i, n);
-    });
+      return a.dh ? d + load<V>(dh_row + i, n) : d;
+    };
+    if (a.dropout_p > 0)
+      for_kept<V>(a, row, [&](int64_t i, int64_t n, V keep) {
+        const V d = gradient(i, n);
+        if (a.dresidual) store(d, dresidual + i, n);
+        store(d * keep, dx + i, n);
+      });
+    else
+      for_vectors<V>(D, [&](int64_t i, int64_t n) { store(gradient(i, n), dx + i, n); });
   }
 }
 template <class V, class S>

@@ -16,11 +16,13 @@ struct Norm {
   int64_t D;
   double eps, weight_offset;
   const void *x, *residual;   // [N, D], storage type; residual may be null
-  void *y, *h;                // [N, D]; h = x + residual is null where residual is
+  void *y, *h;                // [N, D]; h = x + residual is null where it would be x
   const void *weight, *bias;  // [D] in the compute type, or null
   void *mean, *rstd;          // [N] in the compute type; mean is null for rms_norm
-  const void *dy, *dh;        // backward: [N, D]; dh may be null. h above is read then
-  void* dx;
+  double dropout_p;           // of x, before the residual; h is then also written without one
+  uint64_t seed;
+  const void *dy, *dh;    // backward: [N, D]; dh may be null. h above is read then
+  void *dx, *dresidual;   // dresidual only where it is not dx
   void *dweight, *dbias;  // backward: [stripes, D] partial sums in the compute type; may be null
 };
 
@@ -50,12 +52,49 @@ struct CrossEntropy {
   void* dx;               // [N, V]; may be x
 };
 
+enum Activation { kRelu, kGelu, kGeluTanh, kSilu };
+
+struct Gated {  // y = act(gate) * up
+  int64_t D;    // of a row
+  int activation;
+  const void *gate, *up;  // [N, D], storage type, rows this far apart
+  int64_t gate_stride, up_stride;
+  void* y;
+  const void* dy;  // backward: [N, D]
+  void *dgate, *dup;
+  int64_t grad_stride;
+};
+
+struct BiasAct {  // y = act(x + bias)
+  int64_t D;
+  int activation;
+  const void *x, *bias;  // [N, D] and [D] in the compute type; bias may be null
+  void* y;
+  const void* dy;  // backward: [N, D]
+  void* dx;
+  void* dbias;  // [stripes, D] partial sums in the compute type; may be null
+};
+
 struct Heads {  // a [B, H, T, D] tensor of the storage type, any strides (in elements)
   void* data;
   int64_t b, h, t, d;
   // Where it is a cache in pages [pages, H, page_size, D]: row t is row t % page_size of page pages[t / page_size].
   const int32_t* pages;
   int64_t page_size;
+};
+
+struct Rope {
+  int64_t B, H, Hk, T, D, R;  // R of D elements are rotated; Hk = 0 where there is no k
+  bool interleaved, inverse, whole;
+  Heads q, k, yq, yk;
+  const void *cos, *sin;  // [positions, R / 2], or R where `whole`, perhaps for each batch entry
+  int table_type;
+  int64_t table_b, table_t;  // strides of both
+  int64_t offset;            // t stands at position t + offset + offsets[b]
+  const int64_t* offsets;    // may be null
+  // [sequences + 1]: then B is 1, t counts within its sequence, and offsets has one for each.
+  const int64_t* cu_seqlens;
+  int64_t sequences;
 };
 
 struct Scores {  // a [B, H, T, S] tensor that may be broadcast (stride 0)
@@ -128,8 +167,6 @@ struct Gemm {  // c = a b + bias, or c += a b + bias, in float or double
   const void* bias;  // [N], added to every row of the result; may be null
 };
 
-enum Activation { kRelu, kGelu, kGeluTanh, kSilu };
-
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
 
 struct NormKernels {
@@ -147,6 +184,17 @@ struct SoftmaxKernels {
 struct CrossEntropyKernels {
   void (*fwd[kTypes])(const CrossEntropy&, int64_t begin, int64_t end);
   void (*bwd[kTypes])(const CrossEntropy&, int64_t begin, int64_t end);
+};
+
+struct ActivationKernels {  // ranges of elements; of rows where sums over rows are wanted
+  void (*gated_fwd[kTypes])(const Gated&, int64_t begin, int64_t end);
+  void (*gated_bwd[kTypes])(const Gated&, int64_t begin, int64_t end);
+  void (*bias_act_fwd[kTypes])(const BiasAct&, int64_t begin, int64_t end);
+  void (*bias_act_bwd[kTypes])(const BiasAct&, int64_t stripe, int64_t begin, int64_t end);
+};
+
+struct RopeKernels {
+  void (*rope[kTypes])(const Rope&, int64_t begin, int64_t end, void* workspace);  // of B * T, b fastest
 };
 
 struct AttentionKernels {
@@ -197,6 +245,8 @@ struct GenerationKernels {  // on fp32, whatever the weights and the cache are
   X(norm, NormKernels, isa)                           \
   X(softmax, SoftmaxKernels, isa)                     \
   X(cross_entropy, CrossEntropyKernels, isa)          \
+  X(activation, ActivationKernels, isa)               \
+  X(rope, RopeKernels, isa)                           \
   X(attention, AttentionKernels, isa)                 \
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \

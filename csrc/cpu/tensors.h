@@ -44,6 +44,7 @@ inline Type type_of(const Tensor& x, const char* op) {
   }
   return kTypes;
 }
+inline int64_t bytes_of(Type t) { return t == kDouble ? 8 : t == kFloat ? 4 : 2; }
 inline ScalarType compute_type(Type t) { return t == kDouble ? ScalarType::Double : ScalarType::Float; }
 
 inline double element(const void* data, Type t, int64_t i) {
@@ -146,6 +147,8 @@ void for_items(int64_t items, int64_t bytes, bool worth_threads, F f) {
   STD_TORCH_CHECK(!failed, "fastllm: out of memory for a workspace of ", bytes, " bytes");
 }
 
+constexpr int64_t kGrain = 16384;  // elements that are worth waking another thread for (0.5 to 1.2 us)
+
 // f(begin, end) over [0, n) in one piece per thread, with at least `grain` in each.
 template <class F>
 void for_range(int64_t n, int64_t grain, F f) {
@@ -177,6 +180,47 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return x;
 }
 inline Tensor none_like(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
+
+inline void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,
+                  ": ", name, " must be contiguous, with the shape and dtype of x");
+}
+inline uint64_t seed_of(const MaybeTensor& seed, const char* op) {
+  STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op,
+                  ": dropout needs a seed, one int64");
+  return uint64_t(*(const int64_t*)seed->data_ptr());
+}
+inline void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
+  STD_TORCH_CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
+}
+
+// Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the
+// same for any number of threads.
+inline int64_t stripes_of(int64_t N) { return std::min<int64_t>(64, (N + 7) / 8); }
+
+// f(stripe, begin, end) for the rows [begin, end) of every stripe.
+template <class F>
+void for_stripes(int64_t N, int64_t D, F f) {
+  const int64_t stripes = stripes_of(N);
+  for_range(stripes, std::max<int64_t>(1, kGrain * stripes / std::max<int64_t>(1, N * D)),
+            [&](int64_t begin, int64_t end) {
+              for (int64_t s = begin; s < end; ++s) f(s, N * s / stripes, N * (s + 1) / stripes);
+            });
+}
+
+// out[d] = sum over stripes of partial[stripe][d], in order, rounded to out's type.
+inline void sum_stripes(const void* partial, Type compute, int64_t stripes, int64_t D, const Tensor& out,
+                        const char* op) {
+  const Type t = type_of(out, op);
+  void* data = out.data_ptr();
+  for_range(D, kGrain / 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(end - begin, 0.0);
+    for (int64_t s = 0; s < stripes; ++s)
+      for (int64_t d = begin; d < end; ++d)
+        sum[d - begin] += compute == kDouble ? ((const double*)partial)[s * D + d] : ((const float*)partial)[s * D + d];
+    for (int64_t d = begin; d < end; ++d) set_element(data, t, d, sum[d - begin]);
+  });
+}
 
 }  // namespace
 }  // namespace fastllm::cpu

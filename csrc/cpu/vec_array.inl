@@ -98,6 +98,7 @@ ARRAY_VEC void transpose(ArrayVec<T, L>* r) {
       r[j].v[i] = t;
     }
 }
+ARRAY_VEC ArrayVec<T, L> swap_neighbours(ArrayVec<T, L> a) { LANES(a.v[i ^ 1]) }
 template <int L>
 ArrayVec<float, L> scale_by_power_of_two(ArrayVec<float, L> x, ArrayVec<float, L> n_plus_magic) {
   ArrayVec<float, L> r;
@@ -114,6 +115,12 @@ template <int L>
 ArrayVec<double, L> exp(ArrayVec<double, L> a) {
   ArrayVec<double, L> r;
   for (int i = 0; i < L; ++i) r.v[i] = ::exp(a.v[i]);
+  return r;
+}
+template <int L>
+ArrayVec<double, L> normal_tail_over_exp(ArrayVec<double, L> a) {
+  ArrayVec<double, L> r;
+  for (int i = 0; i < L; ++i) r.v[i] = 0.5 * ::erfc(a.v[i] * 0.70710678118654752440) * ::exp(0.5 * a.v[i] * a.v[i]);
   return r;
 }
 #undef LANES

@@ -72,6 +72,7 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+inline Vec swap_neighbours(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline Vec scale_by_power_of_two(Vec x, Vec n_plus_magic) {

@@ -159,23 +159,35 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const char* op, const Tensor& d
   return {dx, dweight, dbias};
 }
 
+// The schemas have dropout, which these kernels have not: fastllm/ops/norm.py does not ask them for it.
+void no_dropout(double dropout_p, const char* op) {
+  STD_TORCH_CHECK(dropout_p == 0, op, ": the CUDA C++ kernels have no dropout");
+}
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
-                                                          MaybeTensor residual, double eps) {
+                                                          MaybeTensor residual, MaybeTensor, double eps,
+                                                          double dropout_p) {
+  no_dropout(dropout_p, "layer_norm_fwd");
   return norm_forward("layer_norm_fwd", x, weight, bias, residual, eps, 0.0, true);
 }
-std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, double eps,
-                                                double weight_offset) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, MaybeTensor,
+                                                double eps, double weight_offset, double dropout_p) {
+  no_dropout(dropout_p, "rms_norm_fwd");
   auto [y, h, none, rstd] = norm_forward("rms_norm_fwd", x, weight, {}, residual, eps, weight_offset, false);
   return {y, h, rstd};
 }
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor mean,
-                                                  Tensor rstd, bool has_bias) {
-  return norm_backward("layer_norm_bwd", dy, dh, h, weight, &mean, rstd, has_bias, 0.0);
+// Without dropout the residual's gradient is dx: dresidual is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight,
+                                                          Tensor mean, Tensor rstd, MaybeTensor, double dropout_p,
+                                                          bool has_bias, bool) {
+  no_dropout(dropout_p, "layer_norm_bwd");
+  auto [dx, dweight, dbias] = norm_backward("layer_norm_bwd", dy, dh, h, weight, &mean, rstd, has_bias, 0.0);
+  return {dx, none_like(h), dweight, dbias};
 }
-std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
-                                        double weight_offset) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
+                                                MaybeTensor, double weight_offset, double dropout_p, bool) {
+  no_dropout(dropout_p, "rms_norm_bwd");
   auto [dx, dweight, none] = norm_backward("rms_norm_bwd", dy, dh, h, weight, nullptr, rstd, false, weight_offset);
-  return {dx, dweight};
+  return {dx, none_like(h), dweight};
 }
 
 Tensor softmax_forward(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {

@@ -1,4 +1,6 @@
-"""layer_norm and rms_norm, with the residual addition that precedes them in a transformer block."""
+"""layer_norm and rms_norm, with the dropout and residual addition that precede them in a transformer block."""
+
+import math
 
 import torch
 
@@ -17,142 +19,186 @@ def _like(x, wanted=True):
     return torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
 
 
+# h is empty where it would be x. Backward's dresidual is empty where it would be dx, which is unless dropout comes
+# between the two.
 layer_norm_fwd = Op(
-    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps)"
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, float eps, float dropout_p)"
     " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     "norm",
-    lambda x, weight, bias, residual, eps: (_like(x), _like(x, residual is not None), _rows(x), _rows(x)),
+    lambda x, weight, bias, residual, seed, eps, dropout_p: (
+        _like(x),
+        _like(x, residual is not None or dropout_p > 0),
+        _rows(x),
+        _rows(x),
+    ),
 )
 layer_norm_bwd = Op(
-    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed,"
+    " float dropout_p, bool has_bias, bool has_residual)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     "norm",
-    lambda dy, dh, h, weight, mean, rstd, has_bias: (
+    lambda dy, dh, h, weight, mean, rstd, seed, dropout_p, has_bias, has_residual: (
         _like(h),
+        _like(h, has_residual and dropout_p > 0),
         h.new_empty(0) if weight is None else _like(weight),
         _rows(h).new_empty(h.shape[-1] if has_bias else 0),
     ),
 )
 rms_norm_fwd = Op(
-    "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, float eps, float weight_offset)"
-    " -> (Tensor y, Tensor h, Tensor rstd)",
+    "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, Tensor? seed, float eps, float weight_offset,"
+    " float dropout_p) -> (Tensor y, Tensor h, Tensor rstd)",
     "norm",
-    lambda x, weight, residual, eps, weight_offset: (_like(x), _like(x, residual is not None), _rows(x)),
+    lambda x, weight, residual, seed, eps, weight_offset, dropout_p: (
+        _like(x),
+        _like(x, residual is not None or dropout_p > 0),
+        _rows(x),
+    ),
 )
 rms_norm_bwd = Op(
-    "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset)"
-    " -> (Tensor dx, Tensor dweight)",
+    "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, Tensor? seed, float weight_offset,"
+    " float dropout_p, bool has_residual) -> (Tensor dx, Tensor dresidual, Tensor dweight)",
     "norm",
-    lambda dy, dh, h, weight, rstd, weight_offset: (
+    lambda dy, dh, h, weight, rstd, seed, weight_offset, dropout_p, has_residual: (
         _like(h),
+        _like(h, has_residual and dropout_p > 0),
         h.new_empty(0) if weight is None else _like(weight),
     ),
 )
 
 
+def _input_grads(dh, seed, dropout_p, fused):
+    """Gradients of x and the residual where only h = dropout(x) + residual was used."""
+    dx = dh
+    if dh is not None and dropout_p:
+        N = math.prod(dh.shape[:-1])
+        keep = reference.dropout_keep(seed, dropout_p, 1, 1, N, dh.shape[-1])
+        dx = dh * keep.view(dh.shape).to(dh.dtype)
+    return dx, dh if fused else None
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, backend):
-        y, h, mean, rstd = layer_norm_fwd(backend, x, weight, bias, residual, eps)
-        ctx.save_for_backward(x if residual is None else h, weight, bias, mean, rstd)
-        ctx.fused, ctx.eps, ctx.backend = residual is not None, eps, backend
+    def forward(ctx, x, weight, bias, residual, seed, eps, dropout_p, backend):
+        y, h, mean, rstd = layer_norm_fwd(backend, x, weight, bias, residual, seed, eps, dropout_p)
+        ctx.save_for_backward(h if residual is not None or dropout_p else x, weight, bias, mean, rstd, seed)
+        ctx.fused, ctx.eps, ctx.dropout_p, ctx.backend = residual is not None, eps, dropout_p, backend
         ctx.set_materialize_grads(False)
         return (y, h) if ctx.fused else y
 
     @staticmethod
     def backward(ctx, dy, dh=None):
-        h, weight, bias, mean, rstd = ctx.saved_tensors
-        if dy is None:
-            return dh, None, None, dh if ctx.fused else None, None, None
-        if torch.is_grad_enabled():
-            dx, dweight, dbias = gradients_through(
-                lambda *a: reference.layer_norm(*a, eps=ctx.eps), (h, weight, bias), (dy,)
-            )
-            dx = dx if dh is None or dx is None else dx + dh
-        else:
+        h, weight, bias, mean, rstd, seed = ctx.saved_tensors
+        dweight = dbias = None
+        if dy is not None and not torch.is_grad_enabled():
             dh = None if dh is None else dh.contiguous()
-            dx, dweight, dbias = layer_norm_bwd(
-                ctx.backend, dy.contiguous(), dh, h, weight, mean, rstd, bias is not None
+            options = seed, ctx.dropout_p, bias is not None, ctx.fused
+            dx, dresidual, dweight, dbias = layer_norm_bwd(
+                ctx.backend, dy.contiguous(), dh, h, weight, mean, rstd, *options
             )
+            dresidual = (dresidual if ctx.dropout_p else dx) if ctx.fused else None
             dweight = None if weight is None else dweight
             dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dweight, dbias, dx if ctx.fused else None, None, None
+        else:
+            if dy is not None:
+                grad, dweight, dbias = gradients_through(
+                    lambda *a: reference.layer_norm(*a, eps=ctx.eps), (h, weight, bias), (dy,)
+                )
+                dh = grad if dh is None or grad is None else grad + dh
+            dx, dresidual = _input_grads(dh, seed, ctx.dropout_p, ctx.fused)
+        return dx, dweight, dbias, dresidual, None, None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, residual, eps, weight_offset, backend):
-        y, h, rstd = rms_norm_fwd(backend, x, weight, residual, eps, weight_offset)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        ctx.fused, ctx.eps, ctx.weight_offset, ctx.backend = residual is not None, eps, weight_offset, backend
+    def forward(ctx, x, weight, residual, seed, eps, weight_offset, dropout_p, backend):
+        y, h, rstd = rms_norm_fwd(backend, x, weight, residual, seed, eps, weight_offset, dropout_p)
+        ctx.save_for_backward(h if residual is not None or dropout_p else x, weight, rstd, seed)
+        ctx.fused, ctx.eps, ctx.weight_offset = residual is not None, eps, weight_offset
+        ctx.dropout_p, ctx.backend = dropout_p, backend
         ctx.set_materialize_grads(False)
         return (y, h) if ctx.fused else y
 
     @staticmethod
     def backward(ctx, dy, dh=None):
-        h, weight, rstd = ctx.saved_tensors
-        if dy is None:
-            return dh, None, dh if ctx.fused else None, None, None, None
-        if torch.is_grad_enabled():
-            dx, dweight = gradients_through(
-                lambda *a: reference.rms_norm(*a, eps=ctx.eps, weight_offset=ctx.weight_offset),
-                (h, weight),
-                (dy,),
-            )
-            dx = dx if dh is None or dx is None else dx + dh
-        else:
+        h, weight, rstd, seed = ctx.saved_tensors
+        dweight = None
+        if dy is not None and not torch.is_grad_enabled():
             dh = None if dh is None else dh.contiguous()
-            dx, dweight = rms_norm_bwd(ctx.backend, dy.contiguous(), dh, h, weight, rstd, ctx.weight_offset)
+            options = seed, ctx.weight_offset, ctx.dropout_p, ctx.fused
+            dx, dresidual, dweight = rms_norm_bwd(ctx.backend, dy.contiguous(), dh, h, weight, rstd, *options)
+            dresidual = (dresidual if ctx.dropout_p else dx) if ctx.fused else None
             dweight = None if weight is None else dweight
-        return dx, dweight, dx if ctx.fused else None, None, None, None
+        else:
+            if dy is not None:
+                grad, dweight = gradients_through(
+                    lambda *a: reference.rms_norm(*a, eps=ctx.eps, weight_offset=ctx.weight_offset),
+                    (h, weight),
+                    (dy,),
+                )
+                dh = grad if dh is None or grad is None else grad + dh
+            dx, dresidual = _input_grads(dh, seed, ctx.dropout_p, ctx.fused)
+        return dx, dweight, dresidual, None, None, None, None, None
 
 
-def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None):
-    """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last dimension, with h = x + residual.
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0):
+    """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last dimension, with h = dropout(x) + residual.
 
     x [..., D] in fp32, bf16, fp16 or fp64; weight and bias [D] in any of these; residual like x. Returns y like x, or
     (y, h) where a residual is given, h being the sum rounded to x's dtype, which is what the next block adds to.
+    dropout_p drops elements of x and scales the others by 1 / (1 - dropout_p): which ones follows from a seed that
+    torch's generator draws (torch.manual_seed), the same on every backend; no mask is stored.
     The statistics and the normalisation are computed in fp32 (fp64 for fp64), the variance in a second pass over the
     centred row; weight gradients are summed in fp32 in an order that does not depend on the number of threads.
-    Saves h (x itself without a residual) and mean and rstd, 8 bytes a row, for the backward pass.
-    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not.
+    Saves h (x itself where h is x) and mean and rstd, 8 bytes a row, for the backward pass.
+    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or dropout_p.
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
-    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    _check("layer_norm", x, weight, bias, residual)
-    backend = choose("layer_norm", x, no_fp64(x))
+    _check("layer_norm", x, weight, bias, residual, dropout_p)
+    backend = choose("layer_norm", x, _unsupported(x, dropout_p))
+    seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
     if backend == "reference":
-        return reference.layer_norm(x, weight, bias, eps=eps, residual=residual)
+        return reference.layer_norm(x, weight, bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, bias, residual):
-        return _LayerNorm.apply(x, weight, bias, residual, eps, backend)
-    y, h, _, _ = layer_norm_fwd(backend, x, weight, bias, residual, eps)
+        return _LayerNorm.apply(x, weight, bias, residual, seed, eps, dropout_p, backend)
+    y, h, _, _ = layer_norm_fwd(backend, x, weight, bias, residual, seed, eps, dropout_p)
     return y if residual is None else (y, h)
 
 
-def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0):
-    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset) over the last dimension, with h = x + residual.
+def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, dropout_p=0.0):
+    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset) over the last dimension, with h = dropout(x) + residual.
 
     x [..., D] in fp32, bf16, fp16 or fp64; weight [D] in any of these; residual like x. weight_offset=1 is Gemma's
-    norm. Returns y like x, or (y, h) where a residual is given, h being the sum rounded to x's dtype.
-    Computed in fp32 (fp64 for fp64) and rounded once at the end. Saves h (x itself without a residual) and rstd, 4
-    bytes a row, for the backward pass.
-    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not.
+    norm; dropout_p is that of `layer_norm`. Returns y like x, or (y, h) where a residual is given, h being the sum
+    rounded to x's dtype.
+    Computed in fp32 (fp64 for fp64) and rounded once at the end. Saves h (x itself where h is x) and rstd, 4 bytes a
+    row, for the backward pass.
+    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or dropout_p.
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    _check("rms_norm", x, weight, None, residual)
-    backend = choose("rms_norm", x, no_fp64(x))
+    _check("rms_norm", x, weight, None, residual, dropout_p)
+    backend = choose("rms_norm", x, _unsupported(x, dropout_p))
+    seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
     if backend == "reference":
-        return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
+        options = dict(eps=eps, residual=residual, weight_offset=weight_offset, dropout_p=dropout_p, seed=seed)
+        return reference.rms_norm(x, weight, **options)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, residual):
-        return _RMSNorm.apply(x, weight, residual, eps, weight_offset, backend)
-    y, h, _ = rms_norm_fwd(backend, x, weight, residual, eps, weight_offset)
+        return _RMSNorm.apply(x, weight, residual, seed, eps, weight_offset, dropout_p, backend)
+    y, h, _ = rms_norm_fwd(backend, x, weight, residual, seed, eps, weight_offset, dropout_p)
     return y if residual is None else (y, h)
 
 
-def _check(op, x, weight, bias, residual):
+def _unsupported(x, dropout_p):
+    fp64 = no_fp64(x)
+    if not dropout_p or fp64:
+        return fp64
+    return lambda backend: "dropout_p: the CUDA C++ kernels have no dropout" if backend == "cuda" else None
+
+
+def _check(op, x, weight, bias, residual, dropout_p):
     check_tensor(op, "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be [..., D] with D >= 1, got {list(x.shape)}")
@@ -167,3 +213,5 @@ def _check(op, x, weight, bias, residual):
         check_tensor(op, "residual", residual, like=x)
         if residual.shape != x.shape:
             raise ValueError(f"{op}: residual must be {list(x.shape)} like x, got {list(residual.shape)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
