@@ -1,7 +1,6 @@
 """Timing that a stranger can believe: interleaved rounds in one process, paired ratios, and the noise beside them."""
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -10,6 +9,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+
+from fastllm import tune_allocator
 
 BUSY = 0.12  # of the machine; a round in which others take more is measured again (research: ratios drift beyond it)
 
@@ -191,10 +192,4 @@ def tune() -> list[str]:
     glibc that keeps large blocks, so that an output of 32 MB and more does not cost a page fault per 4 KB.
     """
     torch.set_float32_matmul_precision("medium")
-    turned = ['torch.set_float32_matmul_precision("medium")']
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        if mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1):
-            turned.append("mallopt(M_MMAP_THRESHOLD, 1 GiB), mallopt(M_TRIM_THRESHOLD, 2 GiB)")
-    return turned
+    return ['torch.set_float32_matmul_precision("medium")', *tune_allocator()]

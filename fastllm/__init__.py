@@ -1,5 +1,6 @@
 """fastllm: fused kernels for PyTorch transformers, forward and backward, on CPU and GPU."""
 
+from fastllm.allocator import tune_allocator
 from fastllm.compat import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -60,6 +61,7 @@ __all__ = [
     "rope",
     "softmax",
     "swiglu",
+    "tune_allocator",
     "unpad_input",
     "weight_only_linear",
 ]

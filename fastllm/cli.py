@@ -10,6 +10,8 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from fastllm import tune_allocator
+
 PLAIN = {"info": "fastllm.info", "verify": "fastllm.verify", "bench": "fastllm.bench.run"}
 
 
@@ -54,6 +56,8 @@ def main(arguments=None) -> int:
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     try:
         args = build_parser(wanted).parse_args(arguments)
+        if args.command not in PLAIN and (kept := tune_allocator()):  # info, verify, bench measure PyTorch as it is
+            print(f"fastllm: freed memory is kept: {', '.join(kept)}", file=sys.stderr)
         return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
