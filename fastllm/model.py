@@ -10,7 +10,9 @@ on un-added, so that the next norm can add it and normalise in one pass over mem
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -109,37 +111,61 @@ class NaiveRMSNorm(_AddThenNorm, nn.RMSNorm):
     """fastllm.nn.RMSNorm on torch.nn.functional.rms_norm."""
 
 
+class NaiveRotary(fastllm.nn.Rotary):
+    """The same rotation in plain PyTorch operations."""
+
+    def turn(self, x, position):
+        cos, sin = (table[position : position + x.shape[2]] for table in (self.cos, self.sin))  # [T, D / 2]
+        wide = x if x.dtype == torch.float64 else x.float()
+        a, b = wide.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def naive_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
 @dataclass(frozen=True)
 class Parts:
-    """The classes that the switch chooses between."""
+    """The classes and functions that the switch chooses between."""
 
     attention: type
     layernorm: type
     rmsnorm: type
+    rotary: type
+    relu: Callable
+    gelu: Callable
+    swiglu: Callable
 
     def norm(self, config):
         return self.layernorm(config.d_model) if config.norm == "layernorm" else self.rmsnorm(config.d_model, eps=1e-6)
 
 
-NAIVE = Parts(NaiveAttention, NaiveLayerNorm, NaiveRMSNorm)
-KERNELS = Parts(fastllm.nn.Attention, fastllm.nn.LayerNorm, fastllm.nn.RMSNorm)
+NAIVE = Parts(NaiveAttention, NaiveLayerNorm, NaiveRMSNorm, NaiveRotary, F.relu, F.gelu, naive_swiglu)
+KERNELS = Parts(
+    fastllm.nn.Attention,
+    fastllm.nn.LayerNorm,
+    fastllm.nn.RMSNorm,
+    fastllm.nn.Rotary,
+    F.relu,
+    partial(fastllm.bias_gelu, approximate="none"),
+    fastllm.swiglu,
+)
 
 
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(silu(gate(x)) * up(x)) for SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, config, parts):
         super().__init__()
-        self.activation = config.activation
+        self.activation = getattr(parts, config.activation)
         self.up = nn.Linear(config.d_model, config.d_ff)
-        if config.activation == "swiglu":
-            self.gate = nn.Linear(config.d_model, config.d_ff)
+        self.gate = nn.Linear(config.d_model, config.d_ff) if config.activation == "swiglu" else None
         self.down = nn.Linear(config.d_ff, config.d_model)
 
     def forward(self, x):
-        if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(getattr(F, self.activation)(self.up(x)))
+        up = (self.up(x),) if self.gate is None else (self.gate(x), self.up(x))
+        return self.down(self.activation(*up))
 
 
 class Block(nn.Module):
@@ -158,7 +184,7 @@ class Block(nn.Module):
             self.cross_norm = parts.norm(config)
             self.cross_attention = parts.attention(**sizes)
         self.feed_forward_norm = parts.norm(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, parts)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, stream, added, mask=None, context=None, context_mask=None, cache=(None, None)):
@@ -218,7 +244,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab, config.d_model)
         rotary = None
         if config.positions == "rotary":
-            rotary = fastllm.nn.Rotary(config.d_model // config.heads, config.max_len)
+            rotary = parts.rotary(config.d_model // config.heads, config.max_len)
         elif config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.max_len, config.d_model))
         else:
