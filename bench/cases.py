@@ -144,6 +144,7 @@ def attention(
     size = f"{B}x{H if H == Hkv else f'{H}/{Hkv}'}x{T if T == S else f'{T}/{S}'}x{D if D == Dv else f'{D}/{Dv}'}"
     pairs = B * H * visible_pairs(T, S, left, right, offset)
     qo, kv = B * H * T * (D + Dv), B * Hkv * S * (D + Dv)
+    scores = B * H * T * S if biased else 0
     return Case(
         op="attention",
         name=" ".join([size, *words]),
@@ -156,7 +157,7 @@ def attention(
         peer=naive if dropout_p else None,  # PyTorch drops others
         compiled=None if biased or dropout_p else flex,
         flops=_both({"forward": 2.0 * pairs * (D + Dv), "backward": 2.0 * pairs * (3 * D + 2 * Dv)}),
-        values=_both({"forward": qo + kv, "backward": 2 * (qo + kv)}),
+        values=_both({"forward": qo + kv + scores, "backward": 2 * (qo + kv + scores)}),
         # The last key head and its query heads, as fp64 scores are large; what is dropped differs from head to head.
         part=(lambda x: x) if dropout_p else lambda x: x[-1:, -(x.shape[1] // Hkv) :],
     )

@@ -245,3 +245,14 @@ def test_opcheck():
     torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, seed, DROPPED, True, True))
     torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, None, 1.0, 0.0, False))
     torch.library.opcheck(ops.rms_norm_bwd.dispatched, (dy, r, x, w, rstd, seed, 1.0, DROPPED, True))
+
+
+@pytest.mark.parametrize("op", [fastllm.layer_norm, fastllm.rms_norm])
+def test_autocast_adds_as_pytorch_does(cpu_backend, op):
+    """A product's output is bf16, the residual fp32: so is their sum. Without autocast two dtypes are a mistake."""
+    x, residual, w = torch.randn(5, 40).bfloat16(), torch.randn(5, 40), torch.randn(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = op(x, w, residual=residual)
+    assert torch.equal(h, x + residual) and torch.equal(y, op(x.float(), w, residual=residual)[0])
+    with pytest.raises(TypeError, match="residual"):
+        op(x, w, residual=residual)

@@ -154,6 +154,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
+    x, residual = _autocast(x, residual)
     _check("layer_norm", x, weight, bias, residual, dropout_p)
     backend = choose("layer_norm", x, _unsupported(x, dropout_p))
     seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
@@ -178,6 +179,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
+    x, residual = _autocast(x, residual)
     _check("rms_norm", x, weight, None, residual, dropout_p)
     backend = choose("rms_norm", x, _unsupported(x, dropout_p))
     seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
@@ -189,6 +191,15 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
         return _RMSNorm.apply(x, weight, residual, seed, eps, weight_offset, dropout_p, backend)
     y, h, _ = rms_norm_fwd(backend, x, weight, residual, seed, eps, weight_offset, dropout_p)
     return y if residual is None else (y, h)
+
+
+def _autocast(x, residual):
+    """Under autocast x comes in low precision from a product and the residual may not: the sum is the wider."""
+    tensors = isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)
+    if tensors and x.dtype != residual.dtype and torch.is_autocast_enabled(x.device.type):
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(wide), residual.to(wide)
+    return x, residual
 
 
 def _unsupported(x, dropout_p):
