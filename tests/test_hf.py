@@ -494,7 +494,7 @@ def test_another_model_of_the_same_config_is_untouched():
 
 def test_a_later_choice_of_attention_holds():
     model = make("llama")
-    report = fastllm.accelerate(model, norms=False, linear=False)
+    report = fastllm.accelerate(model, norms=False, linear=False, loss=False)
     model.set_attn_implementation("sdpa")
     assert not fastllm.explain(model, **inputs("llama")).calls and len(report.never_called) == 2
     fastllm.restore(model)
