@@ -56,8 +56,8 @@ def main(arguments=None) -> int:
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     try:
         args = build_parser(wanted).parse_args(arguments)
-        if args.command not in PLAIN and (kept := tune_allocator()):  # info, verify, bench measure PyTorch as it is
-            print(f"fastllm: freed memory is kept: {', '.join(kept)}", file=sys.stderr)
+        if args.command not in PLAIN:  # those measure PyTorch as it is
+            tune_allocator()
         return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
