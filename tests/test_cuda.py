@@ -105,11 +105,11 @@ def test_opcheck(arch):
     """Schemas, fake kernels and what the kernels return agree, strides too."""
     check = torch.library.opcheck
     x, dy, w = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
-    _, _, mean, rstd = norm.layer_norm_fwd.cuda(x, w, w, None, 1e-5)
-    check(norm.layer_norm_fwd.cuda, (x, w, w, dy, 1e-5))
-    check(norm.layer_norm_bwd.cuda, (dy, None, x, w, mean, rstd, True))
-    check(norm.rms_norm_fwd.cuda, (x, None, None, 1e-5, 1.0))
-    check(norm.rms_norm_bwd.cuda, (dy, dy, x, w, rstd, 1.0))
+    _, _, mean, rstd = norm.layer_norm_fwd.cuda(x, w, w, None, None, 1e-5, 0.0)
+    check(norm.layer_norm_fwd.cuda, (x, w, w, dy, None, 1e-5, 0.0))
+    check(norm.layer_norm_bwd.cuda, (dy, None, x, w, mean, rstd, None, 0.0, True, False))
+    check(norm.rms_norm_fwd.cuda, (x, None, None, None, 1e-5, 1.0, 0.0))
+    check(norm.rms_norm_bwd.cuda, (dy, dy, x, w, rstd, None, 1.0, 0.0, True))
     rows, mask = torch.randn(2, 3, 4, 5), torch.rand(1, 1, 4, 5) > 0.5
     check(softmax.softmax_fwd.cuda, (rows, mask, 0.5, True, False))
     check(softmax.softmax_bwd.cuda, (rows, rows.softmax(-1), 0.5, False))
