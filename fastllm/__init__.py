@@ -22,6 +22,7 @@ from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.ring import ring_attention
 from fastllm.ops.rope import rope
 from fastllm.ops.softmax import log_softmax, softmax
 from fastllm.ops.varlen import attention_varlen
@@ -57,6 +58,7 @@ __all__ = [
     "pad_input",
     "quantize_weight",
     "restore",
+    "ring_attention",
     "rms_norm",
     "rope",
     "softmax",
