@@ -230,7 +230,7 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":  # the compile test reads from here how nvcc is called
     setup(
-        packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench"],
+        packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench", "fastllm.bench.cases"],
         package_data={
             "fastllm": ["_build_info.json"],
             "fastllm.ops": ["*.json"],

@@ -4,6 +4,8 @@ Correctness first: a wrong result is never timed. Then every contender of a case
 process (bench/timing.py); ours runs twice in each round, which is the noise. A difference below it is called a tie.
 """
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -190,9 +192,25 @@ def show(report):
     )
 
 
+# `fastllm bench WORD ...`: what has options of its own. Each module has a `configure(parser)`, as this one has.
+WORDS = {}
+
+
 def add_arguments(subparsers):
     parser = subparsers.add_parser("bench", help="time every op against PyTorch, interleaved, with the noise beside it")
     configure(parser)
+    parse_ops = parser.parse_known_args
+
+    def parse(arguments=None, namespace=None):
+        word = arguments[0] if arguments else None
+        if word not in WORDS:
+            return parse_ops(arguments, namespace)
+        module = importlib.import_module(WORDS[word])
+        own = argparse.ArgumentParser(prog=f"{parser.prog} {word}", description=module.__doc__.partition("\n")[0])
+        module.configure(own)
+        return own.parse_known_args(arguments[1:], namespace)
+
+    parser.parse_known_args = parse  # an optional subcommand, which argparse has no word for
 
 
 def configure(parser):

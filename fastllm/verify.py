@@ -99,7 +99,7 @@ class Row:
 
 
 def check(case, dtype, device="cpu", seed=0) -> list[Row]:
-    """Run one case of bench/cases.py in `dtype`, backward too where it has that, and hold the rule for every result.
+    """Run one case of bench/cases in `dtype`, backward too where it has that, and hold the rule for every result.
 
     Kernels run on the whole input; the fp64 truth and PyTorch's own answer are taken on `case.part` of it.
     """

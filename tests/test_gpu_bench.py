@@ -45,7 +45,7 @@ def tiny(monkeypatch):
     sizes = bars.Sizes(copy_bytes=1 << 16, products=((8, 8, 8),), model=MODEL, batch=1, dtype=FP32)
     monkeypatch.setattr(bars, "SIZES", sizes)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    attend = lambda q, k, v, causal: bars.cases.F.scaled_dot_product_attention(  # noqa: E731
+    attend = lambda q, k, v, causal: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
     ).transpose(1, 2)
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=attend))

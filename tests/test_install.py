@@ -126,7 +126,7 @@ def test_wheel_has_all_and_runs(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("fastllm_kernels-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("kernels", "bench"):
-        expected = {f"fastllm/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        expected = {f"fastllm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
         assert expected and expected <= names
     expected = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "fastllm").rglob("*.py") if "bench" not in path.parts
