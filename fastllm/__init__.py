@@ -21,6 +21,7 @@ from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.lora import lora_linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.ring import ring_attention
 from fastllm.ops.rope import rope
@@ -54,6 +55,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "log_softmax",
+    "lora_linear",
     "merge_attention",
     "pad_input",
     "quantize_weight",

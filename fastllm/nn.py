@@ -8,8 +8,8 @@ from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.lora import lora_linear
 from fastllm.ops.norm import layer_norm, rms_norm
-from fastllm.ops.ring import Shards, ring_attention
 from fastllm.ops.rope import rope
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
@@ -21,12 +21,11 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "QuantizedLinear",
     "RMSNorm",
     "Rotary",
-    "Shards",
     "SwiGLU",
-    "sequence_parallel",
 ]
 
 
@@ -112,6 +111,68 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer whose weight stays, and a low-rank update that trains: `fastllm.lora_linear` as a module.
+
+    y = base(x) + alpha / rank * (dropout(x) lora_A^T) lora_B^T (alpha / sqrt(rank) with `rslora`). `base` is a
+    torch.nn.Linear or Hugging Face's Conv1D, whose weight is stored the other way round; it is frozen. lora_A
+    [rank, in] starts uniform and lora_B [out, rank] at zero, in fp32 where the weight has 16 bits; so y is base(x) at
+    first. `merge` adds the update to the weight, for inference; `unmerge` puts the weight back that was there.
+    Dtypes, precision, what is saved and errors are those of `fastllm.lora_linear` (tests/test_lora.py).
+    """
+
+    def __init__(self, base, rank, alpha=None, dropout=0.0, *, rslora=False):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRALinear: rank must be at least 1, got {rank}")
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, rank if alpha is None else alpha, dropout, rslora
+        self.scale = self.alpha / (rank**0.5 if rslora else rank)
+        N, K = self._weight().shape
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, K, dtype=wide, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=wide, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        self._before = None  # the weight without the update, while they are merged
+
+    def _weight(self):
+        return self.base.weight if isinstance(self.base, nn.Linear) else self.base.weight.T
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    @property
+    def merged(self):
+        return self._before is not None
+
+    @torch.no_grad()
+    def merge(self):
+        if not self.merged:
+            self._before = self.base.weight.detach().clone()
+            self._weight().add_((self.lora_B @ self.lora_A).to(self._before.dtype), alpha=self.scale)
+
+    @torch.no_grad()
+    def unmerge(self):
+        if self.merged:
+            self.base.weight.copy_(self._before)
+            self._before = None
+
+    def extra_repr(self):
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"
+
+    def forward(self, x):
+        if self.merged:
+            return self.base(x)
+        a, b = (self.lora_A, self.lora_B) if x.dtype == self.lora_A.dtype else (self.lora_A.to(x), self.lora_B.to(x))
+        dropout_p = self.dropout if self.training else 0.0
+        return lora_linear(x, self._weight(), a, b, self.bias, scale=self.scale, dropout_p=dropout_p)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -215,14 +276,10 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def turn(self, x, position):
-        """x [B, H, T, D] from `position` on, or at the positions [T]: what another implementation overrides."""
-        if isinstance(position, torch.Tensor):
-            return rope(x, None, self.cos[position], self.sin[position])
+        """x [B, H, T, D] from `position` on: what another implementation overrides."""
         return rope(x, None, self.cos, self.sin, offset=position)
 
     def forward(self, x, position=0):
-        if isinstance(position, torch.Tensor):  # not looked at: on a GPU that would wait for it
-            return self.turn(x, position)
         end = position + x.shape[2]
         if end > self.max_len:
             raise ValueError(f"Rotary: position {end} is past max_len={self.max_len}")
@@ -257,13 +314,9 @@ class Attention(nn.Module):
 
     cache is a `KeyValues`: x then continues the positions in it; for cross-attention it keeps the projected context, so
     that it is projected once. Returns [B, T, d_model]. Computed in x's dtype; attention itself in fp32 inside.
-    sequence, a `Shards` or None, says that x, context and mask are this rank's part (`sequence_parallel` sets it).
-    Raises ValueError for heads that do not divide, for a causal or windowed module that is given a context and for a
-    cache of a part, and what `fastllm.attention` raises. Held by tests/test_nn.py and tests/test_ring.py.
-    Source: Vaswani et al. 2017, arXiv:1706.03762.
+    Raises ValueError for heads that do not divide and for a causal or windowed module that is given a context, and what
+    `fastllm.attention` raises. Held by tests/test_nn.py. Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
-
-    sequence = None
 
     def __init__(
         self,
@@ -303,16 +356,11 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask):
         """[B, H, T, D] from q and the un-repeated k and v [B, Hkv, S, D]: what another implementation overrides."""
         dropout_p = self.dropout if self.training else 0.0
-        options = dict(causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
-        if self.sequence is None:
-            return attention(q, k, v, **options)
-        return ring_attention(q, k, v, group=self.sequence.group, sharding=self.sequence.sharding, **options)
+        return attention(q, k, v, causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
 
     def forward(self, x, context=None, *, mask=None, cache=None):
         if context is not None and (self.causal or self.window):
             raise ValueError("Attention: a causal or windowed module attends to its own input, but a context was given")
-        if cache is not None and self.sequence is not None:
-            raise ValueError("Attention: a cache holds a whole sequence, but this rank has a part (sequence_parallel)")
         q = self._split(self.query(x), self.heads)
         if context is not None and cache is not None and len(cache):
             k, v = cache.k, cache.v
@@ -320,10 +368,7 @@ class Attention(nn.Module):
             source = x if context is None else context
             k = self._split(self.key(source), self.kv_heads)
             v = self._split(self.value(source), self.kv_heads)
-            if self.sequence is not None:
-                position = self.sequence.positions(x.shape[1], x.device)
-            else:
-                position = 0 if cache is None else len(cache)
+            position = 0 if cache is None else len(cache)
             if self.rotary is not None and context is None:
                 q, k = self.rotary(q, position), self.rotary(k, position)
             if cache is not None:
@@ -332,26 +377,6 @@ class Attention(nn.Module):
             mask = mask[:, None, None, :]
         o = self.attend(q, k, v, mask)
         return self.out(o.transpose(1, 2).flatten(2))
-
-
-def sequence_parallel(model, shards):
-    """`model` and each `Attention` in it on this rank's part of every sequence, as `shards` cuts it; returns the model.
-
-    What is not attention works on each position alone, so it needs nothing but its part of tokens, targets and masks
-    (`Shards.shard`). Parameters stay whole on every rank and their gradients are this rank's summand: add them up, or
-    average them as DistributedDataParallel does. shards=None undoes it.
-    Raises ValueError for a model that mixes positions elsewhere: with a classification head, or without `Attention`.
-    """
-    modules = [module for module in model.modules() if isinstance(module, Attention)]
-    if shards is not None:
-        if not all(type(module).attend is Attention.attend for module in modules):
-            raise ValueError("sequence_parallel: attention is plain PyTorch here; make the model with accelerated=True")
-        if not modules or getattr(getattr(model, "config", None), "classes", 0):
-            what = "a classification head" if modules else "no fastllm.nn.Attention"
-            raise ValueError(f"sequence_parallel: {type(model).__name__} has {what}")
-    for module in (model, *modules):
-        module.sequence = shards
-    return model
 
 
 class SwiGLU(nn.Module):

@@ -287,6 +287,12 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
+def lora_linear(x, weight, lora_a, lora_b, bias=None, keep=None, *, scale=1.0, dropout_p=0.0):
+    """x W^T + bias + scale * (d A^T) B^T; d is x, or where `keep` [..., K] is given x * keep / (1 - dropout_p)."""
+    d = x if keep is None else x * keep.to(x.dtype) / (1 - dropout_p)
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(d, lora_a), lora_b)
+
+
 def cross_entropy(
     input,
     target,

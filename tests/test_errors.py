@@ -82,6 +82,23 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
     "linear dtype": (lambda: fastllm.linear(X, t(4, 8).double()), TypeError, ["linear", "weight", "float64"]),
     "linear type": (lambda: fastllm.linear(X, None), TypeError, ["linear", "weight must be a tensor", "NoneType"]),
     "linear device": (lambda: fastllm.linear(X, t(4, 8).to("meta")), ValueError, ["linear", "weight", "meta"]),
+    "lora size": (
+        lambda: fastllm.lora_linear(X, t(4, 8), t(2, 7), t(4, 2)),
+        ValueError,
+        ["lora_linear", "lora_a [rank, 8]", "lora_b [4, rank]", "[2, 7]"],
+    ),
+    "lora rank": (lambda: fastllm.lora_linear(X, t(4, 8), t(2, 8), t(4, 3)), ValueError, ["lora_linear", "[4, 3]"]),
+    "lora weight": (lambda: fastllm.lora_linear(X, W, t(2, 8), t(4, 2)), ValueError, ["lora_linear", "weight [N, K]"]),
+    "lora dtype": (
+        lambda: fastllm.lora_linear(X, t(4, 8), t(2, 8).double(), t(4, 2)),
+        TypeError,
+        ["lora_linear", "lora_a", "float64"],
+    ),
+    "lora dropout": (
+        lambda: fastllm.lora_linear(X, t(4, 8), t(2, 8), t(4, 2), dropout_p=1.0),
+        ValueError,
+        ["lora_linear", "dropout_p", "1.0"],
+    ),
     "norm dropout": (lambda: fastllm.layer_norm(X, dropout_p=1.0), ValueError, ["layer_norm", "dropout_p", "1.0"]),
     "gate scalar": (lambda: fastllm.swiglu(t(())), ValueError, ["swiglu", "[..., D]", "[]"]),
     "gate odd": (lambda: fastllm.swiglu(t(3, 7)), ValueError, ["swiglu", "packed", "[3, 7]"]),

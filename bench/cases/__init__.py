@@ -7,7 +7,7 @@ takes the same inputs. Sizes of the bench are those of real models, sizes of `ve
 from fastllm.bench.cases.activation import bias_gelu, gated
 from fastllm.bench.cases.attention import attention, kvcache, varlen, visible_pairs
 from fastllm.bench.cases.case import PASSES, Case
-from fastllm.bench.cases.linear import linear, weight_only
+from fastllm.bench.cases.linear import linear, lora_linear, weight_only
 from fastllm.bench.cases.loss import cross_entropy, linear_cross_entropy
 from fastllm.bench.cases.norm import norm
 from fastllm.bench.cases.rope import rope
@@ -51,6 +51,8 @@ BENCH = [
     linear(512, 3072, 768),
     linear(2048, 768, 3072),
     linear(2048, 3072, 768),
+    lora_linear(2048, 768, 768, 8),
+    lora_linear(2048, 3072, 768, 16),
     kvcache(1, 32, 8, 4096, 128),
     kvcache(8, 32, 8, 2048, 128, page_size=16),
     cross_entropy(128, 32000),
@@ -108,6 +110,7 @@ VERIFY = [
     softmax(63, 1001, log=True),
     *(weight_only(M, 100, 192, bits) for M, bits in ((1, 16), (1, 8), (2, 8), (3, 4))),
     linear(129, 520, 777),
+    lora_linear(129, 520, 777, 8),
     cross_entropy(33, 5001),
     cross_entropy(64, 1000, ignored=0.3, label_smoothing=0.1),
     cross_entropy(40, 777, ignored=0.3, reduction="none"),

@@ -53,3 +53,36 @@ def linear(M, N, K):
         flops=both({"forward": flops, "backward": 2 * flops}),
         values=both({"forward": M * K + N * K + M * N, "backward": M * N + 2 * (M * K + N * K)}),
     )
+
+
+def lora_linear(M, N, K, rank):
+    """x [M, K] through a frozen weight [N, K] with a bias, and an update of `rank` that trains."""
+
+    @functools.cache
+    def frozen(device, dtype):
+        random = torch.Generator().manual_seed(1)
+        made = torch.randn(N, K, generator=random), torch.randn(N, generator=random)
+        return [w.bfloat16().to(device, dtype) for w in made]  # numbers that every dtype has
+
+    def plain(x, a, b):
+        return F.linear(x, *frozen(x.device, x.dtype)) + 2.0 * F.linear(F.linear(x, a), b)
+
+    def with_function(function):
+        def run(x, a, b):
+            weight, bias = frozen(x.device, x.dtype)
+            return function(x, weight, a, b, bias, scale=2.0)
+
+        return run
+
+    products, updates = 2.0 * M * N * K, 2.0 * M * rank * (N + K)
+    moved, weights = M * (N + K) + rank * (N + K), N * K
+    return Case(
+        op="lora_linear",
+        name=f"{M}x{N}x{K} rank {rank}",
+        shapes={"x": (M, K), "lora_a": (rank, K), "lora_b": (N, rank)},
+        ours=with_function(fastllm.lora_linear),
+        torch=plain,
+        naive=with_function(reference.lora_linear),
+        flops=both({"forward": products + updates, "backward": products + 3 * updates}),
+        values=both({"forward": moved + weights, "backward": moved + weights + M * K + rank * (N + K)}),
+    )

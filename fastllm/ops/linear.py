@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, kernels):
         ctx.save_for_backward(x, weight, bias)
         ctx.kernels = kernels
-        return _forward(x, weight, bias, kernels)
+        return product(x, weight, bias, kernels)
 
     @staticmethod
     def backward(ctx, dy):
@@ -52,8 +52,9 @@ class _Linear(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(found, needs[:3], strict=True)), None
 
 
-def _forward(x, weight, bias, kernels):
-    return linear_fwd("cpu", x, weight, bias) if kernels[0] else F.linear(x, weight, bias)
+def product(x, weight, bias, kernels):
+    """x W^T + bias, by our kernel where kernels_for has chosen it."""
+    return linear_fwd("cpu", x, weight, bias) if kernels and kernels[0] else F.linear(x, weight, bias)
 
 
 def linear(x, weight, bias=None):
@@ -69,7 +70,18 @@ def linear(x, weight, bias=None):
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
     Source of the blocking: Goto and van de Geijn 2008, doi:10.1145/1356052.1356053.
     """
-    autocast = _check(x, weight, bias)
+    kernels = kernels_for("linear", x, weight, check_linear("linear", x, weight, bias))
+    if kernels is None:
+        return reference.linear(x, weight, bias)
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    weight = with_unit_stride(weight)
+    if wants_gradient(x, weight, bias):
+        return _Linear.apply(x, weight, bias, kernels)
+    return product(x, weight, bias, kernels)
+
+
+def kernels_for(op, x, weight, autocast=False) -> tuple[bool, bool, bool] | None:
+    """Whether our kernel makes y, dx and dweight of x W^T; None where PyTorch makes all three."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
     kernels = None
 
@@ -87,24 +99,23 @@ def linear(x, weight, bias=None):
             kernels = _tuned.linear_kernels(M, weight.shape[0], K)
         return None if any(kernels) else "PyTorch's product is faster, or nobody has measured this CPU"
 
-    if choose("linear", x, unsupported, optional=True) == "reference":
-        return reference.linear(x, weight, bias)
-    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    weight = weight if 1 in weight.stride() else weight.contiguous()
-    if wants_gradient(x, weight, bias):
-        return _Linear.apply(x, weight, bias, kernels)
-    return _forward(x, weight, bias, kernels)
+    return None if choose(op, x, unsupported, optional=True) == "reference" else kernels
 
 
-def _check(x, weight, bias):
+def with_unit_stride(weight):
+    """The weight as our kernel takes it."""
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def check_linear(op, x, weight, bias):
     """Whether autocast chooses the dtype; it takes inputs of several."""
-    check_tensor("linear", "x", x)
+    check_tensor(op, "x", x)
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, given in (("weight", weight), ("bias", bias)):
         if given is not None or name == "weight":
-            check_tensor("linear", name, given, like=None if autocast else x)
+            check_tensor(op, name, given, like=None if autocast else x)
     if x.ndim == 0 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear: expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+        raise ValueError(f"{op}: expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear: bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
+        raise ValueError(f"{op}: bias must be [{weight.shape[0]}] like weight's rows, got {list(bias.shape)}")
     return autocast
