@@ -115,7 +115,8 @@ class NaiveRotary(fastllm.nn.Rotary):
     """The same rotation in plain PyTorch operations."""
 
     def turn(self, x, position):
-        cos, sin = (table[position : position + x.shape[2]] for table in (self.cos, self.sin))  # [T, D / 2]
+        at = position if isinstance(position, torch.Tensor) else slice(position, position + x.shape[2])
+        cos, sin = self.cos[at], self.sin[at]  # [T, D / 2]
         wide = x if x.dtype == torch.float64 else x.float()
         a, b = wide.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -234,8 +235,11 @@ class Transformer(nn.Module):
     With targets [B, T], the tokens to come, forward returns their mean cross-entropy instead of logits; -100 does not
     count. Accelerated, the logits of a vocabulary from LARGE_VOCAB on are then never all in memory.
     accelerated=False runs plain PyTorch as the tutorials write it, True the fastllm kernels.
+    Under `fastllm.nn.sequence_parallel` every sequence is this rank's part of one, and the loss that of this part.
     Raises ValueError for sequences past max_len, for a source that is missing or not wanted, for targets of an encoder.
     """
+
+    sequence = None
 
     def __init__(self, config, accelerated=True):
         super().__init__()
@@ -279,14 +283,16 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
 
     def embed(self, tokens, position=0):
-        end = position + tokens.shape[1]
+        at, end = slice(position, position + tokens.shape[1]), position + tokens.shape[1]
+        if self.sequence is not None:
+            at, end = self.sequence.positions(tokens.shape[1], tokens.device), tokens.shape[1] * self.sequence.ranks
         if end > self.config.max_len:
             raise ValueError(f"Transformer: {end} positions, but max_len={self.config.max_len}")
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.d_model)
         if self.config.positions != "rotary":
-            x = x + self.positions[position:end]
+            x = x + self.positions[at]
         return self.dropout(x)
 
     def encode(self, tokens, mask=None):

@@ -10,6 +10,7 @@ from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.lora import lora_linear
 from fastllm.ops.norm import layer_norm, rms_norm
+from fastllm.ops.ring import Shards, ring_attention
 from fastllm.ops.rope import rope
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
@@ -25,7 +26,9 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "Rotary",
+    "Shards",
     "SwiGLU",
+    "sequence_parallel",
 ]
 
 
@@ -276,10 +279,14 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def turn(self, x, position):
-        """x [B, H, T, D] from `position` on: what another implementation overrides."""
+        """x [B, H, T, D] from `position` on, or at the positions [T]: what another implementation overrides."""
+        if isinstance(position, torch.Tensor):
+            return rope(x, None, self.cos[position], self.sin[position])
         return rope(x, None, self.cos, self.sin, offset=position)
 
     def forward(self, x, position=0):
+        if isinstance(position, torch.Tensor):  # not looked at: on a GPU that would wait for it
+            return self.turn(x, position)
         end = position + x.shape[2]
         if end > self.max_len:
             raise ValueError(f"Rotary: position {end} is past max_len={self.max_len}")
@@ -314,9 +321,13 @@ class Attention(nn.Module):
 
     cache is a `KeyValues`: x then continues the positions in it; for cross-attention it keeps the projected context, so
     that it is projected once. Returns [B, T, d_model]. Computed in x's dtype; attention itself in fp32 inside.
-    Raises ValueError for heads that do not divide and for a causal or windowed module that is given a context, and what
-    `fastllm.attention` raises. Held by tests/test_nn.py. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    sequence, a `Shards` or None, says that x, context and mask are this rank's part (`sequence_parallel` sets it).
+    Raises ValueError for heads that do not divide, for a causal or windowed module that is given a context and for a
+    cache of a part, and what `fastllm.attention` raises. Held by tests/test_nn.py and tests/test_ring.py.
+    Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
+
+    sequence = None
 
     def __init__(
         self,
@@ -356,11 +367,16 @@ class Attention(nn.Module):
     def attend(self, q, k, v, mask):
         """[B, H, T, D] from q and the un-repeated k and v [B, Hkv, S, D]: what another implementation overrides."""
         dropout_p = self.dropout if self.training else 0.0
-        return attention(q, k, v, causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
+        options = dict(causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
+        if self.sequence is None:
+            return attention(q, k, v, **options)
+        return ring_attention(q, k, v, group=self.sequence.group, sharding=self.sequence.sharding, **options)
 
     def forward(self, x, context=None, *, mask=None, cache=None):
         if context is not None and (self.causal or self.window):
             raise ValueError("Attention: a causal or windowed module attends to its own input, but a context was given")
+        if cache is not None and self.sequence is not None:
+            raise ValueError("Attention: a cache holds a whole sequence, but this rank has a part (sequence_parallel)")
         q = self._split(self.query(x), self.heads)
         if context is not None and cache is not None and len(cache):
             k, v = cache.k, cache.v
@@ -368,7 +384,10 @@ class Attention(nn.Module):
             source = x if context is None else context
             k = self._split(self.key(source), self.kv_heads)
             v = self._split(self.value(source), self.kv_heads)
-            position = 0 if cache is None else len(cache)
+            if self.sequence is not None:
+                position = self.sequence.positions(x.shape[1], x.device)
+            else:
+                position = 0 if cache is None else len(cache)
             if self.rotary is not None and context is None:
                 q, k = self.rotary(q, position), self.rotary(k, position)
             if cache is not None:
@@ -377,6 +396,26 @@ class Attention(nn.Module):
             mask = mask[:, None, None, :]
         o = self.attend(q, k, v, mask)
         return self.out(o.transpose(1, 2).flatten(2))
+
+
+def sequence_parallel(model, shards):
+    """`model` and each `Attention` in it on this rank's part of every sequence, as `shards` cuts it; returns the model.
+
+    What is not attention works on each position alone, so it needs nothing but its part of tokens, targets and masks
+    (`Shards.shard`). Parameters stay whole on every rank and their gradients are this rank's summand: add them up, or
+    average them as DistributedDataParallel does. shards=None undoes it.
+    Raises ValueError for a model that mixes positions elsewhere: with a classification head, or without `Attention`.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Attention)]
+    if shards is not None:
+        if not all(type(module).attend is Attention.attend for module in modules):
+            raise ValueError("sequence_parallel: attention is plain PyTorch here; make the model with accelerated=True")
+        if not modules or getattr(getattr(model, "config", None), "classes", 0):
+            what = "a classification head" if modules else "no fastllm.nn.Attention"
+            raise ValueError(f"sequence_parallel: {type(model).__name__} has {what}")
+    for module in (model, *modules):
+        module.sequence = shards
+    return model
 
 
 class SwiGLU(nn.Module):

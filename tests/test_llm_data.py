@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from fastllm.llm import data, sources, tokens, train
+from fastllm.llm import batches, data, sources, train
 
 REVIEWS = """category,text,movie_name,has_plot_and_reviews
 fresh,"A delight, from
@@ -148,42 +148,27 @@ def test_read_tsv_counts_malformed_rows(tmp_path):
             data.read_tsv(path)
 
 
-def test_vocabulary_is_bounded_and_deterministic():
-    texts = ["The cat, the dog", "a cat the end", "dog dog zebra"]
-    vocabulary = tokens.Vocabulary.of(texts, max_size=4)
-    assert vocabulary.entries == ["<pad>", "<unknown>", "dog", "the"]
-    assert vocabulary.encode("THE zebra dog the dog", 4) == [3, 1, 2, 3]
-    assert vocabulary.encode(" ", 4) == [tokens.UNKNOWN]
-    with pytest.raises(ValueError, match="max_size"):
-        tokens.Vocabulary.of(texts, 2)
-
-
-def test_bytes_round_trip():
-    text = "na\u00efve \u2014 \U0001f600\n"
-    assert tokens.Bytes().decode(tokens.Bytes().encode(text)) == text
-
-
 def test_buckets_hold_everything_once_and_little_padding():
     lengths = torch.randint(1, 200, (500,)).tolist()
     for seed in (None, 3):
-        batches = tokens.bucketed(lengths, 16, seed)
-        assert sorted(i for b in batches for i in b) == list(range(500))
-        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        found = batches.bucketed(lengths, 16, seed)
+        assert sorted(i for b in found for i in b) == list(range(500))
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in found)
         assert padded < 1.2 * sum(lengths)
-    assert tokens.bucketed(lengths, 16, 3) == batches != tokens.bucketed(lengths, 16, 4)
+    assert batches.bucketed(lengths, 16, 3) == found != batches.bucketed(lengths, 16, 4)
 
 
 def test_collate_masks_padding_only_where_there_is_some():
-    batch = tokens.collate([[5, 6, 7], [8]], [0, 1])
+    batch = batches.collate([[5, 6, 7], [8]], [0, 1])
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 0, 0]] and batch.mask.sum(1).tolist() == [3, 1]
     assert batch.real_tokens == 4
-    assert tokens.collate([[5, 6]], [0]).mask is None
+    assert batches.collate([[5, 6]], [0]).mask is None
 
 
 def test_windows_are_deterministic_and_inside():
     text = torch.arange(50, dtype=torch.uint8)
-    a, b = (next(tokens.windows(text, 10, 4, seed=1)) for _ in range(2))
+    a, b = (next(batches.windows(text, 10, 4, seed=1)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (4, 11)
     assert torch.equal(a - a[:, :1], torch.arange(11).expand(4, 11))
     with pytest.raises(ValueError, match="too short"):
-        next(tokens.windows(text, 50, 1, seed=0))
+        next(batches.windows(text, 50, 1, seed=0))

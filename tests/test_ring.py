@@ -1,6 +1,7 @@
 """ring_attention on 2 and 4 ranks: outputs and gradients against fp64 and beside PyTorch's kernel on the whole."""
 
 import functools
+import types
 
 import pytest
 import ranks
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
 from fastllm import reference
+from fastllm.model import Config, Transformer
+from fastllm.nn import sequence_parallel
 from fastllm.ops import ring
 
 SIZES = dict(B=2, H=4, Hkv=2, T=48, S=48, D=24, Dv=24)
@@ -222,3 +225,73 @@ def test_needs_a_process_group():
         fastllm.ring_attention(q, q, q)
     with pytest.raises(ValueError, match="contiguous, zigzag, got 'stripes'"):
         fastllm.ring_attention(q, q, q, sharding="stripes")
+
+
+MODELS = {  # name -> (config, sharding)
+    "rotary": (dict(positions="rotary", norm="rmsnorm", activation="swiglu", kv_heads=1), "zigzag"),
+    "rotary, window": (dict(positions="rotary", window=(5, 0)), "contiguous"),
+    "learned": (dict(positions="learned", activation="gelu"), "zigzag"),
+    "sinusoidal": (dict(), "contiguous"),
+    "encoder-decoder": (dict(kind="encoder-decoder", positions="rotary"), "zigzag"),
+}
+
+
+def model_and_batch(config):
+    torch.manual_seed(0)
+    sizes = dict(vocab=50, d_model=16, heads=2, layers=2, d_ff=24, dropout=0.0, max_len=32)
+    model = Transformer(Config(**sizes | config))
+    tokens, source = torch.randint(50, (2, 33)), torch.randint(50, (2, 16))
+    batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:])
+    return model, batch | (dict(source=source) if "kind" in config else {})
+
+
+def losses_and_gradients(rank, count, folder):
+    found = {}
+    for name, (config, sharding) in MODELS.items():
+        model, batch = model_and_batch(config)
+        shards = ring.Shards(None, sharding)
+        sequence_parallel(model, shards)
+        loss = model(**{key: shards.shard(x) for key, x in batch.items()})
+        loss.backward()
+        found[name] = loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    torch.save(found, f"{folder}/models-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def of_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    ranks.run(losses_and_gradients, 2, folder)
+    return [torch.load(folder / f"models-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(of_models, name):
+    """The mean of the ranks' losses and gradients is that of the whole sequence, with the error of one process."""
+    model, batch = model_and_batch(MODELS[name][0])
+    exact, _ = model_and_batch(MODELS[name][0])
+    for m in (model, exact.double()):
+        m(**batch).backward()
+    loss = torch.stack([found[name][0] for found in of_models]).mean()
+    assert_as_accurate(loss, model(**batch), exact(**batch), "loss")
+    pairs = zip(model.named_parameters(), exact.parameters(), strict=True)
+    flat = [
+        (sum(found[name][1][n] for found in of_models) / 2, parameter.grad, true.grad) for (n, parameter), true in pairs
+    ]
+    assert_as_accurate(*(torch.cat([x.flatten() for x in column]) for column in zip(*flat, strict=True)), "gradients")
+
+
+def test_what_a_part_of_a_sequence_cannot_do():
+    model, batch = model_and_batch({})
+    part = types.SimpleNamespace(ranks=2, positions=lambda length, device: torch.arange(length), group=None)
+    sequence_parallel(model, part)
+    with pytest.raises(ValueError, match="40 positions, but max_len=32"):
+        model(torch.zeros(1, 20, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cache holds a whole sequence"):
+        model.generate(batch["tokens"][:, :4], 2)
+    assert sequence_parallel(model, None).generate(batch["tokens"][:, :4], 2).shape == (2, 6)
+    with pytest.raises(ValueError, match="classification head"):
+        sequence_parallel(Transformer(Config(vocab=9, kind="encoder", classes=2, layers=1)), part)
+    with pytest.raises(ValueError, match=r"Linear has no fastllm\.nn\.Attention"):
+        sequence_parallel(torch.nn.Linear(2, 2), part)
+    with pytest.raises(ValueError, match="accelerated=True"):
+        sequence_parallel(Transformer(Config(vocab=9, layers=1), accelerated=False), part)

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.llm import require
-from fastllm.llm.data import SPLITS, atomic, read_tsv
-from fastllm.llm.tokens import Vocabulary, bucketed, collate
+from fastllm.llm.batches import bucketed, collate
+from fastllm.llm.data import SPLITS, read_tsv
+from fastllm.llm.files import atomic
+from fastllm.llm.tokens import Tokenizer
 from fastllm.llm.train import OPTIMIZERS, Recipe, train
 from fastllm.model import Config, Transformer
 
@@ -25,7 +27,7 @@ PRESETS = {
 class Task:
     """A classification set as numbers: the splits as lists of (token numbers, class number)."""
 
-    vocabulary: Vocabulary
+    tokenizer: Tokenizer
     classes: list[str]
     splits: dict
     rows: dict
@@ -45,8 +47,13 @@ class Task:
             known = [row for row in rows[split] if row[1] in number]
             left_out[f"{split} of unknown class"] = len(rows[split]) - len(known)
             rows[split] = known
-        words = Vocabulary.of((text for text, _ in rows["train"]), vocabulary)
-        splits = {s: [(words.encode(text, max_len), number[label]) for text, label in rows[s]] for s in SPLITS}
+        words = Tokenizer.train_words((text for text, _ in rows["train"]), vocabulary)
+        splits = {}
+        for split in SPLITS:
+            encoded = words.encode_batch(text for text, _ in rows[split])
+            # A text without any word is one unknown word, so that no sequence is empty.
+            found = [ids[:max_len] or [words.unknown] for ids in encoded]
+            splits[split] = [(ids, number[label]) for ids, (_, label) in zip(found, rows[split], strict=True)]
         return cls(words, classes, splits, rows, {what: n for what, n in left_out.items() if n})
 
     def batches(self, split, batch, seed=None):
@@ -63,7 +70,7 @@ class Task:
             epoch += 1
 
     def config(self, preset="cpu", **changes) -> Config:
-        sizes = dict(vocab=len(self.vocabulary), kind="encoder", classes=len(self.classes), max_len=1024)
+        sizes = dict(vocab=self.tokenizer.size, kind="encoder", classes=len(self.classes), max_len=1024)
         return Config(**sizes | PRESETS[preset] | changes)
 
 
@@ -126,7 +133,7 @@ def fit(task, config, recipe, *, batch=32, accelerated=True, checkpoint=None, wh
     """Train on the task's train split. Returns the model with its best parameters, and the history."""
     torch.manual_seed(recipe.seed)
     model = Transformer(config, accelerated)
-    extra = dict(config=asdict(config), vocabulary=task.vocabulary.entries, classes=task.classes)
+    extra = dict(config=asdict(config), tokenizer=task.tokenizer.backend.to_str(), classes=task.classes)
     history = train(
         model,
         task.epochs(batch, recipe.seed),

@@ -8,13 +8,11 @@ import csv
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 from fastllm.llm import sources
+from fastllm.llm.files import atomic
 from fastllm.llm.sources import SPLITS, Unavailable
 
 CLASSIFICATION = {
@@ -33,25 +31,6 @@ def kind_of(name: str) -> str:
     if name in TEXT:
         return "text"
     raise ValueError(f"data: unknown name {name!r}; there are {', '.join([*CLASSIFICATION, *TEXT])}")
-
-
-@contextmanager
-def atomic(path, mode="w"):
-    """Open a file that appears under its name only when it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def build(name: str, out=None, *, fresh=False) -> dict:

@@ -18,7 +18,8 @@ import torch
 import fastllm
 from fastllm import info, verify
 from fastllm.llm import classify, pretrain, report, require
-from fastllm.llm.data import atomic, build_or_fall_back
+from fastllm.llm.data import build_or_fall_back
+from fastllm.llm.files import atomic
 from fastllm.llm.train import Recipe, compare
 from fastllm.model import Transformer
 
@@ -178,8 +179,8 @@ def language_training(task, sizes, checkpoint) -> dict:
     config = task.config(sizes.preset, dropout=0.0)
     model, history = pretrain.fit(task, config, recipe, batch=sizes.text_batch, checkpoint=checkpoint)
     test = {"transformer on fastllm": pretrain.perplexity(model, task.splits["test"], sizes.context, limit=1 << 16)}
-    prompt = pretrain.prompt_from(task.splits["test"])
-    text = pretrain.sample(model, prompt, min(sizes.sample, sizes.context - len(prompt.encode())))
+    prompt = pretrain.prompt_from(task)
+    text = pretrain.sample(model, task.tokenizer, prompt, min(sizes.sample, sizes.context - len(prompt.encode())))
     return dict(
         history=history, test=test | pretrain.baselines(task), config=asdict(config), prompt=prompt, sample=text
     )
@@ -209,7 +210,7 @@ def run(out="report", *, quick=False, fresh=False, data=DATA, text=TEXT, data_ro
     result["data"] = dict(classifier=rows, language=prose)
     result["verify"] = stages.run("verify", asdict(sizes), lambda: verify_ops(sizes))
     task = classify.Task.load(rows["folder"], max_len=sizes.max_len)
-    result["vocabulary"], result["left_out"] = len(task.vocabulary), task.left_out
+    result["vocabulary"], result["left_out"] = task.tokenizer.size, task.left_out
     settings = [asdict(sizes), rows["fingerprint"]]
     result["classifier"] = stages.run("classifier-compared", settings, lambda: classifier_comparison(task, sizes))
     result["classifier_training"] = stages.run(

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from fastllm.llm.data import SPLITS, atomic
-from fastllm.llm.tokens import Bytes, windows
+from fastllm.llm.batches import windows
+from fastllm.llm.data import SPLITS
+from fastllm.llm.files import atomic
+from fastllm.llm.tokens import Tokenizer
 from fastllm.llm.train import OPTIMIZERS, Recipe, train
 from fastllm.model import Config, Transformer
 
 # The parts of Llama (rotary, RMSNorm, SwiGLU) in two sizes; "paper" has those of Vaswani et al. 2017.
-MODERN = dict(kind="decoder", vocab=Bytes.size, norm="rmsnorm", positions="rotary", activation="swiglu")
+MODERN = dict(kind="decoder", norm="rmsnorm", positions="rotary", activation="swiglu")
 PRESETS = {
     "paper": MODERN | dict(d_model=512, heads=8, layers=6, d_ff=2048, scale_embedding=False),
     "cpu": MODERN | dict(d_model=192, heads=3, layers=4, d_ff=512, scale_embedding=False),
@@ -23,24 +25,29 @@ PRESETS = {
 
 @dataclass
 class Task:
-    """The three splits as bytes."""
+    """The three splits as numbers of bytes."""
 
+    tokenizer: Tokenizer
     splits: dict
     context: int
 
     @classmethod
     def load(cls, folder, context):
-        splits = {s: Bytes().encode((Path(folder) / f"{s}.txt").read_text("utf-8", errors="replace")) for s in SPLITS}
+        tokenizer, splits = Tokenizer.bytes(), {}
+        for split in SPLITS:
+            lines = (Path(folder) / f"{split}.txt").read_text("utf-8", errors="replace").splitlines(keepends=True)
+            parts = [torch.tensor(ids, dtype=torch.int16) for ids in tokenizer.encode_batch(lines)]
+            splits[split] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int16)
         for split, tokens in splits.items():
             if len(tokens) <= context:
                 raise ValueError(f"{folder}/{split}.txt: {len(tokens)} bytes are too few for a context of {context}")
-        return cls(splits, context)
+        return cls(tokenizer, splits, context)
 
     def batches(self, batch, seed):
         return windows(self.splits["train"], self.context, batch, seed)
 
     def config(self, preset="cpu", **changes) -> Config:
-        return Config(**PRESETS[preset] | dict(max_len=self.context) | changes)
+        return Config(**PRESETS[preset] | dict(vocab=self.tokenizer.size, max_len=self.context) | changes)
 
 
 def loss_of(model, batch):
@@ -66,10 +73,10 @@ def perplexity(model, tokens, context, limit=1 << 17, batch=8) -> dict:
 
 def baselines(task) -> dict:
     """Test perplexity per byte of byte frequencies, and what bzip2 makes of the test text."""
-    counts = torch.bincount(task.splits["train"].long(), minlength=256).double() + 1
-    test = torch.bincount(task.splits["test"].long(), minlength=256).double()
+    counts = torch.bincount(task.splits["train"].long(), minlength=task.tokenizer.size).double() + 1
+    test = torch.bincount(task.splits["test"].long(), minlength=task.tokenizer.size).double()
     loss = float(-(test * (counts / counts.sum()).log()).sum() / test.sum())
-    whole = bytes(task.splits["test"].tolist())
+    whole = task.tokenizer.decode(task.splits["test"].tolist()).encode()
     bits = 8 * len(bz2.compress(whole, 9)) / len(whole)
     return {
         "byte frequencies": dict(loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2)),
@@ -77,20 +84,21 @@ def baselines(task) -> dict:
     }
 
 
-def prompt_from(tokens, count=64) -> str:
-    """The beginning of a paragraph, or else of a line, behind the first tenth of a text."""
-    text = Bytes().decode(tokens[len(tokens) // 10 :][:4096])
+def prompt_from(task, count=64) -> str:
+    """The beginning of a paragraph, or else of a line, behind the first tenth of the test text."""
+    tokens = task.splits["test"]
+    text = task.tokenizer.decode(tokens[len(tokens) // 10 :][:4096].tolist())
     for separator in ("\n\n", "\n"):
         if found := text.partition(separator)[2].strip():
             return found[:count]
     return text[:count]
 
 
-def sample(model, prompt: str, count: int, seed=0, temperature=0.8, top_k=40) -> str:
-    tokens = Bytes().encode(prompt).long()[None]
+def sample(model, tokenizer, prompt: str, count: int, seed=0, temperature=0.8, top_k=40) -> str:
+    tokens = torch.tensor([tokenizer.encode(prompt)])
     random = torch.Generator().manual_seed(seed)
     made = model.generate(tokens, count, temperature=temperature, top_k=top_k, generator=random)
-    return Bytes().decode(made[0])
+    return tokenizer.decode(made[0].tolist())
 
 
 def fit(task, config, recipe, *, batch=8, accelerated=True, checkpoint=None, what="language model"):
@@ -105,7 +113,7 @@ def fit(task, config, recipe, *, batch=8, accelerated=True, checkpoint=None, wha
         recipe,
         evaluate=lambda model: perplexity(model, task.splits["valid"], task.context, limit=1 << 15),
         checkpoint=checkpoint,
-        extra=dict(config=asdict(config), tokenizer="bytes"),
+        extra=dict(config=asdict(config), tokenizer=task.tokenizer.backend.to_str()),
         what=what,
     )
     return model, history
@@ -143,7 +151,7 @@ def run(
     config = task.config(preset, dropout=dropout)
     model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, checkpoint=Path(out) / "best.pt")
     test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
-    text = sample(model, prompt, min(300, context - len(Bytes().encode(prompt))))
+    text = sample(model, task.tokenizer, prompt, min(300, context - len(prompt.encode())))
     result = dict(data=str(data), config=asdict(config), history=history, test=test, sample=text)
     with atomic(Path(out) / "result.json") as file:
         json.dump(result, file)

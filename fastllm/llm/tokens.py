@@ -1,102 +1,174 @@
-"""Text to numbers and numbers to batches: a word vocabulary for classifiers, bytes for language models."""
+"""Text to token numbers and back: byte-level BPE, words, bytes, or what a Hugging Face folder brings."""
 
-import re
-from collections import Counter
-from dataclasses import dataclass
+import json
+from pathlib import Path
 
-import torch
+from fastllm.llm import require
+from fastllm.llm.files import atomic
 
-PAD, UNKNOWN = 0, 1
-_WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words, and punctuation marks one by one."""
-    return _WORD.findall(text.lower())
-
-
-class Vocabulary:
-    """The `max_size` most frequent words, ties in alphabetical order; 0 is padding and 1 every other word."""
-
-    def __init__(self, entries: list[str]):
-        self.entries = entries
-        self.numbers = {word: n for n, word in enumerate(entries)}
-
-    @classmethod
-    def of(cls, texts, max_size: int, min_count: int = 2):
-        if max_size < 3:
-            raise ValueError(f"Vocabulary: max_size must be at least 3, got {max_size}")
-        counts = Counter(word for text in texts for word in words(text))
-        ranked = sorted((-n, word) for word, n in counts.items() if n >= min_count)
-        return cls(["<pad>", "<unknown>", *(word for _, word in ranked[: max_size - 2])])
-
-    def __len__(self):
-        return len(self.entries)
-
-    def encode(self, text: str, max_len: int) -> list[int]:
-        """The first max_len words; a text without any gives one unknown word, so that no sequence is empty."""
-        return [self.numbers.get(word, UNKNOWN) for word in words(text)[:max_len]] or [UNKNOWN]
+SPECIAL = dict(pad="<pad>", unknown="<unk>", bos="<bos>", eos="<eos>", mask="<mask>")  # numbers 0 to 4
+# What tokenizer_config.json calls them, and what they are where it is silent.
+ROLES = {
+    "pad": (("pad_token",), ("<pad>", "[PAD]")),
+    "unknown": (("unk_token",), ("<unk>", "[UNK]")),
+    "bos": (("bos_token", "cls_token"), ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>", "<|endoftext|>")),
+    "eos": (("eos_token", "sep_token"), ("<eos>", "</s>", "[SEP]", "<|end_of_text|>", "<|endoftext|>")),
+    "mask": (("mask_token",), ("<mask>", "[MASK]")),
+}
 
 
-class Bytes:
-    """UTF-8 bytes as tokens: no training, nothing unknown."""
+class Tokenizer:
+    """A `tokenizers.Tokenizer` (as `backend`) that knows its special tokens and never reads one out of a user's text.
 
-    size = 256
+    pad, unknown, bos, eos and mask are token numbers, None where there is no such token; pad is eos where there is no
+    padding. A special token that is spelt out in a text stays text, unless it is encoded with parse_special=True; so
+    `decode(encode(text)) == text` for every text with byte-level BPE, and a text cannot end itself.
+    """
 
-    def encode(self, text: str) -> torch.Tensor:
-        return torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)
-
-    def decode(self, tokens: torch.Tensor) -> str:
-        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """tokens [B, T] int64, mask [B, T] bool (None where nothing is padding), labels [B] int64."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    labels: torch.Tensor
+    def __init__(self, backend, special: dict[str, str], language: str | None = None):
+        self.backend, self.special, self.language = backend, special, language
+        self._split = spacy_words(language) if language else None
+        for role in ROLES:
+            setattr(self, role, backend.token_to_id(special[role]) if role in special else None)
+        self.pad = self.eos if self.pad is None else self.pad
 
     @property
-    def real_tokens(self) -> int:
-        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+    def size(self) -> int:
+        """How many token numbers there are: the rows that an embedding needs."""
+        return max(self.backend.get_vocab().values(), default=-1) + 1
+
+    def id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens=True, parse_special=False) -> list[int]:
+        """Token numbers. add_special_tokens adds what a Hugging Face tokenizer puts around a text; ours add nothing."""
+        return self.encode_batch([text], add_special_tokens=add_special_tokens, parse_special=parse_special)[0]
+
+    def encode_batch(self, texts, *, add_special_tokens=True, parse_special=False) -> list[list[int]]:
+        texts = list(texts) if self._split is None else [self._split(text) for text in texts]
+        self.backend.encode_special_tokens = not parse_special
+        found = self.backend.encode_batch_fast(
+            texts, is_pretokenized=self._split is not None, add_special_tokens=add_special_tokens
+        )
+        return [one.ids for one in found]
+
+    def decode(self, ids, *, skip_special_tokens=True) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def save(self, folder):
+        """Write tokenizer.json, and tokenizer_config.json with the special tokens: transformers' AutoTokenizer reads
+        them. Words that spaCy splits are split at white space there."""
+        folder = Path(folder)
+        with atomic(folder / "tokenizer.json") as file:
+            file.write(self.backend.to_str(pretty=True))
+        config = {ROLES[role][0][0]: token for role, token in self.special.items()}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if self.language:
+            config["spacy_language"] = self.language
+        with atomic(folder / "tokenizer_config.json") as file:
+            json.dump(config, file, indent=1)
+
+    @classmethod
+    def load(cls, folder):
+        """From a folder with tokenizer.json, of ours or of Hugging Face. Raises ValueError where it cannot be read."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            backend = require("tokenizers").Tokenizer.from_str(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"Tokenizer.load: there is no {path}") from None
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"Tokenizer.load: {path} is not a tokenizer: {error}") from None
+        backend.no_truncation(), backend.no_padding()
+        config_path = path.with_name("tokenizer_config.json")
+        config = json.loads(config_path.read_text("utf-8")) if config_path.exists() else {}
+        return cls(backend, special_tokens(backend, config), config.get("spacy_language"))
+
+    @classmethod
+    def train_bpe(cls, texts, vocab=8192, *, min_count=2, special=()):
+        """Byte-level BPE (GPT-2's) of at most `vocab` tokens, with 256 bytes among them: nothing is unknown to it."""
+        least = len(SPECIAL) + len(special) + 256
+        if vocab < least:
+            raise ValueError(f"Tokenizer.train_bpe: vocab must be at least {least} (the bytes), got {vocab}")
+        tokenizers = require("tokenizers")
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab,
+            min_frequency=min_count,
+            special_tokens=[*SPECIAL.values(), *special],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, SPECIAL)
+
+    @classmethod
+    def train_words(cls, texts, vocab=20000, *, min_count=2, special=(), language=None):
+        """The most frequent lower-case words and punctuation marks, `vocab` entries in all, ties in alphabetical order.
+
+        With a language ("en", "fr", ...) spaCy's tokenizer for it says what a word is.
+        """
+        least = len(SPECIAL) + len(special) + 1
+        if vocab < least:
+            raise ValueError(f"Tokenizer.train_words: vocab must be at least {least}, got {vocab}")
+        tokenizers = require("tokenizers")
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=SPECIAL["unknown"]))
+        backend.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+        )
+        if language:
+            split = spacy_words(language)
+            texts = (" ".join(split(text)) for text in texts)
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        else:
+            word = tokenizers.Regex(r"\w+|[^\w\s]")
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(word, "removed", invert=True)
+        trainer = tokenizers.trainers.WordLevelTrainer(
+            vocab_size=vocab,
+            min_frequency=min_count,
+            special_tokens=[*SPECIAL.values(), *special],
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, SPECIAL, language)
+
+    @classmethod
+    def bytes(cls, *, special=()):
+        """UTF-8 bytes: byte-level BPE without merges. Byte b is the number b + 5 (+ the further special tokens)."""
+        tokenizers = require("tokenizers")
+        names = [*SPECIAL.values(), *special, *byte_alphabet()]
+        vocab = {name: number for number, name in enumerate(names)}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens([*SPECIAL.values(), *special])
+        return cls(backend, SPECIAL)
 
 
-def collate(sequences: list[list[int]], labels: list[int]) -> Batch:
-    """Pads with 0 to the longest."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    T = int(lengths.max())
-    tokens = torch.tensor([s + [PAD] * (T - len(s)) for s in sequences])
-    mask = None if int(lengths.min()) == T else torch.arange(T) < lengths[:, None]
-    return Batch(tokens, mask, torch.tensor(labels))
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE: itself where it is printable, else one past 255."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def bucketed(lengths: list[int], batch: int, seed: int | None) -> list[list[int]]:
-    """Indices in batches of sequences of about one length, so that little is padding.
-
-    With a seed: shuffled, sorted inside pools of 50 batches, and the batches shuffled. Without: sorted by length as a
-    whole (for evaluation). Every index occurs once.
-    """
-    if seed is None:
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        return [order[at : at + batch] for at in range(0, len(order), batch)]
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(lengths), generator=random).tolist()
-    pool = 50 * batch
-    batches = []
-    for at in range(0, len(order), pool):
-        by_length = sorted(order[at : at + pool], key=lambda i: lengths[i])
-        batches += [by_length[i : i + batch] for i in range(0, len(by_length), batch)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+def special_tokens(backend, config: dict) -> dict[str, str]:
+    """Role -> token, as tokenizer_config.json has it (a string, or an object with "content"), else by usual names."""
+    found = {}
+    for role, (keys, usual) in ROLES.items():
+        named = [config[key] for key in keys if config.get(key)]
+        named = [token["content"] if isinstance(token, dict) else token for token in named]
+        if token := next((token for token in [*named, *usual] if backend.token_to_id(token) is not None), None):
+            found[role] = token
+    return found
 
 
-def windows(tokens: torch.Tensor, context: int, batch: int, seed: int):
-    """Without end: [batch, context + 1] int64, cut from `tokens` at random places."""
-    if len(tokens) <= context:
-        raise ValueError(f"windows: a text of {len(tokens)} tokens is too short for a context of {context}")
-    random = torch.Generator().manual_seed(seed)
-    offsets = torch.arange(context + 1)
-    while True:
-        starts = torch.randint(len(tokens) - context, (batch, 1), generator=random)
-        yield tokens[starts + offsets].long()
+def spacy_words(language: str):
+    """A function that splits a text into spaCy's words of a language; white space is no word."""
+    spacy = require("spacy", "spacy")
+    try:
+        split = spacy.blank(language).tokenizer
+    except ImportError:
+        raise ValueError(f"Tokenizer: spaCy knows no language {language!r}") from None
+    return lambda text: [token.text for token in split(text) if not token.is_space]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from fastllm.llm.data import atomic
+from fastllm.llm.files import atomic
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
