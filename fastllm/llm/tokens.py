@@ -84,6 +84,13 @@ class Tokenizer:
         return cls(backend, special_tokens(backend, config), config.get("spacy_language"))
 
     @classmethod
+    def of_hugging_face(cls, tokenizer):
+        """From a fast tokenizer of transformers."""
+        special = {role: getattr(tokenizer, keys[-1], None) for role, (keys, _) in ROLES.items()}
+        special |= {role: getattr(tokenizer, keys[0]) or special[role] for role, (keys, _) in ROLES.items()}
+        return cls(tokenizer.backend_tokenizer, {role: str(token) for role, token in special.items() if token})
+
+    @classmethod
     def train_bpe(cls, texts, vocab=8192, *, min_count=2, special=()):
         """Byte-level BPE (GPT-2's) of at most `vocab` tokens, with 256 bytes among them: nothing is unknown to it."""
         least = len(SPECIAL) + len(special) + 256
