@@ -1,5 +1,7 @@
 """Runs a function in several processes that form a gloo group, as the ranks of one machine."""
 
+import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -9,8 +11,20 @@ import torch.multiprocessing as mp
 
 def run(function, ranks, folder, *arguments):
     """function(rank, ranks, folder, *arguments) in each of `ranks` processes; an error in one is raised here."""
+    _start(_rank, ranks, function, folder, arguments)
+
+
+def run_launched(function, ranks, folder, *arguments):
+    """function(folder, *arguments) in each of `ranks` processes, whose environment is what a launcher makes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _start(_launched, ranks, function, folder, arguments, port)
+
+
+def _start(target, ranks, *arguments):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "fastllm"])
-    mp.start_processes(_rank, (ranks, function, folder, arguments), nprocs=ranks, start_method="forkserver")
+    mp.start_processes(target, (ranks, *arguments), nprocs=ranks, start_method="forkserver")
 
 
 def _rank(rank, ranks, function, folder, arguments):
@@ -22,3 +36,11 @@ def _rank(rank, ranks, function, folder, arguments):
         function(rank, ranks, folder, *arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _launched(rank, ranks, function, folder, arguments, port):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ.update(zip(names, map(str, (rank, rank, ranks, "127.0.0.1", port)), strict=True))
+    function(folder, *arguments)

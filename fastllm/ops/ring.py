@@ -69,10 +69,14 @@ class Shards:
 
     def shard(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """This rank's part of x, the whole sequence, along `dim`."""
-        whole, count = x.shape[dim], self.ranks * len(self.parts(0))
+        self.check(x.shape[dim])
+        return x.index_select(dim, self.positions(x.shape[dim] // self.ranks, x.device))
+
+    def check(self, whole: int):
+        """Raises ValueError for a length of the whole sequence that cannot be cut into equal parts."""
+        count = self.ranks * len(self.parts(0))
         if whole % count:
             raise ValueError(f"{OP}: a {self.sharding} sequence must be a multiple of {count} long, got {whole}")
-        return x.index_select(dim, self.positions(whole // self.ranks, x.device))
 
 
 @dataclass(frozen=True)
