@@ -41,7 +41,7 @@ def model_of(name, dtype):
 
 
 def hugging_face_step(model, prompt, compiled):
-    """A function that computes the token behind `prompt` and the next one, ever again at the same place."""
+    """A function that gives the logits [1, V] behind `prompt` and its last token once more, ever again at one place."""
     from transformers import DynamicCache, StaticCache
 
     T = prompt.shape[1]
@@ -60,7 +60,7 @@ def hugging_face_step(model, prompt, compiled):
         out = step(token, past_key_values=cache, position_ids=place, cache_position=place[0], use_cache=True)
         if not compiled:
             cache.crop(-1)
-        return out.logits[:, -1].argmax(-1)
+        return out.logits[:, -1]
 
     return call
 
@@ -72,7 +72,7 @@ def our_step(model, prompt, weights):
 
     def call():
         session.lengths.fill_(place)
-        return session.step(token).argmax(-1)
+        return session.step(token)
 
     d = session.plan.description
     linear = [x for layer in d.layers for x in (*layer.qkv, layer.out, layer.gate, layer.up, layer.down)]

@@ -193,7 +193,7 @@ def show(report):
 
 
 # `fastllm bench WORD ...`: what has options of its own. Each module has a `configure(parser)`, as this one has.
-WORDS = {}
+WORDS = {"model": "fastllm.bench.model"}
 
 
 def add_arguments(subparsers):
