@@ -65,7 +65,7 @@ def main(arguments=None) -> int:
     except BrokenPipeError:  # `fastllm verify | head` closed the pipe; nothing is left to say to it
         sys.stderr.close()
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         if "--traceback" in arguments:
             raise
         print(f"fastllm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)

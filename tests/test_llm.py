@@ -12,6 +12,9 @@ from check import assert_as_accurate
 
 from fastllm.cli import main as cli
 from fastllm.llm import classify, data, demo, pretrain, report, require, train
+from fastllm.llm.checkpoint import load_model
+from fastllm.llm.compare import compare
+from fastllm.llm.runs import Run
 from fastllm.model import Config, Transformer
 
 
@@ -38,19 +41,16 @@ def test_classifier_learns_and_is_deterministic(registered, optimizer, tmp_path)
     recipe = train.Recipe(steps=60, optimizer=optimizer, lr=lr, warmup=5, evaluate_every=20)
     runs = []
     for n in range(2 if optimizer == "adamw" else 1):
-        model, history = classify.fit(
-            task, task.config(**TINY | dict(dropout=0.1)), recipe, batch=16, checkpoint=tmp_path / f"{n}.pt"
-        )
+        with Run(tmp_path / str(n)) as run:
+            model, history = classify.fit(task, task.config(**TINY | dict(dropout=0.1)), recipe, batch=16, run=run)
         runs.append(history["loss"])
     assert all(run == runs[0] for run in runs)
     json.dumps(history)
     logits, labels = classify.predict(model, task, "test")
     assert classify.scores(labels, logits.argmax(-1))["accuracy"] == 1.0
-    saved = train.load(tmp_path / "0.pt")
-    again = Transformer(Config(**saved["config"]), accelerated=False)
-    again.load_state_dict(saved["model"])
-    assert saved["metrics"] == history["best"]
-    assert torch.equal(classify.predict(again, task, "test")[0].argmax(-1), logits.argmax(-1))
+    saved = load_model(tmp_path / "0", task="classification", accelerate=False)
+    assert saved.meta["metrics"] == history["best"] and saved.meta["classes"] == task.classes
+    assert torch.equal(classify.predict(saved.model, task, "test")[0].argmax(-1), logits.argmax(-1))
 
 
 def test_the_callers_random_state_is_left_alone(registered):
@@ -71,18 +71,12 @@ def test_early_stopping_keeps_the_best(registered, tmp_path):
         return dict(loss=next(losses))
 
     recipe = train.Recipe(steps=50, evaluate_every=2, patience=2)
-    history = train.train(
-        model,
-        task.epochs(8, 0),
-        classify.loss_of,
-        classify.tokens_in,
-        recipe,
-        evaluate=evaluate,
-        checkpoint=tmp_path / "best.pt",
-    )
+    with Run(tmp_path / "run") as run:
+        parts = model, task.epochs(8, 0), classify.loss_of, classify.tokens_in, recipe
+        history = train.train(*parts, evaluate=evaluate, run=run, tokenizer=task.tokenizer)
     assert len(history["loss"]) == 8 and history["stopped"].startswith("early")
     assert history["best"] == dict(step=4, loss=2.0)
-    for state in (model.state_dict(), train.load(tmp_path / "best.pt")["model"]):
+    for state in (model.state_dict(), load_model(tmp_path / "run").model.state_dict()):
         assert all(torch.equal(value, kept[1][name]) for name, value in state.items())
     assert not model.training
 
@@ -95,10 +89,8 @@ def test_time_that_is_used_up_ends_a_run(registered):
         models[0], task.epochs(8, 0), classify.loss_of, classify.tokens_in, recipe, evaluate=classify.valid_loss(task)
     )
     assert history["stopped"] == "0 s were used up after 1 of 50 steps" and history["best"]["step"] == 1
-    batches = [next(task.epochs(8, 0))] * 20
-    found = train.compare(
-        dict(a=models[0], b=models[1]), batches, classify.loss_of, classify.tokens_in, recipe, block=2
-    )
+    batches = [task.epochs(8, 0)[0]] * 20
+    found = compare(dict(a=models[0], b=models[1]), batches, classify.loss_of, classify.tokens_in, recipe, block=2)
     assert found["steps"] == 6
 
 
@@ -130,16 +122,16 @@ def test_compare_gives_both_the_same_batches(registered):
     for name, accelerated in (("naive", False), ("ours", True)):
         torch.manual_seed(0)
         models[name] = Transformer(config, accelerated)
-    batches = [next(task.epochs(16, seed)) for seed in range(9)]
+    batches = [task.epochs(16, seed)[0] for seed in range(9)]
     exact = copy.deepcopy(models["naive"]).double()
     recipe = train.Recipe(
         steps=9, optimizer="sgd", lr=0.1, warmup=1
     )  # Adam turns rounding of a zero gradient into steps
-    found = train.compare(models, batches, classify.loss_of, classify.tokens_in, recipe, block=2)
+    found = compare(models, batches, classify.loss_of, classify.tokens_in, recipe, block=2)
     assert found["loss"]["naive"][0] != found["loss"]["naive"][-1]
     assert len(found["loss"]["ours"]) == 9 and len(found["ratio"]["values"]) == 4
     stepper = train.Stepper(exact, recipe, classify.loss_of)
-    truth = torch.tensor([stepper(batch) for batch in batches], dtype=torch.float64)
+    truth = torch.tensor([stepper([batch]) for batch in batches], dtype=torch.float64)
     # Roundings of nine steps add up, luckily or not: fp16 sees what is more than that.
     ours, naive = (torch.tensor(found["loss"][name]).half() for name in ("ours", "naive"))
     assert_as_accurate(ours, naive, truth)
@@ -185,7 +177,7 @@ def test_commands(registered, tmp_path, capsys):
     assert cli(["data", "tiny", "--out", str(tmp_path / "t")]) == 0
     assert "160" in capsys.readouterr().out
     assert cli(["classify", str(tmp_path / "t"), "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
-    assert (tmp_path / "run" / "best.pt").exists()
+    assert load_model(tmp_path / "run", task="classification")
     assert "TF-IDF" in capsys.readouterr().out
     assert cli(["data", "gone", "--out", str(tmp_path / "g")]) == 2
     assert capsys.readouterr().err == "fastllm: error: no network here\n"

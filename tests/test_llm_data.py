@@ -7,7 +7,8 @@ import zlib
 import pytest
 import torch
 
-from fastllm.llm import batches, data, sources, train
+from fastllm.llm import batches, data, sources
+from fastllm.llm.files import atomic
 
 REVIEWS = """category,text,movie_name,has_plot_and_reviews
 fresh,"A delight, from
@@ -125,17 +126,14 @@ def test_a_client_that_fails_is_one_line(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    train.save(path, step=1, model={"w": torch.ones(2)})
-
-    class Unpicklable:
-        def __reduce__(self):
-            raise RuntimeError("the disk is full")
-
-    with pytest.raises(RuntimeError, match="the disk is full"):
-        train.save(path, step=2, model={"w": torch.zeros(1000)}, extra=Unpicklable())
-    assert train.load(path)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    path = tmp_path / "result.json"
+    with atomic(path) as file:
+        file.write("old")
+    with pytest.raises(RuntimeError, match="the disk is full"), atomic(path) as file:
+        file.write("ne")
+        raise RuntimeError("the disk is full")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_read_tsv_counts_malformed_rows(tmp_path):
@@ -167,8 +165,19 @@ def test_collate_masks_padding_only_where_there_is_some():
 
 def test_windows_are_deterministic_and_inside():
     text = torch.arange(50, dtype=torch.uint8)
-    a, b = (next(batches.windows(text, 10, 4, seed=1)) for _ in range(2))
+    a, b = (batches.Windows(text, 10, 4, seed=1)[7] for _ in range(2))
     assert torch.equal(a, b) and a.shape == (4, 11)
+    assert not torch.equal(a, batches.Windows(text, 10, 4, seed=1)[8])
     assert torch.equal(a - a[:, :1], torch.arange(11).expand(4, 11))
     with pytest.raises(ValueError, match="too short"):
-        next(batches.windows(text, 50, 1, seed=0))
+        batches.Windows(text, 50, 1, seed=0)
+
+
+def test_epochs_are_looked_up_by_number():
+    lengths = torch.randint(1, 50, (101,)).tolist()
+    epochs = batches.Epochs(lengths, 10, 3, list)
+    assert epochs.per_epoch == 11
+    passes = [[epochs[n] for n in range(at, at + 11)] for at in (0, 11)]
+    for found in passes:
+        assert sorted(i for batch in found for i in batch) == list(range(101))
+    assert passes[0] != passes[1] and epochs[5] == passes[0][5]

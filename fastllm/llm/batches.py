@@ -1,5 +1,6 @@
 """Numbers to batches: padded and bucketed sequences, windows of a long text."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,33 @@ def bucketed(lengths: list[int], batch: int, seed: int | None) -> list[list[int]
     return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
 
 
-def windows(tokens: torch.Tensor, context: int, batch: int, seed: int):
-    """Without end: [batch, context + 1] int64, cut from `tokens` at random places."""
-    if len(tokens) <= context:
-        raise ValueError(f"windows: a text of {len(tokens)} tokens is too short for a context of {context}")
-    random = torch.Generator().manual_seed(seed)
-    offsets = torch.arange(context + 1)
-    while True:
-        starts = torch.randint(len(tokens) - context, (batch, 1), generator=random)
-        yield tokens[starts + offsets].long()
+class Epochs:
+    """Passes over a data set without end, each in its own order: epochs[n] is batch n, whenever it is asked for.
+
+    lengths has the length of each sequence; make(indices) makes a batch of some.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, seed: int, make):
+        self.lengths, self.batch, self.seed, self.make = lengths, batch, seed, make
+        self.per_epoch = math.ceil(len(lengths) / batch)
+        self._epoch = self._order = None
+
+    def __getitem__(self, n: int):
+        epoch, at = divmod(n, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, bucketed(self.lengths, self.batch, self.seed + epoch)
+        return self.make(self._order[at])
+
+
+class Windows:
+    """windows[n] is [batch, context + 1] int64, cut from `tokens` at random places that n and the seed decide."""
+
+    def __init__(self, tokens: torch.Tensor, context: int, batch: int, seed: int):
+        if len(tokens) <= context:
+            raise ValueError(f"Windows: a text of {len(tokens)} tokens is too short for a context of {context}")
+        self.tokens, self.context, self.batch, self.seed = tokens, context, batch, seed
+
+    def __getitem__(self, n: int):
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + n)
+        starts = torch.randint(len(self.tokens) - self.context, (self.batch, 1), generator=random)
+        return self.tokens[starts + torch.arange(self.context + 1)].long()

@@ -52,19 +52,22 @@ def save_model(folder, model, tokenizer: Tokenizer, *, state=None, **meta):
     classes, metrics, what it was trained on; "task" is inferred where it is not given.
     """
     with atomic_folder(folder) as temporary:
-        state = model.state_dict() if state is None else state
-        if isinstance(model, Transformer):
-            meta = dict(task=task_of(model.config)) | meta
-            require("safetensors.torch", "safetensors").save_file(without_ties(state), temporary / "model.safetensors")
-            config = dict(format="fastllm", version=fastllm.__version__, model=asdict(model.config)) | meta
-            with atomic(temporary / "config.json") as file:
-                json.dump(config, file, indent=1)
-        else:
-            model.save_pretrained(temporary, state_dict=state)
-            config = json.loads((temporary / "config.json").read_text("utf-8"))
-            with atomic(temporary / "config.json") as file:
-                json.dump(config | dict(fastllm=meta), file, indent=1)
-        tokenizer.save(temporary)
+        write_model(temporary, model, tokenizer, state=state, **meta)
+
+
+def write_model(folder, model, tokenizer, *, state=None, **meta):
+    """The files of `save_model` into a folder that is there."""
+    folder, state = Path(folder), model.state_dict() if state is None else state
+    if isinstance(model, Transformer):
+        require("safetensors.torch", "safetensors").save_file(without_ties(state), folder / "model.safetensors")
+        config = dict(format="fastllm", version=fastllm.__version__, model=asdict(model.config))
+        config |= dict(task=task_of(model.config)) | meta
+    else:
+        model.save_pretrained(folder, state_dict=state)
+        config = json.loads((folder / "config.json").read_text("utf-8")) | dict(fastllm=meta)
+    with atomic(folder / "config.json") as file:
+        json.dump(config, file, indent=1)
+    tokenizer.save(folder)
 
 
 def load_model(path, *, task=None, accelerate=True, **options) -> Loaded:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.llm import require
-from fastllm.llm.batches import bucketed, collate
+from fastllm.llm.batches import Epochs, bucketed, collate
 from fastllm.llm.data import SPLITS, read_tsv
 from fastllm.llm.files import atomic
+from fastllm.llm.runs import Run, add_run_arguments
 from fastllm.llm.tokens import Tokenizer
 from fastllm.llm.train import OPTIMIZERS, Recipe, train
 from fastllm.model import Config, Transformer
@@ -56,18 +57,19 @@ class Task:
             splits[split] = [(ids, number[label]) for ids, (_, label) in zip(found, rows[split], strict=True)]
         return cls(words, classes, splits, rows, {what: n for what, n in left_out.items() if n})
 
-    def batches(self, split, batch, seed=None):
-        """One pass over a split, bucketed by length; in random order with a seed."""
+    def make(self, split, indices):
         data = self.splits[split]
-        for indices in bucketed([len(tokens) for tokens, _ in data], batch, seed):
-            yield collate([data[i][0] for i in indices], [data[i][1] for i in indices])
+        return collate([data[i][0] for i in indices], [data[i][1] for i in indices])
 
-    def epochs(self, batch, seed):
-        """Passes over the train split without end, each in its own order."""
-        epoch = 0
-        while True:
-            yield from self.batches("train", batch, seed + epoch)
-            epoch += 1
+    def batches(self, split, batch):
+        """One pass over a split, sorted by length."""
+        for indices in bucketed([len(tokens) for tokens, _ in self.splits[split]], batch, None):
+            yield self.make(split, indices)
+
+    def epochs(self, batch, seed) -> Epochs:
+        """Passes over the train split without end."""
+        lengths = [len(tokens) for tokens, _ in self.splits["train"]]
+        return Epochs(lengths, batch, seed, lambda indices: self.make("train", indices))
 
     def config(self, preset="cpu", **changes) -> Config:
         sizes = dict(vocab=self.tokenizer.size, kind="encoder", classes=len(self.classes), max_len=1024)
@@ -80,6 +82,10 @@ def loss_of(model, batch):
 
 def tokens_in(batch):
     return batch.real_tokens
+
+
+def rows_in(batch):
+    return len(batch.labels)
 
 
 @torch.no_grad()
@@ -129,20 +135,21 @@ def baselines(task) -> dict:
     }
 
 
-def fit(task, config, recipe, *, batch=32, accelerated=True, checkpoint=None, what="classifier"):
+def fit(task, config, recipe, *, batch=32, accelerated=True, run=None, what="classifier"):
     """Train on the task's train split. Returns the model with its best parameters, and the history."""
     torch.manual_seed(recipe.seed)
     model = Transformer(config, accelerated)
-    extra = dict(config=asdict(config), tokenizer=task.tokenizer.backend.to_str(), classes=task.classes)
     history = train(
         model,
         task.epochs(batch, recipe.seed),
         loss_of,
         tokens_in,
         recipe,
+        weight_of=rows_in,
         evaluate=valid_loss(task),
-        checkpoint=checkpoint,
-        extra=extra,
+        run=run,
+        tokenizer=task.tokenizer,
+        meta=dict(classes=task.classes),
         what=what,
     )
     return model, history
@@ -164,8 +171,11 @@ def run(
     patience=3,
     seed=0,
     naive=False,
+    resume=False,
+    fresh=False,
 ) -> dict:
-    """Train, keep the best checkpoint in out/best.pt, evaluate on test, write out/result.json and return it."""
+    """Train, with checkpoints in `out` (see `runs.Run`), evaluate on test, write out/result.json and return it."""
+    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh")}
     require("sklearn.metrics", "scikit-learn")
     task = Task.load(data, vocabulary=vocabulary, max_len=max_len)
     per_epoch = math.ceil(len(task.splits["train"]) / batch)
@@ -180,7 +190,8 @@ def run(
         seed=seed,
     )
     config = task.config(preset, dropout=dropout)
-    model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, checkpoint=Path(out) / "best.pt")
+    with Run(out, settings | dict(data=str(data)), resume=resume, fresh=fresh, free=("data",)) as run:
+        model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, run=run)
     logits, labels = predict(model, task, "test")
     result = dict(
         data=str(data),
@@ -212,6 +223,7 @@ def add_arguments(subparsers):
         ("seed", int, 0),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    add_run_arguments(parser)
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
     parser.set_defaults(run=main)
 
@@ -222,7 +234,7 @@ def main(args) -> int:
     show_scores(result["test"])
     history = result["history"]
     print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
-    print(f"checkpoint and result: {args.out}")
+    print(f"checkpoints and result: {args.out}")
     return 0
 
 

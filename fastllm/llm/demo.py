@@ -18,9 +18,11 @@ import torch
 import fastllm
 from fastllm import info, verify
 from fastllm.llm import classify, pretrain, report, require
+from fastllm.llm.checkpoint import save_model
+from fastllm.llm.compare import compare
 from fastllm.llm.data import build_or_fall_back
 from fastllm.llm.files import atomic
-from fastllm.llm.train import Recipe, compare
+from fastllm.llm.train import Recipe
 from fastllm.model import Transformer
 
 
@@ -140,7 +142,7 @@ def classifier_comparison(task, sizes) -> dict:
     return found | dict(shape=f"{sizes.batch} x up to {longest} words")
 
 
-def classifier_training(task, sizes, checkpoint) -> dict:
+def classifier_training(task, sizes, folder) -> dict:
     per_epoch = math.ceil(len(task.splits["train"]) / sizes.batch)
     recipe = Recipe(
         steps=sizes.epochs * per_epoch,
@@ -152,7 +154,8 @@ def classifier_training(task, sizes, checkpoint) -> dict:
         seconds=sizes.train_seconds,
     )
     config = task.config(sizes.preset, dropout=0.2)
-    model, history = classify.fit(task, config, recipe, batch=sizes.batch, checkpoint=checkpoint)
+    model, history = classify.fit(task, config, recipe, batch=sizes.batch)
+    save_model(folder, model, task.tokenizer, classes=task.classes)
     logits, labels = classify.predict(model, task, "test")
     test = {"transformer on fastllm": classify.scores(labels, logits.argmax(-1))} | classify.baselines(task)
     return dict(history=history, test=test, config=asdict(config))
@@ -166,7 +169,7 @@ def language_comparison(task, sizes) -> dict:
     return found | dict(shape=f"{sizes.text_batch} x {sizes.context} bytes")
 
 
-def language_training(task, sizes, checkpoint) -> dict:
+def language_training(task, sizes, folder) -> dict:
     recipe = Recipe(
         steps=sizes.text_steps,
         lr=3e-3,
@@ -177,7 +180,8 @@ def language_training(task, sizes, checkpoint) -> dict:
         seconds=sizes.train_seconds,
     )
     config = task.config(sizes.preset, dropout=0.0)
-    model, history = pretrain.fit(task, config, recipe, batch=sizes.text_batch, checkpoint=checkpoint)
+    model, history = pretrain.fit(task, config, recipe, batch=sizes.text_batch)
+    save_model(folder, model, task.tokenizer)
     test = {"transformer on fastllm": pretrain.perplexity(model, task.splits["test"], sizes.context, limit=1 << 16)}
     prompt = pretrain.prompt_from(task)
     text = pretrain.sample(model, task.tokenizer, prompt, min(sizes.sample, sizes.context - len(prompt.encode())))
@@ -214,13 +218,13 @@ def run(out="report", *, quick=False, fresh=False, data=DATA, text=TEXT, data_ro
     settings = [asdict(sizes), rows["fingerprint"]]
     result["classifier"] = stages.run("classifier-compared", settings, lambda: classifier_comparison(task, sizes))
     result["classifier_training"] = stages.run(
-        "classifier-trained", settings, lambda: classifier_training(task, sizes, out / "classifier.pt")
+        "classifier-trained", settings, lambda: classifier_training(task, sizes, out / "classifier")
     )
     task = pretrain.Task.load(prose["folder"], sizes.context)
     settings = [asdict(sizes), prose["fingerprint"]]
     result["language"] = stages.run("language-compared", settings, lambda: language_comparison(task, sizes))
     result["language_training"] = stages.run(
-        "language-trained", settings, lambda: language_training(task, sizes, out / "language.pt")
+        "language-trained", settings, lambda: language_training(task, sizes, out / "language")
     )
     result["seconds"] = dict(stages.seconds, this_run=time.perf_counter() - began)
     result["tables"] = report.tables(result)

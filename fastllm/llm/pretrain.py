@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from fastllm.llm.batches import windows
+from fastllm.llm.batches import Windows
 from fastllm.llm.data import SPLITS
 from fastllm.llm.files import atomic
+from fastllm.llm.runs import Run, add_run_arguments
 from fastllm.llm.tokens import Tokenizer
 from fastllm.llm.train import OPTIMIZERS, Recipe, train
 from fastllm.model import Config, Transformer
@@ -44,7 +45,7 @@ class Task:
         return cls(tokenizer, splits, context)
 
     def batches(self, batch, seed):
-        return windows(self.splits["train"], self.context, batch, seed)
+        return Windows(self.splits["train"], self.context, batch, seed)
 
     def config(self, preset="cpu", **changes) -> Config:
         return Config(**PRESETS[preset] | dict(vocab=self.tokenizer.size, max_len=self.context) | changes)
@@ -101,7 +102,7 @@ def sample(model, tokenizer, prompt: str, count: int, seed=0, temperature=0.8, t
     return tokenizer.decode(made[0].tolist())
 
 
-def fit(task, config, recipe, *, batch=8, accelerated=True, checkpoint=None, what="language model"):
+def fit(task, config, recipe, *, batch=8, accelerated=True, run=None, what="language model"):
     """Train on the task's train split. Returns the model with its best parameters, and the history."""
     torch.manual_seed(recipe.seed)
     model = Transformer(config, accelerated)
@@ -111,9 +112,10 @@ def fit(task, config, recipe, *, batch=8, accelerated=True, checkpoint=None, wha
         loss_of,
         tokens_in,
         recipe,
+        length=task.context,
         evaluate=lambda model: perplexity(model, task.splits["valid"], task.context, limit=1 << 15),
-        checkpoint=checkpoint,
-        extra=dict(config=asdict(config), tokenizer=task.tokenizer.backend.to_str()),
+        run=run,
+        tokenizer=task.tokenizer,
         what=what,
     )
     return model, history
@@ -135,8 +137,11 @@ def run(
     seed=0,
     naive=False,
     prompt="\n",
+    resume=False,
+    fresh=False,
 ) -> dict:
-    """Train, keep the best checkpoint in out/best.pt, evaluate on test, write out/result.json and return it."""
+    """Train, with checkpoints in `out` (see `runs.Run`), evaluate on test, write out/result.json and return it."""
+    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "prompt")}
     task = Task.load(data, context)
     recipe = Recipe(
         steps=steps,
@@ -149,7 +154,8 @@ def run(
         seed=seed,
     )
     config = task.config(preset, dropout=dropout)
-    model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, checkpoint=Path(out) / "best.pt")
+    with Run(out, settings | dict(data=str(data)), resume=resume, fresh=fresh, free=("data",)) as run:
+        model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, run=run)
     test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
     text = sample(model, task.tokenizer, prompt, min(300, context - len(prompt.encode())))
     result = dict(data=str(data), config=asdict(config), history=history, test=test, sample=text)
@@ -176,6 +182,7 @@ def add_arguments(subparsers):
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
     parser.add_argument("--prompt", default="\n", help="what the sample continues")
+    add_run_arguments(parser)
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
     parser.set_defaults(run=main)
 
@@ -186,7 +193,7 @@ def main(args) -> int:
     show_perplexity(result["test"])
     history = result["history"]
     print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
-    print(f"sample:\n{result['sample']}\n\ncheckpoint and result: {args.out}")
+    print(f"sample:\n{result['sample']}\n\ncheckpoints and result: {args.out}")
     return 0
 
 

@@ -1,27 +1,43 @@
-"""The training loop: optimizer, schedule, clipping, early stopping, the best checkpoint, progress, history."""
+"""The training loop of every command: schedule, accumulation, clipping, evaluation, early stopping, checkpoints.
+
+What happens in step n depends on the parameters, the optimizer's state, the recipe and n alone: batches are looked up
+by number and random numbers are seeded by it. So a run that was killed goes on bit for bit from its last checkpoint,
+with no random state to keep. What several processes do differently is one object, `distributed.Ranks`: there are as
+many calls of loss_of, on the shares of the same batches, and the first one alone writes and speaks.
+"""
 
 import contextlib
 import copy
+import functools
 import math
-import statistics
+import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
-from fastllm.llm.files import atomic
+from fastllm.llm import meter, require
+from fastllm.llm.distributed import Ranks, full_state
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train. The learning rate rises linearly for `warmup` steps, then falls on a cosine to final_lr * lr.
 
-    weight_decay spares embeddings, norms and biases. Training stops early when `patience` evaluations in a row have not
-    improved the validation loss (0: never), and after `seconds` of steps where that is given: then what a run reaches
-    depends on the machine.
+    A step is `accumulate` batches, whose gradients are added up as one batch of that size would have them. weight_decay
+    spares embeddings, norms and biases. precision="bf16" is autocast: parameters and optimizer stay in fp32.
+    checkpointing keeps a block's input for the backward pass, not what it computes, and computes that again.
+    Training stops early when `patience` evaluations in a row have not improved the validation loss (0: never), and
+    after `seconds` of steps where that is given: then what a run reaches depends on the machine. save_every is
+    evaluate_every where it is 0; sample_every 0 is never.
     """
 
     steps: int = 1000
@@ -31,16 +47,23 @@ class Recipe:
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "fp32"
+    checkpointing: bool = False
     evaluate_every: int = 100
+    save_every: int = 0
+    sample_every: int = 0
     patience: int = 3
     seconds: float | None = None
     seed: int = 0
 
     def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if self.steps < 1 or self.evaluate_every < 1:
-            raise ValueError(f"Recipe: steps and evaluate_every must be at least 1, got {self}")
+        for name, offered in (("optimizer", OPTIMIZERS), ("precision", tuple(PRECISIONS))):
+            if getattr(self, name) not in offered:
+                raise ValueError(f"Recipe: {name} must be one of {', '.join(offered)}, got {getattr(self, name)!r}")
+        for name, least in (("steps", 1), ("evaluate_every", 1), ("accumulate", 1), ("warmup", 0), ("lr", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"Recipe: {name} must be at least {least}, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
@@ -50,171 +73,300 @@ class Recipe:
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-class Stepper:
-    """One model and its optimizer; a call takes one step on one batch and returns the loss before it."""
+def parameter_groups(model, weight_decay: float) -> list[dict]:
+    """Those that decay, and those that do not: embeddings, norms and biases. Frozen ones are in neither."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and id(parameter) not in tables and name != "positions"
+            (decayed if decays else spared).append(parameter)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
 
-    def __init__(self, model, recipe: Recipe, loss_of):
+
+class Stepper:
+    """One model and its optimizer; a call takes one step on a list of batches and returns the loss before it.
+
+    loss_of(model, batch) is the mean over weight_of(batch) things: a step's loss is the mean over all of them,
+    whichever batch and rank they are in. groups is as PyTorch's optimizers take it; "lr_scale" in one multiplies its
+    learning rate. `norm` is the last norm of the gradients before they were clipped, `activations` the bytes that the
+    forward pass of the first batch left for the backward pass (None with several ranks).
+    """
+
+    def __init__(self, model, recipe: Recipe, loss_of, *, weight_of=None, ranks=None, groups=None):
         self.model, self.recipe, self.loss_of, self.taken = model, recipe, loss_of, 0
-        decayed, spared = [], []
-        for name, parameter in model.named_parameters():
-            (decayed if parameter.ndim > 1 and "embedding" not in name else spared).append(parameter)
-        groups = [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=spared, weight_decay=0.0)]
+        self.norm = self.activations = None
+        self.weight_of, self.ranks = weight_of or (lambda batch: 1), ranks or Ranks()
+        self.wrapped = self.ranks.spread(model)
+        groups = parameter_groups(model, recipe.weight_decay) if groups is None else groups
         self.optimizer = {
             "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True),
             "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
             "sgd": lambda: torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9),
         }[recipe.optimizer]()
 
-    def __call__(self, batch) -> float:
+    def __call__(self, batches: list) -> float:
+        recipe, ranks = self.recipe, self.ranks
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(self.taken)
+            group["lr"] = recipe.lr_at(self.taken) * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss_of(self.model, batch)
-        loss.backward()
-        if self.recipe.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        weights = [self.weight_of(batch) for batch in batches]
+        total, loss = ranks.sums(sum(weights))[0], 0.0
+        for n, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            torch.manual_seed(ranks.seed(recipe.seed, self.taken * len(batches) + n) % 2**63)
+            with ranks.accumulating(self.wrapped, more=n + 1 < len(batches)):
+                with autocast(self.model, recipe.precision), self.measuring() as memory:
+                    part = self.loss_of(self.wrapped, batch)
+                    if memory is not None:
+                        self.activations = memory.live
+                (part * ranks.weight(weight, total)).backward()
+            loss += float(part.detach()) * (weight / total)
+        if recipe.clip:
+            self.norm = ranks.clip(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self.taken += 1
-        return float(loss.detach())
+        return ranks.sums(loss)[0]
+
+    def measuring(self):
+        if self.activations is not None or self.ranks.ranks > 1:
+            return contextlib.nullcontext()
+        return meter.LiveBytes([*self.model.parameters(), *self.model.buffers()])
 
 
-def train(model, batches, loss_of, tokens_in, recipe, *, evaluate=None, checkpoint=None, extra=None, what="train"):
-    """Train `model` in place and leave it with its best parameters (the last ones without `evaluate`).
+def optimizer_tensors(model, optimizer) -> dict:
+    """The optimizer's state as tensors "what.name of the parameter"."""
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in model.named_parameters())
+    return {f"{what}.{name}": tensor for name, state in states for what, tensor in state.items()}
 
-    batches yields at least recipe.steps batches; loss_of(model, batch) is a scalar tensor; tokens_in(batch) a number.
+
+def load_optimizer_tensors(model, optimizer, tensors: dict):
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        what, _, name = key.partition(".")
+        optimizer.state[parameters[name]][what] = tensor
+
+
+def autocast(model, precision: str):
+    dtype, device = PRECISIONS[precision], next(model.parameters()).device.type
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+@dataclass
+class Trainer:
+    """One training run: `model` is trained in place and left with its best parameters (the last without `evaluate`).
+
+    batches[n] is this rank's share of batch number n, the same whenever it is asked for; loss_of(model, batch) is a
+    scalar tensor, the mean over weight_of(batch) things (default: batches count alike); tokens_in(batch) a number, and
+    length how long a sequence is, for the estimate of FLOPs.
     evaluate(model) returns a dict with "loss", by which the best is chosen; it is called every evaluate_every steps and
-    at the end. checkpoint is a path where the best parameters so far, with `extra`, are at any time.
-    The random state of the caller is left as it was; the same seed, data and threads give the same history.
-
-    Returns what happened, fit for JSON: loss and tokens per step, evaluations, seconds, and tokens_per_s, measured over
-    the steps alone (no evaluation), the first three left out. Raises FloatingPointError for a loss that is not finite.
+    at the end. sample(model) returns a text to show, every sample_every steps. groups is `Stepper`'s.
+    With run (a `runs.Run`) there is a checkpoint every save_every steps, at each evaluation that is the best and at the
+    end, with the tokenizer and meta; SIGTERM and Ctrl-C end the run behind the next one. A run that is resumed goes on
+    from its last checkpoint. ranks is a `Ranks`.
     """
-    history = dict(recipe=asdict(recipe), loss=[], seconds=[], tokens=[], evaluations=[], stopped="all steps done")
-    best, best_state, since_best = math.inf, None, 0
-    batches = iter(batches)
-    with torch.random.fork_rng(devices=[]), progress(recipe.steps, what) as advance:
-        torch.manual_seed(recipe.seed)
+
+    model: nn.Module
+    batches: Any
+    loss_of: Callable
+    tokens_in: Callable
+    recipe: Recipe
+    _: KW_ONLY
+    weight_of: Callable | None = None
+    length: int = 0
+    evaluate: Callable | None = None
+    sample: Callable | None = None
+    run: Any = None
+    tokenizer: Any = None
+    meta: dict | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    groups: list | None = None
+    tensorboard: bool = False
+    what: str = "train"
+
+    def go(self) -> dict:
+        """Train, and return what happened, fit for JSON: loss and tokens per step, evaluations, seconds, and
+        tokens_per_s, measured over the steps alone (no evaluation), the first three left out.
+
+        The random state of the caller is left as it was; the same seed, data and threads give the same history, in
+        however many pieces the run was. Raises FloatingPointError for a loss that is not finite.
+        """
+        recipe, model = self.recipe, self.model
+        self.history = dict(recipe=asdict(recipe), loss=[], seconds=[], tokens=[], evaluations=[], best=None)
+        self.since_best, self.best_state, self.writer = 0, None, None
         model.train()
-        stepper = Stepper(model, recipe, loss_of)
-        for step in range(recipe.steps):
-            batch = next(batches)
-            before = time.perf_counter()
-            loss = stepper(batch)
-            history["seconds"].append(time.perf_counter() - before)
-            history["loss"].append(loss)
-            history["tokens"].append(tokens_in(batch))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"{what}: the loss is {loss} at step {step + 1}; try a lower learning rate")
-            advance(f"loss {loss:.3f}")
-            spent = recipe.seconds is not None and sum(history["seconds"]) > recipe.seconds and step + 1 < recipe.steps
-            if spent:
-                history["stopped"] = f"{recipe.seconds:.0f} s were used up after {step + 1} of {recipe.steps} steps"
-            last = spent or step + 1 == recipe.steps
-            if evaluate is not None and (last or not (step + 1) % recipe.evaluate_every):
-                model.eval()
-                found = dict(step=step + 1) | evaluate(model)
-                model.train()
-                history["evaluations"].append(found)
-                if found["loss"] < best:
-                    best, since_best = found["loss"], 0
-                    best_state = copy.deepcopy(model.state_dict())
-                    history["best"] = found
-                    if checkpoint:
-                        save(checkpoint, model=best_state, metrics=found, **(extra or {}))
-                else:
-                    since_best += 1
-                    if recipe.patience and since_best >= recipe.patience and not last:
-                        history["stopped"] = f"early: no better validation loss in {since_best} evaluations"
-                        last = True
-            if last:
-                break
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    elif checkpoint:
-        save(checkpoint, model=model.state_dict(), **(extra or {}))
-    model.eval()
-    history["tokens_per_s"] = sum(history["tokens"][3:]) / (sum(history["seconds"][3:]) or math.inf)
-    return history
+        if recipe.checkpointing:
+            model.gradient_checkpointing_enable()
+        self.stepper = Stepper(
+            model, recipe, self.loss_of, weight_of=self.weight_of, ranks=self.ranks, groups=self.groups
+        )
+        with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+            if self.run is not None:
+                self.resume()
+                self.interrupted = stack.enter_context(interruptions())
+            if self.tensorboard and self.ranks.first:
+                self.writer = stack.enter_context(self.open_tensorboard())
+            advance = stack.enter_context(meter.progress(recipe.steps, self.what, self.stepper.taken))
+            while not self.stopped():
+                self.step(advance)
+        self.history["stopped"] = self.stopped()
+        self.finish()
+        return self.history
+
+    def stopped(self) -> str | None:
+        """Why the run is at its end, or None."""
+        recipe, taken = self.recipe, self.stepper.taken
+        if taken >= recipe.steps:
+            return "all steps done"
+        if recipe.patience and self.since_best >= recipe.patience:
+            return f"early: no better validation loss in {self.since_best} evaluations"
+        if recipe.seconds is not None and sum(self.history["seconds"]) > recipe.seconds:
+            return f"{recipe.seconds:.0f} s were used up after {taken} of {recipe.steps} steps"
+        return None
+
+    def step(self, advance):
+        recipe, history, taken = self.recipe, self.history, self.stepper.taken
+        batches = [self.batches[taken * recipe.accumulate + n] for n in range(recipe.accumulate)]
+        before = time.perf_counter()
+        loss = self.stepper(batches)
+        seconds = time.perf_counter() - before
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.what}: the loss is {loss} at step {taken + 1}; try a lower learning rate")
+        tokens = self.ranks.sums(sum(map(self.tokens_in, batches)))[0]
+        for name, value in (("loss", loss), ("seconds", seconds), ("tokens", tokens)):
+            history[name].append(value)
+        self.log(loss=loss, tokens=tokens, seconds=seconds, lr=recipe.lr_at(taken), norm=self.stepper.norm)
+        advance(self.status)
+
+        last, due, better = bool(self.stopped()), self.stepper.taken, False
+        if self.evaluate is not None and (last or due % recipe.evaluate_every == 0):
+            better = self.evaluated()
+            last = bool(self.stopped())
+        if self.sample is not None and recipe.sample_every and due % recipe.sample_every == 0:
+            self.sampled()
+        if self.run is not None:
+            leave = self.interrupted()
+            if last or better or leave or due % (recipe.save_every or recipe.evaluate_every) == 0:
+                self.save(better)
+            if leave:
+                raise KeyboardInterrupt
+
+    def evaluated(self) -> bool:
+        """Evaluate. True where this is the best so far."""
+        self.model.eval()
+        with torch.no_grad(), autocast(self.model, self.recipe.precision):
+            found = dict(step=self.stepper.taken) | self.evaluate(self.model)
+        self.model.train()
+        self.history["evaluations"].append(found)
+        self.log(evaluation=found)
+        best = self.history["best"]
+        if best is not None and not found["loss"] < best["loss"]:
+            self.since_best += 1
+            return False
+        self.history["best"], self.since_best = found, 0
+        if self.run is None:
+            self.best_state = copy.deepcopy(full_state(self.model, self.ranks))
+        return True
+
+    def sampled(self):
+        self.model.eval()
+        text = self.sample(self.model)
+        self.model.train()
+        self.log(sample=text)
+        if self.ranks.first:
+            print(f"{self.what}, step {self.stepper.taken}: {text}", file=sys.stderr, flush=True)
+
+    def save(self, better):
+        training = dict(best=self.history["best"], since_best=self.since_best)
+        state = full_state(self.model, self.ranks)
+        tensors = optimizer_tensors(self.model, self.stepper.optimizer)
+        if self.ranks.first:
+            meta = dict(self.meta or {}, metrics=(self.history["evaluations"] or [None])[-1])
+            saved = self.model, self.tokenizer, training, tensors
+            self.run.save(self.stepper.taken, *saved, state=state, best=better, **meta)
+
+    def resume(self):
+        found = self.run.latest() if self.run.resumed else None
+        if found is not None:
+            training, tensors, state = found
+            self.model.load_state_dict(state, strict=False)  # a tied tensor is there once
+            load_optimizer_tensors(self.model, self.stepper.optimizer, tensors)
+            self.stepper.taken, self.since_best = training["step"], training["since_best"]
+            self.history["best"] = training["best"]
+        for line in self.run.history(upto=self.stepper.taken):
+            for name in ("loss", "seconds", "tokens"):
+                if name in line:
+                    self.history[name].append(line[name])
+            if "evaluation" in line:
+                self.history["evaluations"].append(line["evaluation"])
+
+    def finish(self):
+        history = self.history
+        if self.run is not None and history["best"] is not None:
+            self.best_state = self.run.best_state()
+        if self.best_state is not None:
+            self.model.load_state_dict(self.best_state, strict=False)
+        self.model.eval()
+        history["tokens_per_s"] = sum(history["tokens"][3:]) / (sum(history["seconds"][3:]) or math.inf)
+        history["activation_bytes"] = self.stepper.activations
+
+    # --- what it says ---
+
+    @functools.cached_property
+    def peak(self) -> float:
+        """FLOP/s that all ranks could reach, were each as fast as this one in matrix products."""
+        device = next(self.model.parameters()).device
+        return self.ranks.ranks * meter.matrix_peak(PRECISIONS[self.recipe.precision] or torch.float32, device)
+
+    def status(self) -> str:
+        """The line that is shown live: the last 20 steps."""
+        tokens, seconds = (sum(self.history[name][-20:]) for name in ("tokens", "seconds"))
+        share = meter.training_flops(self.model, tokens, self.length) / seconds / self.peak
+        best, kept = self.history["best"], self.stepper.activations
+        return ", ".join(
+            [f"loss {self.history['loss'][-1]:.3f}"]
+            + ([f"valid {best['loss']:.3f}"] if best else [])
+            + [f"{tokens / seconds:,.0f} tokens/s", f"{share:.0%} of peak"]
+            + ([f"activations {kept / 2**20:,.0f} MiB"] if kept is not None else [])
+        )
+
+    def log(self, **line):
+        """Into history.jsonl, and TensorBoard."""
+        step = self.stepper.taken
+        if self.run is not None and self.ranks.first:
+            self.run.log(dict(step=step) | line)
+        if self.writer is not None:
+            for name, value in (line | line.get("evaluation", {})).items():
+                if isinstance(value, str):
+                    self.writer.add_text(name, value, step)
+                elif isinstance(value, (int, float)) and name != "step":
+                    self.writer.add_scalar(f"valid/{name}" if "evaluation" in line else f"train/{name}", value, step)
+
+    def open_tensorboard(self):
+        if self.run is None:
+            raise ValueError(f"{self.what}: TensorBoard's files go into the folder of a run")
+        require("tensorboard")
+        writer = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        return writer(self.run.folder / "tensorboard", purge_step=self.stepper.taken + 1)
 
 
-def save(path, **content):
-    """A checkpoint of tensors and plain values, complete or not there at all."""
-    with atomic(path, "wb") as file:
-        torch.save(content, file)
-
-
-def load(path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def compare(models: dict, batches: list, loss_of, tokens_in, recipe, *, block=10, what="compare") -> dict:
-    """Train two models step for step on the same batches, `block` steps of the one and of the other in turn.
-
-    Whatever else the machine does hits both, and the order changes from block to block. Speed is that of whole blocks,
-    the first one left out; the ratio of a block is the second model's tokens/s over the first's on the same batches.
-    The spread is from the 20th to the 80th percentile of the blocks. Losses are those of every step. With `seconds` in
-    the recipe it ends with the first block behind them, the third at the earliest.
-    """
-    names = list(models)
-    steppers = {name: Stepper(model.train(), recipe, loss_of) for name, model in models.items()}
-    losses, speeds = {name: [] for name in names}, {name: [] for name in names}
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), progress(len(batches) * len(names), what) as advance:
-        for number, at in enumerate(range(0, len(batches), block)):
-            if recipe.seconds is not None and number > 2 and time.perf_counter() - began > recipe.seconds:
-                break
-            part = batches[at : at + block]
-            for name in names if number % 2 == 0 else reversed(names):
-                torch.manual_seed(recipe.seed + number)
-                before = time.perf_counter()
-                for batch in part:
-                    losses[name].append(steppers[name](batch))
-                    advance(f"{name} loss {losses[name][-1]:.3f}")
-                speeds[name].append(sum(map(tokens_in, part)) / (time.perf_counter() - before))
-    first, second = (speeds[name][1:] or speeds[name] for name in names)
-    differences = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
-    ratio = spread([b / a for a, b in zip(first, second, strict=True)])
-    ratio["of_medians"] = statistics.median(second) / statistics.median(first)
-    return dict(
-        steps=len(differences),
-        block=block,
-        loss=losses,
-        largest_difference=max(differences),
-        largest_relative_difference=max(d / abs(a) for d, a in zip(differences, losses[names[0]], strict=True)),
-        tokens_per_s={name: spread(values) for name, values in zip(names, (first, second), strict=True)},
-        ratio=ratio,
-    )
-
-
-def spread(values: list[float]) -> dict:
-    """Median, 20th and 80th percentile, and the values themselves."""
-    low, high = (
-        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist()
-    )
-    return dict(median=statistics.median(values), p20=low, p80=high, values=values)
+def train(model, batches, loss_of, tokens_in, recipe, **options) -> dict:
+    """`Trainer(...).go()`."""
+    return Trainer(model, batches, loss_of, tokens_in, recipe, **options).go()
 
 
 @contextlib.contextmanager
-def progress(total: int, what: str):
-    """Gives advance(text): a rich progress bar where somebody looks and rich is installed, else a line now and then."""
+def interruptions():
+    """Gives a function that says whether SIGTERM or Ctrl-C came. A second Ctrl-C is one at once, as without this."""
+    came, before = [], {}
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        from rich import progress as bars
-    except ImportError:
-        bars = None
-    if bars is not None and sys.stderr.isatty():
-        from rich.console import Console
-
-        columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
-        with bars.Progress(*columns, "{task.fields[text]}", console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
-        return
-    state = dict(done=0, said=time.monotonic())
-
-    def advance(text):
-        state["done"] += 1
-        if time.monotonic() - state["said"] > 20:
-            state["said"] = time.monotonic()
-            print(f"{what} {state['done']}/{total}: {text}", file=sys.stderr, flush=True)
-
-    yield advance
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
