@@ -52,13 +52,14 @@ def _rotate(q, k, tables, options, inverse, backend):
     return turned[0], None if k is None else turned[1]
 
 
-def rope(q, k, cos, sin, *, interleaved=False, offset=0, cu_seqlens=None):
+def rope(q, k, cos, sin, *, interleaved=False, offset=0, cu_seqlens=None, rotary_dim=None):
     """Turns every pair (a, b) of a head at position p to (a cos[p] - b sin[p], b cos[p] + a sin[p]).
 
     q [B, H, T, D] and k [B, Hkv, T, D], or None, in one dtype of fp32, bf16, fp16, fp64; any strides. cos and sin are
     [S, R / 2], a number for each pair: the first R elements of a head are turned, the rest is passed on. [.., D] is a
-    number for each element, as Hugging Face's models make them. [B, S, ..] is a table for each batch entry. Any of the
-    four dtypes. Pairs are elements i and i + R / 2 (GPT-NeoX, Llama), or 2i and 2i + 1 where interleaved (GPT-J).
+    number for each element, as Hugging Face's models make them, and so is [.., R] with rotary_dim=R. [B, S, ..] is a
+    table for each batch entry. Any of the four dtypes. Pairs are elements i and i + R / 2 (GPT-NeoX, Llama), or 2i and
+    2i + 1 where interleaved (GPT-J).
 
     Element t stands at position t + offset; offset is an integer, or an integer tensor [B] (the lengths of a cache).
     cu_seqlens [sequences + 1] says that q [T, H, D] and k [T, Hkv, D] are packed, as `attention_varlen` takes them: a
@@ -74,11 +75,10 @@ def rope(q, k, cos, sin, *, interleaved=False, offset=0, cu_seqlens=None):
     """
     offsets, offset = (offset, 0) if isinstance(offset, torch.Tensor) else (None, offset)
     packed = cu_seqlens is not None
-    _check(q, k, cos, sin, offset, offsets, cu_seqlens)
+    whole = _check(q, k, cos, sin, offset, offsets, cu_seqlens, rotary_dim)
     gradients = "gradients of cos and sin" if wants_gradient(cos, sin) else None
     backend = choose("rope", q, (lambda backend: gradients) if gradients else no_fp64(q))
     offsets, cu_seqlens = (None if x is None else x.to(torch.int64).contiguous() for x in (offsets, cu_seqlens))
-    whole = cos.shape[-1] == q.shape[-1]
     if packed:
         q, k = (None if x is None else x.transpose(0, 1).unsqueeze(0) for x in (q, k))
     if backend == "reference":
@@ -106,7 +106,8 @@ def rope(q, k, cos, sin, *, interleaved=False, offset=0, cu_seqlens=None):
 INTEGERS = (torch.int64, torch.int32)
 
 
-def _check(q, k, cos, sin, offset, offsets, cu_seqlens):
+def _check(q, k, cos, sin, offset, offsets, cu_seqlens, rotary_dim):
+    """Whether the tables have a number for each element."""
     packed = cu_seqlens is not None
     check_tensor("rope", "q", q)
     if q.ndim != (3 if packed else 4) or q.shape[-1] == 0:
@@ -122,11 +123,13 @@ def _check(q, k, cos, sin, offset, offsets, cu_seqlens):
     if cos.device != q.device:
         raise ValueError(f"rope: cos and sin must be on {q.device} like q, got {cos.device}")
     fits = cos.ndim in (2, 3) and cos.shape == sin.shape and (cos.ndim == 2 or cos.shape[0] in (1, B))
-    R = D if cos.shape[-1:] == (D,) else 2 * cos.shape[-1] if fits else 0
-    if not fits or not 0 < R <= D or R % 2:
+    whole = fits and cos.shape[-1] == (D if rotary_dim is None else rotary_dim)
+    R = 0 if not fits else cos.shape[-1] * (1 if whole else 2)
+    if not fits or not 0 < R <= D or R % 2 or rotary_dim not in (None, R):
         raise ValueError(
             f"rope: cos and sin must be [S, R / 2] with R at most D={D}, or [S, D] with an even D, or [{B}, ..] of"
             f" these, got {list(cos.shape)} and {list(sin.shape)}"
+            + ("" if rotary_dim is None else f" with rotary_dim={rotary_dim}")
         )
     if packed:
         check_tensor("rope", "cu_seqlens", cu_seqlens, like=q, dtypes=INTEGERS)
@@ -143,3 +146,4 @@ def _check(q, k, cos, sin, offset, offsets, cu_seqlens):
         raise ValueError(
             f"rope: positions {offset} to {offset + T - 1} are outside the tables of {cos.shape[-2]} positions"
         )
+    return whole
