@@ -231,7 +231,7 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":  # the compile test reads from here how nvcc is called
     setup(
-        packages=["fastllm", "fastllm.ops", "fastllm.llm", "fastllm.kernels", "fastllm.bench", "fastllm.bench.cases"],
+        packages=["fastllm", *map("fastllm.".__add__, ("bench", "bench.cases", "compat", "kernels", "llm", "ops"))],
         package_data={
             "fastllm": ["_build_info.json"],
             "fastllm.ops": ["*.json"],

@@ -31,17 +31,26 @@ SIGNATURES = {
     " return_softmax_lse",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
     "apply_rotary_emb": "x cos sin interleaved inplace seqlen_offsets cu_seqlens max_seqlen",
-    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim",
-    "liger_rope": "q k cos sin position_ids unsqueeze_dim",
+    "apply_rotary_pos_emb": "q k cos sin unsqueeze_dim rotary_dim",
+    "liger_rope": "q k cos sin position_ids unsqueeze_dim rotary_dim",
     "layer_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
     " zero_centered_weight is_rms_norm return_dropout_mask out_dtype out residual_out",
+    "rms_norm_fn": "x weight bias residual x1 weight1 bias1 eps dropout_p rowscale prenorm residual_in_fp32"
+    " zero_centered_weight return_dropout_mask out_dtype out residual_out",
+    "cross_entropy_loss": "logits labels precomputed_lse label_smoothing logit_scale lse_square_scale ignore_index"
+    " inplace_backward process_group",
+    "unpad_input": "hidden_states attention_mask unused_mask",
+    "pad_input": "hidden_states indices batch seqlen",
     "liger_rms_norm": "X W eps offset casting_mode in_place",
     "liger_layer_norm": "X W B eps",
     "liger_softmax": "x",
     "liger_cross_entropy": "input target weight size_average ignore_index reduce reduction label_smoothing"
-    " lse_square_scale softcap return_z_loss return_token_accuracy",
+    " lse_square_scale softcap return_z_loss return_token_accuracy return_predicted_tokens",
     "liger_fused_linear_cross_entropy": "input weight target bias ce_weight ignore_index lse_square_scale"
-    " label_smoothing reduction softcap return_z_loss",
+    " label_smoothing reduction softcap return_z_loss accum_dtype use_token_scaling return_token_accuracy"
+    " return_predicted_tokens chunk_mem_const",
+    "liger_swiglu": "a b",
+    "liger_geglu": "a b",
 }
 
 
@@ -200,17 +209,17 @@ def test_padding_goes_out_and_comes_back():
 
 
 MASKS = {
-    "none": None,
-    "padding": (torch.arange(S) < torch.tensor([[S], [9]]))[:, None, None],
-    "boolean": torch.rand(T, S) > 0.3,
-    "additive": torch.randn(B, 1, T, S),
-    "per head": torch.randn(1, H, 1, S),
+    "none": lambda: None,
+    "padding": lambda: (torch.arange(S) < torch.tensor([[S], [9]]))[:, None, None],
+    "boolean": lambda: torch.rand(T, S) > 0.3,
+    "additive": lambda: torch.randn(B, 1, T, S),
+    "per head": lambda: torch.randn(1, H, 1, S),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_sdpa_masks(mask):
-    mask = MASKS[mask]
+    mask = MASKS[mask]()  # made here, so that its numbers do not depend on which other files were collected
     q, k, v = torch.randn(B, H, T, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D + 8)
     additive = mask is not None and mask.is_floating_point()
     inputs = [q, k, v, mask] if additive else [q, k, v]
@@ -287,13 +296,54 @@ def test_layer_norm_fn_keeps_the_stream_in_fp32():
         compat.layer_norm_fn(x, w, None, out=x)
 
 
-def test_norm_dropout_is_torchs():
-    x, w = torch.randn(8, 64), torch.ones(64)
-    torch.manual_seed(5)
-    dropped = F.dropout(x, 0.5)
-    torch.manual_seed(5)
-    _, h = compat.layer_norm_fn(x, w, None, dropout_p=0.5, prenorm=True)
-    assert torch.equal(h, dropped)
+@pytest.mark.parametrize("second, residual", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("rms", [False, True])
+def test_norm_with_dropout(rms, second, residual):
+    """h is what is left of its parts, scaled, and y is the norm of that h; the kernel drops by torch's seed."""
+    x, x1, r, w, w1 = torch.randn(50, 64), torch.randn(50, 64), torch.randn(50, 64), torch.rand(64), torch.rand(64)
+    given = dict(x1=x1, weight1=w1) if second else {}
+    given |= dict(residual=r) if residual else {}
+    function = compat.rms_norm_fn if rms else compat.layer_norm_fn
+
+    def run(prenorm=True):
+        torch.manual_seed(5)
+        return function(x, w, None, dropout_p=0.25, prenorm=prenorm, **given)
+
+    y, *rest, h = run()
+    left = h - r if residual else h
+    choices = [torch.zeros_like(x), x / 0.75] if not second else [0 * x, x / 0.75, x1 / 0.75, (x + x1) / 0.75]
+    nearest = torch.stack([(left - c).abs() for c in choices])
+    assert nearest.amin(0).max() <= 4 * torch.finfo(x.dtype).eps * max(x.abs().max(), r.abs().max()) / 0.75
+    dropped = (nearest.argmin(0) == 0).double().mean()
+    assert abs(dropped - 0.25 ** (1 + second)) < 5 * (0.25 / x.numel()) ** 0.5, "five standard deviations"
+    norm = F.rms_norm if rms else F.layer_norm
+    for got, weight in zip((y, *rest), (w, w1)):
+        exact = norm(h.double(), (64,), weight.double(), eps=1e-6)
+        assert_as_accurate(got, norm(h, (64,), weight, eps=1e-6), exact)
+    again = run(prenorm=False)
+    for a, b in zip(again if second else [again], (y, *rest)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("given", [{}, dict(label_smoothing=0.1), dict(lse_square_scale=0.01), dict(logit_scale=0.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_attn_cross_entropy(dtype, given):
+    """In fp32, whatever the logits are, one loss a label, its z-loss beside it."""
+    logits, labels = 3 * torch.randn(40, 97), torch.randint(97, (40,))
+    labels[7] = -100
+    smoothing, scale, z = (given.get(name, 0.0) for name in ("label_smoothing", "logit_scale", "lse_square_scale"))
+
+    def plain(logits):
+        logits = logits * scale if scale else logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        z_losses = (z * logits.logsumexp(-1).square()).masked_fill(labels == -100, 0.0)
+        return losses + z_losses, z_losses
+
+    ours = lambda logits: compat.cross_entropy_loss(logits, labels, **given)  # noqa: E731
+    compare(ours, plain, plain, [logits], [torch.randn(40), None], dtype)
+    losses, z_losses = ours(logits.to(dtype))
+    assert losses.dtype == z_losses.dtype == torch.float32 and losses[7] == z_losses[7] == 0
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -348,24 +398,35 @@ def test_liger_losses():
     x, w, b, classes = torch.randn(6, 8), torch.randn(9, 8), torch.randn(9), torch.rand(9)
     target = torch.tensor([0, 8, 3, -1, 2, 2])
     logits = F.linear(x, w, b)
-    expected = F.cross_entropy(30 * torch.tanh(logits / 30), target, classes, ignore_index=-1, label_smoothing=0.1)
-    squares = torch.logsumexp(30 * torch.tanh(logits / 30), -1)[target >= 0].square().mean()
+
+    def plain(logits):
+        """The loss and the z-loss in it."""
+        capped = 30 * torch.tanh(logits / 30)
+        z_loss = 0.01 * capped.logsumexp(-1)[target >= 0].square().mean()
+        options = dict(ignore_index=-1, label_smoothing=0.1)
+        return F.cross_entropy(capped, target, classes.to(logits.dtype), **options) + z_loss, z_loss
+
+    peer, exact = plain(logits), plain(F.linear(x.double(), w.double(), b.double()))
     options = dict(ignore_index=-1, label_smoothing=0.1, lse_square_scale=0.01, softcap=30.0)
-    torch.testing.assert_close(
-        compat.liger_cross_entropy(logits, target, classes, **options), expected + 0.01 * squares
+    assert_as_accurate(compat.liger_cross_entropy(logits, target, classes, **options), peer[0], exact[0])
+    fused = compat.liger_fused_linear_cross_entropy(x, w, target, b, classes, **options)
+    assert_as_accurate(fused, peer[0], exact[0])
+    bare = F.cross_entropy(logits[:3], target[:3])
+    assert_as_accurate(
+        compat.liger_cross_entropy(logits[:3], target[:3]), bare, F.cross_entropy(logits[:3].double(), target[:3])
     )
-    torch.testing.assert_close(
-        compat.liger_fused_linear_cross_entropy(x, w, target, b, classes, **options), expected + 0.01 * squares
-    )
-    torch.testing.assert_close(
-        compat.liger_cross_entropy(logits[:3], target[:3]), F.cross_entropy(logits[:3], target[:3])
-    )
-    for call in (
-        lambda: compat.liger_cross_entropy(logits, target, return_z_loss=True),
-        lambda: compat.liger_fused_linear_cross_entropy(x, w, target, return_z_loss=True),
-    ):
-        with pytest.raises(ValueError, match="return_z_loss is not offered"):
-            call()
+    more = dict(return_z_loss=True, return_token_accuracy=True, return_predicted_tokens=True)
+    found = compat.liger_cross_entropy(logits, target, classes, **options, **more)
+    assert torch.equal(found.loss, compat.liger_cross_entropy(logits, target, classes, **options))
+    assert_as_accurate(found.z_loss, peer[1], exact[1])
+    predicted = logits.argmax(-1).masked_fill(target == -1, -1)
+    assert torch.equal(found.predicted_tokens, predicted)
+    assert found.token_accuracy == (predicted == target)[target >= 0].float().mean()
+    fused = compat.liger_fused_linear_cross_entropy(x, w, target, b, classes, **options, return_token_accuracy=True)
+    assert fused.token_accuracy == found.token_accuracy and fused.z_loss is fused.predicted_tokens is None
+    for name in ("return_z_loss", "return_predicted_tokens", "use_token_scaling"):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            compat.liger_fused_linear_cross_entropy(x, w, target, **{name: True})
 
 
 def test_stand_in_only_on_request():
@@ -377,8 +438,10 @@ def test_stand_in_only_on_request():
         from flash_attn.bert_padding import pad_input, unpad_input
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
         from flash_attn.layers.rotary import apply_rotary_emb
+        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
 
+        assert cross_entropy_loss is compat.cross_entropy_loss
         assert apply_rotary_emb is compat.apply_rotary_emb
         assert (flash_attn_func, pad_input, unpad_input) == (
             compat.flash_attn_func,
