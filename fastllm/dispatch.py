@@ -12,8 +12,11 @@ import functools
 import importlib
 import json
 import os
+import sys
+import threading
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -84,9 +87,9 @@ def missing_cuda() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """One call of an op, as `explain` reports it."""
+    """One call of an op, as `explain` reports it; its seconds are without those of calls inside it."""
 
     op: str
     backend: str
@@ -94,6 +97,7 @@ class Call:
     shape: tuple
     dtype: str
     reason: str
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Unsupported(RuntimeError):
@@ -102,7 +106,7 @@ class Unsupported(RuntimeError):
 
 cuda_device = "cuda"  # of tensors that CUDA C++ kernels take; the tests emulate a GPU on "cpu"
 _forced: str | None = None
-_calls: list | None = None
+_recorder: "_Recorder | None" = None
 _strict = os.environ.get("FASTLLM_STRICT", "") not in ("", "0")
 
 
@@ -125,13 +129,58 @@ def backend(name: str):
 
 @contextlib.contextmanager
 def recording(calls: list):
-    """Append a `Call` to `calls` for every op that runs inside the `with` block."""
-    global _calls
-    before, _calls = _calls, calls
+    """Append a `Call` to `calls` for every op that runs inside the `with` block, forward or backward."""
+    global _recorder
+    before, profile = _recorder, sys.getprofile()
+    _recorder = _Recorder(calls)
+    sys.setprofile(_recorder.returned)
     try:
         yield calls
     finally:
-        _calls = before
+        sys.setprofile(profile)
+        _recorder = before
+
+
+class _Recorder:
+    """The calls of a recording. A forward call lasts from its choice of a backend until the function that asked
+    returns, which Python's profiling hook tells; so what recording costs is paid while recording alone."""
+
+    def __init__(self, calls):
+        self.calls, self.open, self.thread = calls, [], threading.get_ident()
+
+    def chosen(self, call, frame):
+        self.calls.append(call)
+        if threading.get_ident() == self.thread:  # the hook is this thread's
+            self.open.append((call, frame, time.perf_counter()))
+
+    def returned(self, frame, event, _):
+        if event == "return" and self.open and self.open[-1][1] is frame:
+            call, _, start = self.open.pop()
+            self._add(call, start)
+
+    def backward(self, op, backend, run, args):
+        """Run what no open forward call runs: a kernel of a backward pass."""
+        x = next(x for x in args if isinstance(x, torch.Tensor))
+        name = op.name.removesuffix("_bwd").removesuffix("_fwd")
+        call = Call(f"{name} backward", backend, _kernel(backend), tuple(x.shape), _name(x.dtype), "")
+        self.calls.append(call)
+        start = time.perf_counter()
+        found = run(backend, *args)
+        self._add(call, start)
+        return found
+
+    def _add(self, call, start):
+        synchronize()
+        took = time.perf_counter() - start
+        call.seconds += took
+        if self.open:
+            self.open[-1][0].seconds -= took
+
+
+def synchronize():
+    """Wait for what a GPU is at."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @functools.cache
@@ -147,7 +196,7 @@ def choose(op: str, x: torch.Tensor, unsupported=None, *, optional=False) -> str
     no kernel of ours is better: then "reference" is a choice, no fallback, and neither FASTLLM_STRICT nor a forced
     backend makes it an error.
     """
-    if _forced is None and _calls is None and x.device.type == "cpu" and extension is not None:
+    if _forced is None and _recorder is None and x.device.type == "cpu" and extension is not None:
         if unsupported is None or unsupported("cpu") is None:
             return "cpu"
     return _choose(op, x, unsupported, optional)
@@ -178,11 +227,20 @@ def _choose(op, x, unsupported, optional=False):
         if missing:  # a whole backend, not an option of one call
             _warn_once(missing)
         name = "reference"
-    if _calls is not None:
-        kernel = {"cpu": lambda: f"C++ {extension.selected()}", "triton": lambda: "Triton", "cuda": lambda: "CUDA C++"}
-        kernel = kernel.get(name, lambda: "PyTorch")()
-        _calls.append(Call(op, name, kernel, tuple(x.shape), str(x.dtype).removeprefix("torch."), reason))
+    if _recorder is not None:
+        call = Call(op, name, _kernel(name), tuple(x.shape), _name(x.dtype), reason)
+        _recorder.chosen(call, sys._getframe(2))  # of the public function, which called `choose`
     return name
+
+
+def _kernel(backend):
+    if backend == "cpu":
+        return f"C++ {extension.selected()}"
+    return {"triton": "Triton", "cuda": "CUDA C++"}.get(backend, "PyTorch")
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def _measured_faster(op, x):
@@ -225,6 +283,11 @@ class Op:
 
     def __call__(self, backend: str, *args):
         """Run on `backend`, as `choose` named it; interpreted Triton past the dispatcher, which sees CPU tensors."""
+        if _recorder is not None and not _recorder.open:
+            return _recorder.backward(self, backend, self._run, args)
+        return self._run(backend, *args)
+
+    def _run(self, backend, *args):
         if backend == "cuda":
             return self.cuda(*args)
         if backend == "triton" and not args[0].is_cuda:

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastllm
-from fastllm import dispatch, info
+from fastllm import dispatch, info, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 Q = (1, 2, 4, 8)
@@ -47,7 +48,61 @@ def test_explanation_counts_equal_calls():
     text = str(fastllm.explain(model, torch.randn(3, 8)))
     rows = [line.split() for line in text.splitlines()]
     assert rows[0][:2] == ["op", "calls"]
-    assert [row[:2] for row in rows[1:]] == [["layer_norm", "2"], ["softmax", "1"]]
+    assert [row[:2] for row in rows[1:]] == [["layer_norm", "2"], ["softmax", "1"], ["elsewhere", "-"]]
+
+
+def test_explanation_has_the_time_of_every_call():
+    """All of the run's time is some call's or went elsewhere; a nested call's is its own."""
+    x, slow = torch.randn(300, 512), []
+
+    def model():
+        y = fastllm.softmax(fastllm.layer_norm(x))
+        time.sleep(0.05)
+        slow.append(1)
+        return y
+
+    told = fastllm.explain(model)
+    assert slow == [1] and all(call.seconds > 0 for call in told.calls)
+    assert 0.05 <= told.elsewhere <= told.seconds
+    assert told.elsewhere + sum(call.seconds for call in told.calls) == pytest.approx(told.seconds)
+    *_, last = str(told).splitlines()
+    assert last.split()[0] == "elsewhere" and last.split()[-2].endswith("%")
+
+
+def test_a_fallback_has_its_time(monkeypatch):
+    """Also what plain PyTorch did for a call is that call's time."""
+    softmax = reference.softmax
+    monkeypatch.setattr(reference, "softmax", lambda *a, **k: time.sleep(0.02) or softmax(*a, **k))
+    with fastllm.backend("reference"):
+        (call,) = fastllm.explain(fastllm.softmax, torch.randn(3, 8)).calls
+    assert call.seconds > 0.02
+
+
+def test_explanation_of_a_training_step():
+    """The backward passes are calls too, of the kernel that runs them, and of a model they come in order."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.RMSNorm(8))
+    fastllm.accelerate(model)
+    told = fastllm.explain(lambda: model(torch.randn(3, 8)).sum().backward())
+    assert [call.op for call in told.calls] == ["layer_norm", "rms_norm", "rms_norm backward", "layer_norm backward"]
+    assert len({call.kernel for call in told.calls}) == 1 and all(call.shape == (3, 8) for call in told.calls)
+
+
+def test_explanation_leaves_a_profiler_alone():
+    seen = []
+
+    def profiler(frame, event, argument):
+        seen.append(event)
+
+    before = sys.getprofile()
+    try:
+        sys.setprofile(profiler)
+        fastllm.explain(fastllm.softmax, torch.randn(3, 8))
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(before)
+    with pytest.raises(ZeroDivisionError):
+        fastllm.explain(lambda: 1 / 0)
+    assert sys.getprofile() is before and dispatch._recorder is None
 
 
 def test_nothing_to_explain():
