@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from fastllm import hf_loss, patch, swap  # noqa: F401, hf_loss registers its matcher
+from fastllm import hf_loss, hf_rope, patch, swap  # noqa: F401, the first two register their matchers
 from fastllm.ops.attention import attention
 from fastllm.ops.varlen import attention_varlen
 

@@ -5,14 +5,15 @@ module's forward where a kernel gives the same, and raises Unsupported, with the
 left alone. Structure decides, not names: what somebody wrote out in PyTorch is tried on a probe beside the kernel.
 """
 
-import copy
 import functools
 import inspect
 
 import torch
 from torch import nn
 
-from fastllm import compat
+from fastllm import trial
+from fastllm.compat.pytorch import scaled_dot_product_attention
+from fastllm.mlp import match_gated_mlp, match_gelu
 from fastllm.nn import flat_norm
 from fastllm.ops.attention import attention
 from fastllm.ops.linear import linear
@@ -70,9 +71,9 @@ def match_written_norm(module, row):
 
 def _try_norm(module, eps):
     """(op, weight offset, rule of the result's dtype), found by running the module's own forward on a probe."""
-    probe, size, device = copy.copy(module), len(module.weight), module.weight.device
-    x = torch.arange(3 * size, device=device, dtype=torch.float32).view(3, size)
-    x = torch.sin(x * x) + 0.5  # nothing that could pass for normalised; and no random number is drawn
+    probe, device, e = trial.bare(module), module.weight.device, getattr(module, eps)
+    x = trial.numbers(3, len(module.weight), device=device) + 0.5  # nothing that could pass for normalised
+    x = (x * torch.tensor([[1.0], [30.0], [e**0.5]], device=device)).float()  # the last row as small as eps
 
     def run(x, weights_dtype):
         probe._parameters = {
@@ -84,12 +85,12 @@ def _try_norm(module, eps):
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             low, dtypes = torch.bfloat16, (run(x.bfloat16(), torch.float32).dtype, run(x, torch.bfloat16).dtype)
-            y, e = run(x, torch.float32), getattr(module, eps)
+            y = run(x, torch.float32)
             weight, bias = probe.weight, getattr(probe, "bias", None)
             candidates = {("layer_norm", 0.0): layer_norm(x, weight, bias, eps=e)}
             if bias is None:
                 candidates |= {("rms_norm", c): rms_norm(x, weight, eps=e, weight_offset=c) for c in (0.0, 1.0)}
-            same = [found for found, c in candidates.items() if torch.allclose(y, c, rtol=1e-4, atol=1e-5)]
+            same = [found for found, c in candidates.items() if trial.same(y, c)]
     except Exception as error:
         raise Unsupported(f"its forward could not be tried: {error}") from error
     wide = torch.float32
@@ -212,7 +213,7 @@ class _SDPA(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.scaled_dot_product_attention:
-            return compat.scaled_dot_product_attention(*args, **(kwargs or {}))
+            return scaled_dot_product_attention(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
@@ -254,7 +255,7 @@ _linear_forward.runs = "linear"
 MATCHERS = {
     "attention": [match_multihead_attention, match_encoder, match_sdpa],
     "norms": [match_torch_norm, match_written_norm],
-    "mlp": [],
+    "mlp": [match_gated_mlp, match_gelu],
     "rope": [],
     "linear": [match_linear],
     "loss": [],

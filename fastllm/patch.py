@@ -65,7 +65,7 @@ def _match_all(model, kind, report):
             if row.runs or row.reason:
                 report.rows.append(row)
                 if kind == "mlp" and row.runs:
-                    whole = f"{name}."
+                    whole = f"{name}." if name else ""
                 break
 
 

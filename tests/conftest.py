@@ -54,6 +54,12 @@ def poison_fresh_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def every_size(monkeypatch):
+    """`accelerate` puts kernels under calls of every size, those included where PyTorch is as fast."""
+    monkeypatch.setattr("fastllm.mlp.worth", lambda activation, x: True)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Runs the test once per backend; its value is the device that the test's tensors should be on."""
