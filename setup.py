@@ -231,7 +231,15 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":  # the compile test reads from here how nvcc is called
     setup(
-        packages=["fastllm", *map("fastllm.".__add__, ("bench", "bench.cases", "compat", "kernels", "llm", "ops"))],
+        packages=[
+            "fastllm",
+            "fastllm.bench",
+            "fastllm.bench.cases",
+            "fastllm.compat",
+            "fastllm.kernels",
+            "fastllm.llm",
+            "fastllm.ops",
+        ],
         package_data={
             "fastllm": ["_build_info.json"],
             "fastllm.ops": ["*.json"],
