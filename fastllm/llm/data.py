@@ -1,7 +1,8 @@
-"""`fastllm data`: real text as train, valid and test files.
+"""`fastllm data`: real text, or your own files, as train, valid and test files.
 
-Classification sets are TSV files with the columns text and label; texts for language models are plain text. They go
-under data/, which git ignores, because third-party text is fetched and not ours to hand on.
+Classification sets are TSV files with the columns text and label, pairs with source and target; texts for language
+models are plain text, beside them their tokens. They go under data/, which git ignores, because third-party text is
+fetched and not ours to hand on.
 """
 
 import csv
@@ -11,8 +12,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from fastllm.llm import sources
-from fastllm.llm.files import atomic
+from fastllm.llm import corpus, debian, shards, sources
+from fastllm.llm.files import atomic, atomic_folder
 from fastllm.llm.sources import SPLITS, Unavailable
 
 CLASSIFICATION = {
@@ -22,15 +23,23 @@ CLASSIFICATION = {
     "stdlib-docstrings": sources.stdlib_docstrings,
 }
 TEXT = {"austen": sources.austen, "pydoc": sources.pydoc}
+PAIRS = {
+    **{f"debian-en-{code}": functools.partial(debian.translations, code) for code in ("fr", "de", "es")},
+    "debian-synopsis": debian.synopses,
+}
 OFFLINE = {"classification": "stdlib-docstrings", "text": "pydoc"}
+COLUMNS = corpus.COLUMNS
+
+
+def named() -> dict:
+    return CLASSIFICATION | TEXT | PAIRS
 
 
 def kind_of(name: str) -> str:
-    if name in CLASSIFICATION:
-        return "classification"
-    if name in TEXT:
-        return "text"
-    raise ValueError(f"data: unknown name {name!r}; there are {', '.join([*CLASSIFICATION, *TEXT])}")
+    for kind, names in (("classification", CLASSIFICATION), ("text", TEXT), ("pairs", PAIRS)):
+        if name in names:
+            return kind
+    raise ValueError(f"data: unknown name {name!r}; there are {', '.join(named())}, and your own files")
 
 
 def build(name: str, out=None, *, fresh=False) -> dict:
@@ -44,29 +53,43 @@ def build(name: str, out=None, *, fresh=False) -> dict:
     out = Path(out or Path("data") / name)
     if not fresh and (found := describe(out)):
         return found
-    corpus = (CLASSIFICATION | TEXT)[name]()
+    found = named()[name]()
     for split in SPLITS:
-        if not corpus.splits[split]:
+        if not found.splits[split]:
             raise Unavailable(f"{name}: the {split} split is empty")
     (out / "meta.json").unlink(missing_ok=True)  # the last to be written: a folder without it is not complete
-    extension = "tsv" if kind == "classification" else "txt"
-    meta = dict(name=name, kind=kind, origin=corpus.origin, left_out=corpus.counts, splits={}, folder=str(out))
+    extension = "txt" if kind == "text" else "tsv"
+    meta = dict(name=name, kind=kind, origin=found.origin, left_out=found.counts, splits={}, folder=str(out))
     digest = hashlib.sha256()
-    for split, content in corpus.splits.items():
+    for split, content in found.splits.items():
         path = out / f"{split}.{extension}"
         with atomic(path) as file:
-            if kind == "classification":
-                writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-                writer.writerows([("text", "label"), *content])
-            else:
+            if kind == "text":
                 file.write(content)
+            else:
+                csv.writer(file, delimiter="\t", lineterminator="\n").writerows([COLUMNS[kind], *content])
         digest.update(path.read_bytes())
         meta["splits"][split] = len(content)
     if kind == "classification":
-        meta["classes"] = dict(sorted(Counter(label for _, label in corpus.splits["train"]).items()))
+        meta["classes"] = dict(sorted(Counter(label for _, label in found.splits["train"]).items()))
     meta["fingerprint"] = digest.hexdigest()[:16]
     with atomic(out / "meta.json") as file:
         json.dump(meta, file, indent=1)
+    return meta
+
+
+def build_from_files(paths, out=None, *, fresh=False, **options) -> dict:
+    """Build a set from the user's own files in the folder `out` (default data/NAME, by the first of them).
+
+    options are those of `corpus.build`. A folder that is there is an error unless `fresh`; it is whole, or not there.
+    """
+    out = Path(out or Path("data") / Path(paths[0]).stem)
+    if out.exists() and not fresh:
+        raise ValueError(f"data: {out} is there already; --fresh builds it again, --out names another folder")
+    with atomic_folder(out) as temporary:
+        meta = dict(name=out.name, folder=str(out)) | corpus.build(temporary, paths, **options)
+        with atomic(temporary / "meta.json") as file:
+            json.dump(meta, file, indent=1)
     return meta
 
 
@@ -75,7 +98,7 @@ def describe(folder) -> dict | None:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        extension = "tsv" if meta["kind"] == "classification" else "txt"
+        extension = "txt" if meta["kind"] == "text" else "tsv"
     except (OSError, ValueError, KeyError):
         return None
     complete = all((folder / f"{split}.{extension}").exists() for split in SPLITS)
@@ -117,24 +140,48 @@ def read_tsv(path):
 
 
 def add_arguments(subparsers):
-    parser = subparsers.add_parser("data", help="build train, valid and test files of real text")
-    parser.add_argument("name", nargs="?", help=", ".join([*CLASSIFICATION, *TEXT]))
+    parser = subparsers.add_parser("data", help="build train, valid and test files of real text or of your own files")
+    parser.add_argument("names", nargs="*", metavar="NAME|FILE", help=f"one of {', '.join(named())}; or files")
     parser.add_argument("--out", help="folder (default: data/NAME)")
     parser.add_argument("--fresh", action="store_true", help="build it again")
+    parser.add_argument("--tokenizer", choices=shards.TOKENIZERS, default="bpe", help="of texts and pairs: default bpe")
+    parser.add_argument("--vocab", type=int, default=8192, help="tokens at most (default 8192)")
+    parser.add_argument("--spacy", metavar="LANGUAGE", help="with --tokenizer words: spaCy says what a word is")
+    own = parser.add_argument_group("your own files")
+    own.add_argument("--kind", choices=("text", *COLUMNS), help="default: by the columns of a .tsv, else text")
+    own.add_argument("--documents", choices=("file", "paragraph"), help="of texts: what stays in one split")
+    own.add_argument("--group", metavar="COLUMN", help="of rows: those with the same value stay in one split")
+    own.add_argument("--encoding", default="utf-8", help="default: utf-8")
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
     from fastllm.text import show
 
-    if args.name is None:
-        show(("name", "for"), [(name, kind_of(name)) for name in [*CLASSIFICATION, *TEXT]])
-        print(f"without a network: {', '.join(OFFLINE.values())}")
+    if not args.names:
+        show(("name", "for"), [(name, kind_of(name)) for name in named()])
+        print(f"without a network: {', '.join(OFFLINE.values())}; or your own files: fastllm data FILE ...")
         return 0
-    meta = build(args.name, args.out, fresh=args.fresh)
-    unit = "rows" if meta["kind"] == "classification" else "characters"
-    show(("split", unit), meta["splits"].items(), title=f"{meta['name']} in {meta['folder']}: {meta['origin']}")
-    print("left out or seen: " + ", ".join(f"{count} {what}" for what, count in meta["left_out"].items()))
-    if "classes" in meta:
+    if len(args.names) == 1 and not Path(args.names[0]).suffix:
+        meta = build(args.names[0], args.out, fresh=args.fresh)
+        unit = "characters" if meta["kind"] == "text" else "rows"
+    else:
+        options = dict(kind=args.kind, encoding=args.encoding, group=args.group)
+        options["whole"] = args.documents and args.documents == "file"
+        meta = build_from_files(args.names, args.out, fresh=args.fresh, **options)
+        unit = "documents" if meta["kind"] == "text" else "rows"
+    title = f"{meta['name']} in {meta['folder']}: {meta['origin']}"
+    if meta["kind"] == "classification":
+        show(("split", unit), meta["splits"].items(), title=title)
         print("classes (train): " + ", ".join(f"{label} {count}" for label, count in meta["classes"].items()))
+    else:
+        folder = shards.tokenized(meta["folder"], args.tokenizer, args.vocab, args.spacy)
+        tokens = shards.read_meta(folder)["tokens"]
+        rows = [(split, count, tokens[split]) for split, count in meta["splits"].items()]
+        show(("split", unit, "tokens"), rows, title=title)
+        print(f"tokens: {folder}")
+    print("left out or seen: " + ", ".join(f"{count} {what}" for what, count in meta["left_out"].items()))
+    if rejected := meta.get("rejected", {}).get("count"):
+        first = ", ".join(meta["rejected"]["first"])
+        print(f"{rejected} rows rejected, all of them in {meta['folder']}/rejected.tsv: {first}")
     return 0

@@ -31,7 +31,7 @@ class Unavailable(OSError):
 
 @dataclass
 class Corpus:
-    """Three splits: lists of (text, label) rows for a classifier, one string each for a language model."""
+    """Three splits: lists of (text, label) or (source, target) rows, or one string each for a language model."""
 
     splits: dict
     origin: str
@@ -60,16 +60,17 @@ def without_repeats(rows, seen=None):
     return kept, len(rows) - len(kept)
 
 
-def run_client(command: list[str], what: str, folder: str):
-    """Run pip or apt-get in `folder`. Raises Unavailable with the last thing that it said."""
+def run_client(command: list[str], what: str, folder: str) -> str:
+    """Run pip or apt-get in `folder` and return its output. Raises Unavailable with the last thing that it said."""
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{what} cannot be fetched: {error}") from None
     if done.returncode:
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()] or ["nothing was said"]
         errors = [line for line in said if line.upper().startswith(("ERROR", "E:"))]
         raise Unavailable(f"{what} cannot be fetched: {(errors or said)[-1].strip()}")
+    return done.stdout
 
 
 def fetch_wheel(requirement: str, members: list[str]) -> list[bytes]:

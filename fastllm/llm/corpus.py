@@ -1,0 +1,261 @@
+"""A user's own files as documents: read as a stream, cleaned, without repeats, split; what is wrong is written down.
+
+Memory does not grow with the files: what has been seen is a table of hashes on the disk, the rest goes line by line.
+"""
+
+import csv
+import hashlib
+import io
+import sqlite3
+import unicodedata
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastllm.llm.sources import SPLITS, one_line, split_of
+
+COLUMNS = {"classification": ("text", "label"), "pairs": ("source", "target")}
+BREAK = "\f"  # a line of its own between the documents of a text file; cleaning leaves none inside of one
+LINES, CHARACTERS = 1000, 1 << 20  # that a quoted field may have, before its quote counts as one that never closes
+_DROPPED = {c: None for c in (*range(32), *range(127, 160), 0xFEFF) if chr(c) not in "\n\t"}
+MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
+
+
+def clean(text: str) -> str:
+    """Unicode in composed form (NFC), no control characters but newline and tab, no white space at the ends of lines,
+    no more than one blank line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x85", "\n")
+    lines = [line.rstrip() for line in unicodedata.normalize("NFC", text).translate(_DROPPED).split("\n")]
+    kept = [line for n, line in enumerate(lines) if line or (n and lines[n - 1])]
+    return "\n".join(kept).strip("\n")
+
+
+class Seen:
+    """A set of texts, upper and lower case and white space alike, on the disk. Each takes a row of 16 bytes."""
+
+    def __init__(self, path):
+        self._table = sqlite3.connect(path, isolation_level=None)
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536", "locking_mode=EXCLUSIVE"):
+            self._table.execute(f"PRAGMA {pragma}")
+        self._table.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+
+    def add(self, *texts: str) -> bool:
+        """False where it is there already."""
+        key = hashlib.blake2b("\0".join(one_line(text).casefold() for text in texts).encode(), digest_size=16).digest()
+        return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+
+    def close(self):
+        self._table.close()
+
+
+@dataclass
+class Rejects:
+    """Rows that cannot be used: counted by reason, the first ones remembered, all of them written to a file."""
+
+    file: io.TextIOBase
+    counts: Counter = field(default_factory=Counter)
+    first: list = field(default_factory=list)
+
+    def add(self, path, number: int, reason: str, row: str):
+        self.counts[reason] += 1
+        if len(self.first) < 5:
+            self.first.append(f"{path}:{number} ({reason})")
+        row = row.rstrip("\n").replace("\t", "\\t").replace("\n", "\\n")
+        self.file.write(f"{path}\t{number}\t{reason}\t{row}\n")
+
+
+def kind_of(paths) -> str:
+    """By the first file: "classification" or "pairs" by the columns that its first line names, else "text"."""
+    path = Path(paths[0])
+    if path.suffix.lower() not in (".tsv", ".tab"):
+        return "text"
+    with reading(path) as file:
+        header = header_of(file.readline())
+    for kind, columns in COLUMNS.items():
+        if set(columns) <= set(header):
+            return kind
+    wanted = " or ".join(" and ".join(columns) for columns in COLUMNS.values())
+    raise ValueError(f"data: the first line of {path} must name the columns {wanted}, got {', '.join(header)}")
+
+
+def header_of(line: str) -> list[str]:
+    return [name.strip().strip('"').lower() for name in line.rstrip("\n").split("\t")]
+
+
+@contextmanager
+def reading(path, encoding="utf-8"):
+    """Open a text file; bytes that are not in the encoding become lone surrogates, for `undecoded` to find."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data: there is no file {path}" if not path.exists() else f"data: {path} is a folder")
+    if not path.stat().st_size:
+        raise ValueError(f"data: {path} is empty")
+    if encoding == "utf-8":
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if found := next((name for mark, name in MARKS.items() if start.startswith(mark)), None):
+            cure = "--encoding utf-16 reads it" if found == "utf-16" else "unpack it"
+            raise ValueError(f"data: {path} is no UTF-8 text but {found}: {cure}")
+        encoding = "utf-8-sig"
+    try:
+        with open(path, encoding=encoding, errors="surrogateescape", newline="\n") as file:
+            yield file
+    except LookupError:
+        raise ValueError(f"data: there is no encoding {encoding!r}") from None
+    except UnicodeError as error:
+        raise ValueError(f"data: {path} is not in {encoding}: {error}") from None
+
+
+def undecoded(text: str) -> bool:
+    return not text.isascii() and any(0xDC80 <= ord(c) <= 0xDCFF for c in text)
+
+
+def records(path, file, columns, rejects: Rejects):
+    """(line number, {column: value}) of a TSV file, whose fields may be quoted as the csv module quotes them.
+
+    A quote that never closes costs its own line only: reading goes on with the next one.
+    """
+    header = header_of(file.readline())
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(f"data: {path} has no column {missing[0]}: its first line names {', '.join(header)}")
+    number, waiting = 1, []  # lines that were read ahead for a quote that did not close
+    while line := waiting.pop(0) if waiting else file.readline():
+        number += 1
+        row, used = fields_of(line, waiting, file)
+        if line.strip():
+            if row is None:
+                rejects.add(path, number, "a quote that does not close", line)
+            elif undecoded(line) or any(map(undecoded, row)):
+                rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+            elif len(row) != len(header):
+                rejects.add(path, number, f"{len(row)} columns where {len(header)} should be", line)
+            else:
+                found = {name: one_line(clean(value)) for name, value in zip(header, row, strict=True)}
+                if empty := next((name for name in columns if not found[name]), None):
+                    rejects.add(path, number, f"no {empty}", line)
+                else:
+                    yield number, found
+        number += used
+
+
+def fields_of(line: str, waiting: list, file):
+    """(fields, how many lines behind `line` belong to them), or (None, 0) for a quote that does not close."""
+    if '"' not in line:
+        return line.rstrip("\r\n").split("\t"), 0
+    text, used = line, 0
+    while True:
+        try:
+            (row,) = csv.reader([text], delimiter="\t", strict=True)
+            del waiting[:used]
+            return row, used
+        except csv.Error as error:
+            if "unexpected end" not in str(error) or used == LINES or len(text) > CHARACTERS:
+                return None, 0
+        if used == len(waiting):
+            waiting.append(file.readline())
+        if not waiting[used]:
+            waiting.pop()
+            return None, 0
+        text += waiting[used]
+        used += 1
+
+
+def documents(path, file, whole: bool, rejects: Rejects):
+    """(line number, text) of the documents of a text file: all of it, or what stands between blank lines."""
+    lines, begin = [], 1
+    for number, line in enumerate(file, 1):
+        if undecoded(line):
+            rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+            continue
+        if whole or line.strip():
+            begin = begin if lines else number
+            lines.append(line)
+        elif lines:
+            yield begin, clean("".join(lines))
+            lines = []
+    if lines:
+        yield begin, clean("".join(lines))
+
+
+def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None) -> dict:
+    """Split the documents or rows of `paths` into the files train, valid and test in `folder`; returns a description.
+
+    A document is a file where several are given (whole=True), else what stands between blank lines. What was met before
+    is left out. A document is in the split that its text decides, a row in the one that its text or source does, or its
+    `group`, a column: rows that share it share a split. What cannot be used is in rejected.tsv.
+    Raises ValueError for files that cannot be read and for a split that stays empty.
+    """
+    paths, kind, folder = [Path(path) for path in paths], kind or kind_of(paths), Path(folder)
+    whole = len(paths) > 1 if whole is None else whole
+    if group and kind == "text":
+        raise ValueError("data: --group names a column, text has none")
+    sizes, counts = Counter({split: 0 for split in SPLITS}), Counter(read=0, duplicates=0)
+    classes, digest = Counter(), hashlib.sha256()
+    extension = "txt" if kind == "text" else "tsv"
+    files = {split: open(folder / f"{split}.{extension}", "w", encoding="utf-8", newline="") for split in SPLITS}
+    seen = Seen(folder / ".seen")
+    rejects = Rejects(open(folder / "rejected.tsv", "w", encoding="utf-8"))
+    rejects.file.write("file\tline\treason\trow\n")
+    writers = {split: csv.writer(file, delimiter="\t", lineterminator="\n") for split, file in files.items()}
+    try:
+        if kind != "text":
+            for writer in writers.values():
+                writer.writerow(COLUMNS[kind])
+        for path in paths:
+            with reading(path, encoding) as file:
+                for row, key in rows_of(path, file, kind, whole, group, rejects):
+                    counts["read"] += 1
+                    if not seen.add(row[0]):
+                        counts["duplicates"] += 1
+                        continue
+                    split = split_of(key)
+                    if kind == "text":
+                        files[split].write((f"{BREAK}\n" if sizes[split] else "") + row[0] + "\n")
+                    else:
+                        writers[split].writerow(row)
+                        if kind == "classification" and split == "train":
+                            classes[row[1]] += 1
+                    sizes[split] += 1
+                    digest.update(repr((split, row)).encode())
+    finally:
+        seen.close()
+        (folder / ".seen").unlink()
+        for file in (*files.values(), rejects.file):
+            file.close()
+    if empty := [split for split in SPLITS if not sizes[split]]:
+        said = f"; rejected: {', '.join(rejects.first)}" if rejects.first else ""
+        cure = "more are needed" + (", or --documents paragraph" if kind == "text" and whole else "")
+        raise ValueError(f"data: {sum(sizes.values())} different documents leave {empty[0]} empty: {cure}{said}")
+    meta = dict(kind=kind, origin=", ".join(map(str, paths)), splits=dict(sizes), fingerprint=digest.hexdigest()[:16])
+    meta["left_out"] = dict(counts, **rejects.counts)
+    meta["rejected"] = dict(count=sum(rejects.counts.values()), first=rejects.first)
+    if kind == "classification":
+        meta["classes"] = dict(sorted(classes.items()))
+    return meta
+
+
+def rows_of(path, file, kind, whole, group, rejects):
+    """((text,) or (text, label) or (source, target), the key that decides the split)."""
+    if kind == "text":
+        for _, text in documents(path, file, whole, rejects):
+            if text:
+                yield (text,), text
+        return
+    columns = COLUMNS[kind]
+    for _, row in records(path, file, (*columns, group) if group else columns, rejects):
+        yield tuple(row[name] for name in columns), row[group or columns[0]].casefold()
+
+
+def read_documents(path):
+    """The documents of a text file that `build` wrote, or the whole of another one, one after the other."""
+    lines = []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line == f"{BREAK}\n":
+                yield "".join(lines)
+                lines = []
+            else:
+                lines.append(line)
+    yield "".join(lines)
