@@ -24,9 +24,10 @@ def accelerate(
     model: any Hugging Face or PyTorch model. The keywords choose what is accelerated. Only this model's modules change:
     its parameters, state dict, dtype, device, hooks and what copies and pickles hold stay as they are. Calling it again
     decides anew. In training, the loss of a causal language model leaves the logits out, unless the model is called
-    with skip_logits=False, as Liger has it; evaluation has them. Two threads may run the model meanwhile: each module
-    changes in one step, and both ways are right. strict=True raises RuntimeError, with the model as it was, where
-    something of the chosen kinds is left alone. Raises TypeError where model is not a torch.nn.Module.
+    with skip_logits=False, as Liger has it; evaluation has them. Encoders like BERT take real tokens alone through
+    their layers; their hidden states are 0 where there was padding behind a sequence. Two threads may run the model
+    meanwhile: each module changes in one step, and both ways are right. strict=True raises RuntimeError, with the model
+    as it was, where something of the chosen kinds is left alone. Raises TypeError where model is not a torch.nn.Module.
 
     >>> print(fastllm.accelerate(model))
     """
@@ -72,7 +73,8 @@ def _match_all(model, kind, report):
 def _load_hf(model):
     """Models of transformers need fastllm.hf; where there are none, transformers is not imported."""
     if any(cls.__module__.startswith("transformers.") for m in model.modules() for cls in type(m).__mro__):
-        import fastllm.hf  # noqa: F401
+        import fastllm.hf
+        import fastllm.hf_encoder  # noqa: F401
 
 
 def restore(model):

@@ -38,6 +38,8 @@ def test_minilm_embeddings(minilm):
         expected = embeddings(model, batch)
         with fastllm.accelerated(model) as report:
             got = embeddings(model, batch)
-        assert len([row for row in report.accelerated if row.kind != "linear"]) == 6 + 13 and not report.never_called
+        runs = [row.runs for row in report.accelerated]
+        assert runs.count("attention") == 6 and runs.count("layer_norm") == 13 and not report.never_called
+        assert runs.count("its layers without padding") == 1
         torch.testing.assert_close(got, expected)
         assert got[0] @ got[1] > 2 * (got[0] @ got[2]), "what is alike is near"

@@ -1,0 +1,112 @@
+"""The layers of an encoder without padding: real tokens are packed once before them, and padded once after."""
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from fastllm import hf
+from fastllm.compat import pad_input, unpad_input
+from fastllm.matchers import MATCHERS
+from fastllm.swap import Unsupported, forward_of, names_used, swap
+
+# Each token by itself: what a packed row may go through beside attention.
+TOKEN_BY_TOKEN = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
+ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+# What a module's code says where it looks at other tokens, or at how many there are.
+SHAPES = {"shape", "size", "view", "reshape", "permute", "transpose", "flatten", "unflatten", "arange", "roll", "pad"}
+SHAPES |= {"cumsum", "sum", "mean", "max", "softmax", "matmul", "bmm", "einsum", "conv1d", "position_bias"}
+
+
+def match_encoder(module, row):
+    """A module that takes hidden states and a mask through a list of layers, and does nothing else."""
+    children = list(module.children())
+    if len(children) != 1 or type(children[0]) is not nn.ModuleList or not len(children[0]) or _owns_tensors(module):
+        return
+    first, second, *_ = (*forward_of(module).__code__.co_varnames[1:3], "", "")
+    config = getattr(children[0][0], "config", None) or getattr(module, "config", None)
+    if (first, second) != ("hidden_states", "attention_mask") or getattr(config, "is_decoder", False):
+        return
+    if isinstance(config, PreTrainedConfig) and getattr(config, "chunk_size_feed_forward", 0):
+        raise Unsupported("chunk_size_feed_forward cuts the positions of a batch")
+    if names_used(forward_of(module)) & SHAPES or not all(map(_token_by_token, children[0])):
+        return
+    swap(module, row, _without_padding)
+
+
+def _owns_tensors(module):
+    return any(x is not None for x in (*module._parameters.values(), *module._buffers.values()))
+
+
+def _token_by_token(layer):
+    """Whether, apart from one attention through transformers' interface, a layer sees every token by itself."""
+    attentions = 0
+    for module in layer.modules():
+        if isinstance(module, TOKEN_BY_TOKEN) or type(module).__module__ in ACTIVATIONS:
+            continue
+        if _owns_tensors(module):
+            return False
+        if hf._computes_attention(module):
+            attentions += 1
+            continue
+        own = (
+            f for name, f in vars(type(module)).items() if callable(f) and name != "__init__" and hasattr(f, "__code__")
+        )
+        if any(names_used(f) & SHAPES for f in (forward_of(module), *own)):
+            return False
+    return attentions == 1
+
+
+def _without_padding(self, plain, hidden_states, attention_mask=None, *args, **kwargs):
+    """Rows of real tokens alone, where there is padding behind them; what stands for padding is 0 at the end.
+
+    Whoever wants more than the last hidden states, or looks inside, gets the batch as it is.
+    """
+    structure = attention_mask.structure if isinstance(attention_mask, hf.Mask) else None
+    kept = None if structure is None else structure.padding
+    others = (value for name, value in kwargs.items() if name not in ("return_dict", "num_items_in_batch"))
+    if (
+        kept is None
+        or structure.packed is not None
+        or kept.shape != hidden_states.shape[:2]
+        or args
+        or any(value is not None and value is not False for value in others)
+        or torch.compiler.is_compiling()
+        or _is_watched(self)
+        or (kept[:, 1:] > kept[:, :-1]).any()  # padding in front: a model may take its first position for a token
+    ):
+        return plain(self, hidden_states, attention_mask, *args, **kwargs)
+    tokens, indices, bounds, _, _ = unpad_input(hidden_states, kept)
+    number = (indices // kept.shape[1])[None]
+    packed = hf.Structure(0, structure.left, structure.right, packed=number)
+
+    def dense():
+        place = indices % kept.shape[1]
+        away = place[None, :] - place[:, None]
+        seen = number.T == number
+        if structure.left >= 0:
+            seen &= away >= -structure.left
+        if structure.right >= 0:
+            seen &= away <= structure.right
+        return seen[None, None]
+
+    mask = hf.Mask.of(packed, dense, (1, 1, len(tokens), len(tokens)), tokens.device)
+    found = plain(self, tokens[None], mask, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, **kwargs)
+    last = found if isinstance(found, torch.Tensor) else found[0]
+    padded = pad_input(last[0], indices, *kept.shape)
+    if isinstance(found, torch.Tensor):
+        return padded
+    if isinstance(found, tuple):
+        return padded, *found[1:]
+    return type(found)(**{**found, next(iter(found)): padded})
+
+
+_without_padding.runs = "its layers without padding"
+
+
+def _is_watched(module):
+    """Whether a hook inside would see packed rows; those of the module itself see padded ones."""
+    inside = (m for m in module.modules() if m is not module)
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+
+
+MATCHERS["attention"].append(match_encoder)

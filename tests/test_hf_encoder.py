@@ -1,0 +1,152 @@
+"""Layers of an encoder without padding: the same for real tokens, gradients too; as they were for whoever looks in."""
+
+import pytest
+import torch
+
+import fastllm
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+
+import hf_models  # noqa: E402
+
+import fastllm.hf  # noqa: E402
+
+FAMILIES = ["bert", "roberta", "distilbert"]
+LENGTHS = [17, 9, 1, 12]
+
+
+def make(family, **changes):
+    model, config, sizes = hf_models.ENCODERS[family]
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**{**sizes, **changes})
+    return getattr(transformers, model)(made).eval()
+
+
+def batch(lengths=LENGTHS, length=17):
+    random = torch.Generator().manual_seed(1)
+    kept = torch.arange(length) < torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.randint(3, hf_models.V, kept.shape, generator=random), "attention_mask": kept.long()}
+
+
+def seen_by_layers(model):
+    """The shapes in which hidden states reach the first linear layer of attention from now on."""
+    found = []
+    linear = next(m for name, m in model.named_modules() if name.endswith(("query", "q_lin")))
+    plain = type(linear).forward
+    object.__setattr__(linear, "forward", lambda x: (found.append(tuple(x.shape)), plain(linear, x))[1])
+    return found
+
+
+def stack_of(report):
+    (row,) = [row for row in report.rows if row.runs == "its layers without padding"]
+    return row
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_tokens_and_gradients(family):
+    given, found = batch(), []
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    for accelerate in (False, True):
+        model = make(family)
+        if accelerate:
+            shapes = seen_by_layers(model)
+            report = fastllm.accelerate(model)
+        out = model(**given, labels=labels)
+        out.loss.backward()
+        found.append((out.logits[given["attention_mask"].bool()], out.loss, [p.grad for p in model.parameters()]))
+    assert shapes == [(1, sum(LENGTHS), 32)] and stack_of(report).calls == 1 and not report.never_called
+    expected, got = found
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+    least = max(g.norm() for g in expected[2]) / 100
+    for mine, theirs in zip(got[2], expected[2], strict=True):
+        scale = theirs.norm().clamp(min=least)
+        torch.testing.assert_close(mine / scale, theirs / scale)
+
+
+def test_what_stands_for_padding_is_zero():
+    model, given = make("bert").bert, batch()
+    kept = given["attention_mask"].bool()
+    fastllm.accelerate(model)
+    hidden = model(**given).last_hidden_state
+    assert (hidden[~kept] == 0).all() and (hidden[kept] != 0).any(-1).all()
+
+
+def test_a_later_choice_of_attention_sees_the_sequences_apart():
+    model, given = make("bert"), batch()
+    kept = given["attention_mask"].bool()
+    expected = model(**given).logits[kept]
+    fastllm.accelerate(model)
+    shapes = seen_by_layers(model)
+    for module in model.modules():
+        if hasattr(module, "config") and "SelfAttention" in type(module).__name__:
+            module.config = type(make("bert").config)(**hf_models.ENCODERS["bert"][2], attn_implementation="sdpa")
+    torch.testing.assert_close(model(**given).logits[kept], expected)
+    assert shapes == [(1, sum(LENGTHS), 32)]
+
+
+@pytest.mark.parametrize(
+    "why", ["no padding", "padding in front", "hidden states", "attentions", "hook", "mask", "compile"]
+)
+def test_left_as_it_is(why):
+    given, options = batch([17, 17] if why == "no padding" else LENGTHS), {}
+    if why == "padding in front":
+        given["attention_mask"] = given["attention_mask"].flip(1)
+    if why == "mask":
+        given["attention_mask"] = given["attention_mask"].bool()[:, None, None].expand(-1, 1, 17, 17)
+    if why == "hidden states":
+        options = {"output_hidden_states": True}
+    eager, ours = make("bert"), make("bert")
+    fastllm.accelerate(ours)
+    shapes = [] if why == "compile" else seen_by_layers(ours)
+    if why == "hook":
+        ours.bert.encoder.layer[1].register_forward_hook(lambda module, args, y: None)
+    if why == "attentions":
+        ours.set_attn_implementation("eager")
+        options = {"output_attentions": True}
+    call = torch.compile(ours, backend="eager", fullgraph=True) if why == "compile" else ours
+    expected, got = eager(**given), call(**given, **options)
+    where = torch.ones(len(given["input_ids"]), 17, dtype=torch.bool)
+    where = given["attention_mask"].bool() if given["attention_mask"].ndim == 2 else where
+    torch.testing.assert_close(got.logits[where], expected.logits[where])
+    assert all(shape == (len(given["input_ids"]), 17, 32) for shape in shapes) and (shapes or why == "compile")
+    if why == "hidden states":
+        assert got.hidden_states[1].shape == (4, 17, 32)
+
+
+def test_layers_that_look_at_positions_are_not_packed():
+    assert fastllm.accelerate(make("bert", is_decoder=True)).accelerated
+    for model in (make("bert", is_decoder=True), make("modernbert"), make("vit")):
+        assert all(row.runs != "its layers without padding" for row in fastllm.accelerate(model).rows)
+    model = make("bert", chunk_size_feed_forward=1)
+    report = fastllm.accelerate(model)
+    assert any("chunk_size_feed_forward" in row.reason for row in report.left_alone)
+
+
+def test_a_sequence_of_padding_alone():
+    model, given = make("bert").bert, batch([5, 0, 2], 5)
+    expected = model(**given).last_hidden_state[0]
+    fastllm.accelerate(model)
+    hidden = model(**given).last_hidden_state
+    torch.testing.assert_close(hidden[0], expected)
+    assert (hidden[1] == 0).all()
+
+
+def test_gradient_checkpointing_and_restore():
+    model, given = make("distilbert").train(), batch()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    grads = []
+    for checkpointed in (False, True):
+        with fastllm.accelerated(model, loss=False):
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.zero_grad()
+            model(**given, labels=labels).loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    shapes = seen_by_layers(model)
+    model(**given)
+    assert shapes == [(4, 17, 32)], "restored"
