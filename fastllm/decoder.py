@@ -54,12 +54,23 @@ class Linear:
     def __call__(self, x):
         return weight_only_linear(x, self.weight, self.bias)
 
+    def rows(self, numbers, dtype):
+        """The weight's rows [n, K] of these numbers [n], in `dtype`: what an embedding is."""
+        return self.weight.rows(numbers, dtype) if self.packed else self.weight[numbers].to(dtype)
+
+    @property
+    def packed(self):
+        return isinstance(self.weight, QuantizedWeight)
+
     def stored_as(self, weights):
         """The same with its weight as `weights` names it."""
+        if self.packed and weights == "model":
+            return self
+        whole = self.weight.dequantize() if self.packed else self.weight
         if weights in ("int8", "int4"):
-            return replace(self, weight=quantize_weight(self.weight, int(weights[3:])))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(weights, self.weight.dtype)
-        return replace(self, weight=self.weight.to(dtype).contiguous())
+            return replace(self, weight=quantize_weight(whole, int(weights[3:])))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(weights, whole.dtype)
+        return replace(self, weight=whole.to(dtype).contiguous())
 
 
 @dataclass
@@ -96,7 +107,7 @@ class Description:
     head_dim: int
     scale: float
     activation: str
-    embedding: torch.Tensor
+    embedding: Linear  # of which it is rows
     layers: list[Layer]
     norm: Norm
     head: Linear
@@ -106,6 +117,13 @@ class Description:
     softcap: float = 0.0
     logit_softcap: float = 0.0
     max_positions: int | None = None
+    dtype: torch.dtype = torch.float32  # of the model's activations
+
+    @property
+    def packed(self):
+        """Whether some weight has fewer bits than a float."""
+        linear = [self.embedding, self.head, *(x for layer in self.layers for x in (*layer.qkv, layer.out, layer.down))]
+        return any(x.packed for x in linear)
 
     def stored_as(self, weights):
         """The same with the weights of all linear layers as `weights` names it (one of WEIGHTS)."""
@@ -128,12 +146,21 @@ def describe(model) -> Description:
     described = reader(model)
     if described.activation not in ACTIVATIONS:
         raise Unsupported(f"activation {described.activation!r} is none of {', '.join(ACTIVATIONS)}")
-    if described.embedding.dtype not in NARROW or described.embedding.device.type != "cpu":
-        raise Unsupported(f"a model in {described.embedding.dtype} on {described.embedding.device}")
+    own = next(p for p in model.parameters() if p.is_floating_point())
+    if own.dtype not in NARROW or own.device.type != "cpu":
+        raise Unsupported(f"a model in {own.dtype} on {own.device}")
+    described.dtype = own.dtype
     return described
 
 
+def _embedding(module) -> Linear:
+    weight = module.weight
+    return Linear(weight if isinstance(weight, QuantizedWeight) else weight.detach().contiguous(), None)
+
+
 def _linear(module) -> Linear:
+    if type(module).__name__ == "QuantizedLinear":
+        return Linear(module.weight, _wide(module.bias))
     if type(module).__name__ == "Conv1D":  # GPT-2 keeps the transpose
         return Linear(module.weight.detach().t().contiguous(), _wide(module.bias))
     if not isinstance(module, nn.Linear) or type(module).__name__ != "Linear":  # an accelerated one keeps its name
@@ -220,8 +247,8 @@ def _llama(model) -> Description:
         head_dim=first.head_dim,
         scale=first.scaling,
         activation=getattr(config, "hidden_activation", None) or config.hidden_act,
-        embedding=core.embed_tokens.weight.detach(),
-        embedding_scale=float(factor.to(core.embed_tokens.weight.dtype)),  # rounded, as the model's own is
+        embedding=_embedding(core.embed_tokens),
+        embedding_scale=float(factor.to(core.norm.weight.dtype)),  # rounded, as the model's own is
         layers=layers,
         norm=_norm(core.norm, offset),
         head=_linear(model.lm_head),
@@ -254,7 +281,7 @@ def _gpt2(model) -> Description:
         head_dim=config.n_embd // config.n_head,
         scale=core.h[0].attn.scaling,
         activation=config.activation_function,
-        embedding=core.wte.weight.detach(),
+        embedding=_embedding(core.wte),
         places=_wide(core.wpe.weight),
         layers=layers,
         norm=_norm(core.ln_f),
@@ -296,7 +323,7 @@ def _gpt_neox(model) -> Description:
         head_dim=D,
         scale=core.layers[0].attention.scaling,
         activation=config.hidden_act,
-        embedding=core.embed_in.weight.detach(),
+        embedding=_embedding(core.embed_in),
         layers=layers,
         norm=_norm(core.final_layer_norm),
         head=_linear(getattr(model, "embed_out", None) or model.lm_head),
@@ -331,7 +358,7 @@ def _transformer(model) -> Description:
         head_dim=blocks[0].attention.head_dim,
         scale=blocks[0].attention.head_dim ** -0.5,
         activation={"swiglu": "silu"}.get(config.activation, config.activation),
-        embedding=model.embedding.weight.detach(),
+        embedding=_embedding(model.embedding),
         embedding_scale=config.d_model**0.5 if config.scale_embedding else 1.0,
         places=None if rotary is not None else _wide(model.positions),
         layers=layers,

@@ -23,6 +23,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "LoRALinear",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RMSNorm",
     "Rotary",
@@ -104,6 +105,24 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         return weight_only_linear(x, self.weight, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a weight in 8 or 4 bits: torch.nn.Embedding for inference, of a `QuantizedWeight` that a head may share.
+
+    tokens of any shape to [..., D] in `dtype`.
+    """
+
+    def __init__(self, weight, dtype=torch.float32):
+        super().__init__()
+        self.sizes, self.dtype = (weight.shape, weight.bits, weight.group_size), dtype
+        for name in ("codes", "scales", "offsets"):
+            self.register_buffer(name, getattr(weight, name))
+
+    weight = QuantizedLinear.weight
+
+    def forward(self, tokens):
+        return self.weight.rows(tokens.flatten(), self.dtype).unflatten(0, tokens.shape)
 
 
 class Linear(nn.Linear):

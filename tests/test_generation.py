@@ -8,7 +8,7 @@ import torch
 from check import assert_as_accurate
 
 import fastllm
-from fastllm import decoder, dispatch, generation
+from fastllm import decoder, dispatch, generation, sampling
 from fastllm.model import Config, Transformer
 
 pytestmark = pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
@@ -180,9 +180,32 @@ def test_greedy_tokens_of_hugging_face(one_thread, name):
     assert torch.equal(fastllm.generate(model, tokens, repetition_penalty=1.7, eos_token_id=2, **options), wanted)
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
+def test_beams_of_hugging_face(one_thread, name):
+    """With padding, texts that end early, and the options that decide which of them is best."""
+    model, tokens = hugging_face(name), torch.randint(3, 67, (3, 8))
+    mask = (torch.arange(8) >= torch.tensor([[0], [3], [7]])).long()
+    options = dict(max_new_tokens=12, attention_mask=mask, pad_token_id=1, do_sample=False)
+    for eos in (2, [2, 31, 5, 44, 12, 20]):
+        for more in (
+            dict(num_beams=2),
+            dict(num_beams=4, length_penalty=2.0),
+            dict(num_beams=3, early_stopping=True, length_penalty=-0.5),
+            dict(num_beams=3, repetition_penalty=1.5),
+        ):
+            wanted = model.generate(tokens * mask, eos_token_id=eos, **options, **more)
+            found = fastllm.generate(model, tokens * mask, eos_token_id=eos, **options, **more)
+            assert torch.equal(found, wanted), more
+
+
 def test_sampling_draws_what_hugging_face_draws(one_thread):
     model, tokens = hugging_face("Llama"), torch.randint(3, 67, (3, 10))
-    for options in (dict(), dict(temperature=0.7, top_k=5), dict(temperature=1.5, top_k=0, top_p=0.6)):
+    for options in (
+        dict(),
+        dict(temperature=0.7, top_k=5),
+        dict(temperature=1.5, top_k=0, top_p=0.6),
+        dict(top_k=0, min_p=0.4),
+    ):
         torch.manual_seed(3)
         ones = torch.ones_like(tokens)
         wanted = model.generate(tokens, attention_mask=ones, do_sample=True, max_new_tokens=12, **options)
@@ -195,10 +218,10 @@ def test_sampling_draws_what_hugging_face_draws(one_thread):
 
 def test_top_p_keeps_the_fewest_that_hold_it():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
-    drawn = generation.sample(logits, top_k=0, top_p=0.75)
+    drawn = sampling.sample(logits, top_k=0, top_p=0.75)
     assert set(drawn.tolist()) == {0, 1}
-    assert set(generation.sample(logits, top_k=3).tolist()) == {0, 1, 2}
-    assert set(generation.sample(logits, top_k=0, top_p=0.01).tolist()) == {0}
+    assert set(sampling.sample(logits, top_k=3).tolist()) == {0, 1, 2}
+    assert set(sampling.sample(logits, top_k=0, top_p=0.01).tolist()) == {0}
 
 
 def test_padding_on_the_right_is_none_either(one_thread):
@@ -258,12 +281,13 @@ def test_changed_weights_are_seen():
 
 def test_what_it_cannot_do_goes_to_the_model_and_is_said():
     model, tokens = hugging_face("Llama"), torch.randint(3, 67, (1, 6))
-    wanted = model.generate(tokens, num_beams=2, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    beams = dict(num_beams=2, max_new_tokens=5, pad_token_id=0)
+    wanted = model.generate(tokens, no_repeat_ngram_size=2, do_sample=False, **beams)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        said = fastllm.explain(fastllm.generate, model, tokens, num_beams=2, max_new_tokens=5, pad_token_id=0)
+        said = fastllm.explain(fastllm.generate, model, tokens, no_repeat_ngram_size=2, **beams)
     assert torch.equal(said.result, wanted)
-    assert "num_beams" in str(said)
+    assert "no_repeat_ngram_size" in str(said)
     model.model.layers[1].self_attn.q_proj = torch.nn.Sequential(model.model.layers[1].self_attn.q_proj)
     with pytest.raises(decoder.Unsupported, match="Sequential where a torch.nn.Linear"):
         generation.plan(model)

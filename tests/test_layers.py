@@ -13,7 +13,7 @@ PUBLIC = {"attention", "bias_gelu", "geglu", "layer_norm", "log_softmax", "rms_n
 MODELS = OPS | PUBLIC | {"nn", "model", "backend", "tune_allocator"}
 MODELS |= {"cross_entropy", "linear", "linear_cross_entropy", "lora_linear"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "generation", "hf", "info", "kernels", "llm", "text", "verify"}
-TOP |= {"__version__"}
+TOP |= {"__version__", "beam", "decoder", "sampling", "session"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
@@ -34,7 +34,10 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/hf_encoder.py": {"compat", "hf", "matchers", "swap"},
     "fastllm/hf_loss.py": OPS | {"matchers", "swap"},
     "fastllm/decoder.py": OPS,
-    "fastllm/generation.py": OPS | {"decoder"},
+    "fastllm/session.py": OPS | {"decoder"},
+    "fastllm/sampling.py": set(),
+    "fastllm/beam.py": {"sampling"},
+    "fastllm/generation.py": OPS | {"beam", "decoder", "sampling", "session"},
     "fastllm/model.py": MODELS,
     "fastllm/hub.py": OPS,
     "fastllm/__init__.py": {"allocator", "compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},

@@ -1,4 +1,4 @@
-// A decoder-only transformer, described once, that then computes one new token of every sequence of a batch per call.
+// A decoder-only transformer, described once, that then computes one new token of some of its sequences per call.
 //
 // The threads are started once a call and meet at barriers, four a layer: a fork per op would cost more than the op.
 // What is cheap (norms, the residual stream, splitting activations into planes) every thread does for itself; what
@@ -45,9 +45,9 @@ struct Projection {
     }
   }
   bool packed() const { return a.bits == 8 || a.bits == 4; }
-  int64_t bytes(int64_t batch) const {  // of prepared activations
+  int64_t bytes(int64_t B) const {  // of prepared activations
     WeightOnly b = a;
-    b.M = batch;
+    b.M = B;
     return packed() ? kernels().weight_only->bytes(b) : 0;
   }
 };
@@ -89,7 +89,7 @@ struct Layer {
   bool parallel;                                // both branches read the same input
   int64_t window;                               // keys that a query sees, itself among them; 0 is all
   const float *cos, *sin;                       // [positions, rotated / 2]; null without rotation
-  char *k, *v;                                  // [batch, kv heads, positions, D]
+  char *k, *v;                                  // [slots, kv heads, positions, D]
 };
 
 std::vector<Projection> projections(const py::object& o) {
@@ -160,7 +160,7 @@ void run_team(int64_t threads, F f) {
 class Decoder {
  public:
   explicit Decoder(const py::dict& d)
-      : batch_(d["batch"].cast<int64_t>()),
+      : slots_(d["slots"].cast<int64_t>()),
         positions_(d["positions"].cast<int64_t>()),
         width_(d["width"].cast<int64_t>()),
         heads_(d["heads"].cast<int64_t>()),
@@ -174,8 +174,7 @@ class Decoder {
         softcap_(d["softcap"].cast<float>()),
         logit_softcap_(d["logit_softcap"].cast<float>()),
         embedding_scale_(d["embedding_scale"].cast<float>()),
-        embedding_(address<char>(d["embedding"])),
-        embedding_type_(Type(d["embedding_type"].cast<int>())),
+        embedding_(py::dict(d["embedding"])),
         places_(address<float>(d["places"])),
         final_norm_(py::object(d["final_norm"])),
         head_(py::dict(d["head"])) {
@@ -201,7 +200,7 @@ class Decoder {
       layer.v = address<char>(l["v"]);
       layers_.push_back(layer);
     }
-    const int64_t B = batch_;
+    const int64_t B = slots_;
     qkv_.resize(B * (heads_ + 2 * kv_heads_) * D_);
     hidden_.resize(B * feed_);
     gated_.resize(B * feed_);
@@ -218,23 +217,28 @@ class Decoder {
     for (int t = 0; t < threads_; ++t) own_.emplace_back(*this, prepared);
   }
 
-  // logits [batch, vocabulary] for the new `tokens` [batch], which stand at the positions `lengths` [batch].
-  void step(uintptr_t tokens, uintptr_t lengths, uintptr_t logits) {
+  // logits [B, vocabulary] for the new `tokens` [B] of the sequences `slots` [B], each behind its `lengths` [B] tokens.
+  void step(int64_t B, uintptr_t tokens, uintptr_t lengths, uintptr_t slots, uintptr_t logits) {
     py::gil_scoped_release others_may_run;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), threads_);
-    run_team(threads, [&](int member, int members, Barrier& barrier) {
-      run((const int64_t*)tokens, (const int64_t*)lengths, (float*)logits, member, members, barrier);
-    });
+    const Step now{B, (const int64_t*)tokens, (const int64_t*)lengths, (const int64_t*)slots, (float*)logits};
+    run_team(threads, [&](int member, int members, Barrier& barrier) { run(now, member, members, barrier); });
   }
 
  private:
+  struct Step {
+    int64_t B;
+    const int64_t *tokens, *lengths, *slots;
+    float* logits;
+  };
   struct Own {  // of one thread
-    std::vector<float> x, normed, row;
+    std::vector<float> x, normed, row, panel;
     std::vector<char> q, workspace, prepared;
     Own(const Decoder& d, int64_t bytes)
-        : x(d.batch_ * d.width_),
-          normed(d.batch_ * std::max(d.width_, d.heads_ * d.D_)),
+        : x(d.slots_ * d.width_),
+          normed(d.slots_ * std::max(d.width_, d.heads_ * d.D_)),
           row(d.D_),
+          panel(d.embedding_.packed() ? kPanel * d.width_ : 0),
           q(d.heads_ / d.kv_heads_ * d.D_ * d.bytes_),
           workspace(kernels().attention_decode->bytes[d.cache_type_](d.sizes(1)) + 64),
           prepared(bytes + 64) {}
@@ -251,11 +255,12 @@ class Decoder {
   }
   int64_t splits_of(int64_t keys) const { return kernels().attention_decode->splits[cache_type_](sizes(keys)); }
 
-  // This thread's rows of y = x w^T + bias; `ready` says that x is prepared for a weight with its steps already.
-  std::pair<int64_t, int64_t> share(const Projection& p, const float* x, float* y, int64_t y_row, Own& own,
+  // This thread's rows of y = x w^T + bias, x being [B, K]; `ready` says that x is prepared for a weight with its steps
+  // already.
+  std::pair<int64_t, int64_t> share(const Projection& p, int64_t B, const float* x, float* y, int64_t y_row, Own& own,
                                     int64_t& ready, int member, int members) const {
     WeightOnly a = p.a;
-    a.M = batch_;
+    a.M = B;
     a.x = x;
     a.x_row = a.K;
     a.y = y;
@@ -275,20 +280,28 @@ class Decoder {
     return {begin * kPanel, std::min(end * kPanel, a.N)};
   }
 
-  void embed(const int64_t* tokens, const int64_t* lengths, float* x) const {
-    const int64_t bytes = embedding_type_ == kFloat ? 4 : 2;
-    for (int64_t b = 0; b < batch_; ++b) {
-      float* row = x + b * width_;
-      kernels().weight_only->widen[embedding_type_](embedding_ + tokens[b] * width_ * bytes, row, width_);
+  void embed(const Step& now, Own& own) const {
+    const int64_t bytes = embedding_.stored == kFloat ? 4 : 2;
+    for (int64_t b = 0; b < now.B; ++b) {
+      const int64_t token = now.tokens[b];
+      float* row = own.x.data() + b * width_;
+      if (embedding_.packed()) {
+        kernels().weight_only->dequantize[kFloat](embedding_.a, token / kPanel, token / kPanel + 1, own.panel.data());
+        memcpy(row, own.panel.data() + token % kPanel * width_, width_ * sizeof(float));
+      } else {
+        const char* from = (const char*)embedding_.a.weight + token * width_ * bytes;
+        kernels().weight_only->widen[embedding_.stored](from, row, width_);
+      }
       if (embedding_scale_ != 1)
         for (int64_t i = 0; i < width_; ++i) row[i] *= embedding_scale_;
-      if (places_) kernels().generation->add(row, places_ + lengths[b] * width_, width_);
+      if (places_) kernels().generation->add(row, places_ + now.lengths[b] * width_, width_);
     }
   }
 
-  // The attention of the query heads of key head h in sequence b, whose new token stands at position `length`.
-  Attention attention_of(const Layer& l, int64_t b, int64_t h, int64_t length, void* q) {
-    const int64_t group = b * kv_heads_ + h, cache = group * positions_ * D_ * bytes_;
+  // The attention of the query heads of key head h in the b-th of these sequences.
+  Attention attention_of(const Layer& l, const Step& now, int64_t b, int64_t h, void* q) {
+    const int64_t length = now.lengths[b], group = b * kv_heads_ + h;
+    const int64_t cache = (now.slots[b] * kv_heads_ + h) * positions_ * D_ * bytes_;
     Attention a = sizes(length + 1);
     a.scale = scale_;
     a.softcap = softcap_;
@@ -307,10 +320,10 @@ class Decoder {
   }
 
   // The part `split` of it. The last one has the new key and puts it into the cache.
-  void attend(const Layer& l, int64_t b, int64_t h, int64_t split, int64_t length, Own& own) {
-    const Attention a = attention_of(l, b, h, length, own.q.data());
+  void attend(const Layer& l, const Step& now, int64_t b, int64_t h, int64_t split, Own& own) {
+    const Attention a = attention_of(l, now, b, h, own.q.data());
     if (split >= a.splits) return;
-    const int64_t half = rotated_ / 2;
+    const int64_t length = now.lengths[b], half = rotated_ / 2;
     const float* fresh = qkv_.data() + b * (heads_ + 2 * kv_heads_) * D_;
     const auto narrow = kernels().weight_only->narrow[cache_type_];
     auto place = [&](const Normalise& norm, const float* from, char* to) {
@@ -327,10 +340,10 @@ class Decoder {
     kernels().attention_decode->run[cache_type_](a, split, aligned(own.workspace));
   }
 
-  void run(const int64_t* tokens, const int64_t* lengths, float* logits, int member, int members, Barrier& barrier) {
+  void run(const Step& now, int member, int members, Barrier& barrier) {
     Own& own = own_[member];
     float *x = own.x.data(), *normed = own.normed.data();
-    const int64_t B = batch_, total = (heads_ + 2 * kv_heads_) * D_;
+    const int64_t B = now.B, total = (heads_ + 2 * kv_heads_) * D_;
     const GenerationKernels& kernel = *kernels().generation;
     auto norm = [&](const Normalise& n) -> const float* {
       if (!n.present) return x;
@@ -344,63 +357,62 @@ class Decoder {
     };
     const int64_t groups = B * kv_heads_;
     int64_t most = 0;  // parts of the keys of any sequence now
-    for (int64_t b = 0; b < B; ++b) most = std::max(most, splits_of(lengths[b] + 1));
-    embed(tokens, lengths, x);
+    for (int64_t b = 0; b < B; ++b) most = std::max(most, splits_of(now.lengths[b] + 1));
+    embed(now, own);
     for (const Layer& l : layers_) {
       int64_t ready = 0, offset = 0;
       const float* in = norm(l.attention_norm);
       for (const Projection& p : l.qkv) {
-        share(p, in, qkv_.data() + offset, total, own, ready, member, members);
+        share(p, B, in, qkv_.data() + offset, total, own, ready, member, members);
         offset += p.a.N;
       }
       barrier.wait();
       for (int64_t i; (i = next_.fetch_add(1)) < groups * most;)
-        attend(l, i / most / kv_heads_, i / most % kv_heads_, i % most, lengths[i / most / kv_heads_], own);
+        attend(l, now, i / most / kv_heads_, i / most % kv_heads_, i % most, own);
       barrier.wait();
       if (member == 0) next_ = 0;
       if (most > 1) {
         for (int64_t i = groups * member / members; i < groups * (member + 1) / members; ++i) {
-          const Attention a = attention_of(l, i / kv_heads_, i % kv_heads_, lengths[i / kv_heads_], nullptr);
+          const Attention a = attention_of(l, now, i / kv_heads_, i % kv_heads_, nullptr);
           if (a.splits > 1) kernels().attention_decode->merge[cache_type_](a, 0, 1);
         }
         barrier.wait();
       }
       kernels().weight_only->widen[cache_type_](attended_.data(), normed, B * heads_ * D_);
       ready = 0;
-      share(l.out[0], normed, delta_.data(), width_, own, ready, member, members);
+      share(l.out[0], B, normed, delta_.data(), width_, own, ready, member, members);
       barrier.wait();
       if (!l.parallel) add_delta(l.after_attention);
       in = norm(l.feed_norm);
       ready = 0;
-      const auto [begin, end] = share(l.gate[0], in, gated_.data(), feed_, own, ready, member, members);
-      if (!l.up.empty()) share(l.up[0], in, hidden_.data(), feed_, own, ready, member, members);
+      const auto [begin, end] = share(l.gate[0], B, in, gated_.data(), feed_, own, ready, member, members);
+      if (!l.up.empty()) share(l.up[0], B, in, hidden_.data(), feed_, own, ready, member, members);
       for (int64_t b = 0; b < B; ++b)
         kernel.activate(activation_, gated_.data() + b * feed_ + begin,
                         l.up.empty() ? nullptr : hidden_.data() + b * feed_ + begin, end - begin);
       if (l.parallel) add_delta(l.after_attention);
       barrier.wait();
       ready = 0;
-      share(l.down[0], gated_.data(), delta_.data(), width_, own, ready, member, members);
+      share(l.down[0], B, gated_.data(), delta_.data(), width_, own, ready, member, members);
       barrier.wait();
       add_delta(l.after_feed);
     }
     int64_t ready = 0;
-    const auto [begin, end] = share(head_, norm(final_norm_), logits, head_.a.N, own, ready, member, members);
+    const auto [begin, end] = share(head_, B, norm(final_norm_), now.logits, head_.a.N, own, ready, member, members);
     if (logit_softcap_ > 0)
       for (int64_t b = 0; b < B; ++b)
         for (int64_t i = begin; i < end; ++i) {
-          float& y = logits[b * head_.a.N + i];
+          float& y = now.logits[b * head_.a.N + i];
           y = logit_softcap_ * std::tanh(y / logit_softcap_);
         }
   }
 
-  const int64_t batch_, positions_, width_, heads_, kv_heads_, D_, rotated_, feed_;
+  const int64_t slots_, positions_, width_, heads_, kv_heads_, D_, rotated_, feed_;
   const int activation_;
   const Type cache_type_;
   const int64_t bytes_ = cache_type_ == kFloat ? 4 : 2;  // of a number in the cache
   const float scale_, softcap_, logit_softcap_, embedding_scale_;
-  const char* embedding_;
-  const Type embedding_type_;
+  const Projection embedding_;
   const float* places_;  // learned positions [positions, width], or null
   const Normalise final_norm_;
   const Projection head_;
@@ -408,7 +420,7 @@ class Decoder {
   int64_t threads_, most_splits_;
   std::atomic<int64_t> next_{0};
   std::vector<float> qkv_, hidden_, gated_, delta_, parts_;
-  std::vector<char> attended_;  // [batch, heads, D] of the cache's type
+  std::vector<char> attended_;  // [B, heads, D] of the cache's type
   std::vector<double> lse_;
   std::vector<Own> own_;
 };
@@ -419,7 +431,7 @@ void bind_generation(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", "One step of a described decoder; see fastllm/generation.py.")
       .def(py::init<const py::dict&>())
       .def("step", &Decoder::step,
-           "logits = step(tokens, lengths, logits): addresses of int64, int64 and fp32 memory.");
+           "step(B, tokens, lengths, slots, logits): addresses of int64, and for the logits of fp32 memory.");
 }
 
 }  // namespace fastllm::cpu

@@ -154,47 +154,40 @@ void dequantize(const WeightOnly& a, int64_t begin, int64_t end, void* out) {
   a.bits == 8 ? unpack<8, V>(a, begin, end, (S*)out) : unpack<4, V>(a, begin, end, (S*)out);
 }
 
-// R rows of w, from n, with C rows of x, from m. kChains sums each, so that additions overlap where there are few.
-template <int R, int C, int kChains, class V, class S>
+// R rows of w, from n, with C rows of x, from m. Each sum is one chain, whatever R and C are: a row of x gives the same
+// bits beside others as alone.
+template <int R, int C, class V, class S>
 inline void dot_rows(const WeightOnly& a, int64_t n, int64_t m) {
   const S* w = (const S*)a.weight + n * a.K;
   const float* x = a.x + m * a.x_row;
-  V sum_[R][C][kChains];
-  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int u = 0; u < kChains; ++u)
-      sum_[i][j][u] = V::set(0);
+  V sum_[R][C];
+  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < C; ++j) sum_[i][j] = V::set(0);
   int64_t k = 0;
-  for (; k + kChains * V::L <= a.K; k += kChains * V::L) {
+  for (; k + V::L <= a.K; k += V::L) {
     // The next rows are asked for while these are read: several streams that end after K numbers are too short to be
     // seen as such.
-    UNROLLED for (int i = 0; i < R; ++i) for (int64_t b = 0; b < kChains * V::L * int64_t(sizeof(S)); b += 64)
-        PREFETCH_L2((const char*)(w + (i + R) * a.K + k) + b);
-    UNROLLED for (int u = 0; u < kChains; ++u) {
-      V left[R];
-      UNROLLED for (int i = 0; i < R; ++i) left[i] = V::load(w + i * a.K + k + u * V::L);
-      UNROLLED for (int j = 0; j < C; ++j) {
-        const V right = V::load(x + j * a.x_row + k + u * V::L);
-        UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][u] = fma(left[i], right, sum_[i][j][u]);
-      }
+    UNROLLED for (int i = 0; i < R; ++i) PREFETCH_L2((const char*)(w + (i + R) * a.K + k));
+    V left[R];
+    UNROLLED for (int i = 0; i < R; ++i) left[i] = V::load(w + i * a.K + k);
+    UNROLLED for (int j = 0; j < C; ++j) {
+      const V right = V::load(x + j * a.x_row + k);
+      UNROLLED for (int i = 0; i < R; ++i) sum_[i][j] = fma(left[i], right, sum_[i][j]);
     }
   }
-  for (; k < a.K; k += V::L) {
-    const int64_t inside = a.K - k < V::L ? a.K - k : V::L;
-    UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) sum_[i][j][0] =
-        fma(load<V>(w + i * a.K + k, inside), load<V>(x + j * a.x_row + k, inside), sum_[i][j][0]);
-  }
+  if (k < a.K)
+    UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) sum_[i][j] =
+        fma(load<V>(w + i * a.K + k, a.K - k), load<V>(x + j * a.x_row + k, a.K - k), sum_[i][j]);
   UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) {
-    V total = sum_[i][j][0];
-    UNROLLED for (int u = 1; u < kChains; ++u) total = total + sum_[i][j][u];
     float* y = a.y + (m + j) * a.y_row + n + i;
-    *y = sum(total) + (a.bias ? a.bias[n + i] : 0.0f) + (a.add ? *y : 0.0f);
+    *y = sum(sum_[i][j]) + (a.bias ? a.bias[n + i] : 0.0f) + (a.add ? *y : 0.0f);
   }
 }
 template <int R, class V, class S>
 inline void all_of_x(const WeightOnly& a, int64_t n) {
   int64_t m = 0;
-  for (; m + 4 <= a.M; m += 4) dot_rows<R, 4, 1, V, S>(a, n, m);
-  for (; m + 2 <= a.M; m += 2) dot_rows<R, 2, 1, V, S>(a, n, m);
-  for (; m < a.M; ++m) dot_rows<R, 1, 2, V, S>(a, n, m);
+  for (; m + 4 <= a.M; m += 4) dot_rows<R, 4, V, S>(a, n, m);
+  for (; m + 2 <= a.M; m += 2) dot_rows<R, 2, V, S>(a, n, m);
+  for (; m < a.M; ++m) dot_rows<R, 1, V, S>(a, n, m);
 }
 
 // The rows [begin, end) of a weight in a storage type.

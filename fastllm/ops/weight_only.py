@@ -96,6 +96,14 @@ class QuantizedWeight:
         """The weight [N, K] that the numbers stand for, rounded once to `dtype`."""
         return self._rows(0, self.shape[0], torch.empty(0, dtype=dtype, device=self.codes.device))
 
+    def rows(self, numbers, dtype=torch.float32):
+        """The rows [n, K] of these numbers [n], rounded once to `dtype`: what an embedding is."""
+        panel, lane = numbers // PANEL, numbers % PANEL
+        packed = (self.codes, self.scales, self.offsets)
+        part = [None if x is None else x[panel, :, lane].unsqueeze(-1) for x in packed]
+        w = reference.dequantize(*part, bits=self.bits, group_size=self.group_size)
+        return w[:, : self.shape[1]].to(dtype)
+
     def _rows(self, begin, end, like):
         packed = self.codes, self.scales, self.offsets
         if choose("dequantize", like, _triton_lacks) == "reference" or like.dtype not in NARROW:
