@@ -3,10 +3,10 @@
 import importlib
 
 
-def require(module: str, package: str | None = None):
-    """Import a third-party module that only the `llm` extra brings. Raises ImportError that names the cure."""
+def require(module: str, package: str | None = None, extra: str = "llm"):
+    """Import a third-party module that only an extra brings. Raises ImportError that names the cure."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = package or module
-        raise ImportError(f"{package} is needed here: pip install 'fastllm-kernels[llm]', or {package}") from error
+        raise ImportError(f"{package} is needed here: pip install 'fastllm-kernels[{extra}]', or {package}") from error
