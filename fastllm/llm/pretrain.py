@@ -10,7 +10,9 @@ import torch
 
 from fastllm.llm.batches import Windows
 from fastllm.llm.data import SPLITS
+from fastllm.llm.distributed import add_parallel_arguments, shared, start
 from fastllm.llm.files import atomic
+from fastllm.llm.ranks import Ranks
 from fastllm.llm.runs import Run, add_run_arguments
 from fastllm.llm.tokens import Tokenizer
 from fastllm.llm.train import OPTIMIZERS, Recipe, train
@@ -102,7 +104,7 @@ def sample(model, tokenizer, prompt: str, count: int, seed=0, temperature=0.8, t
     return tokenizer.decode(made[0].tolist())
 
 
-def fit(task, config, recipe, *, batch=8, accelerated=True, run=None, what="language model"):
+def fit(task, config, recipe, *, batch=8, accelerated=True, run=None, ranks=None, what="language model"):
     """Train on the task's train split. Returns the model with its best parameters, and the history."""
     torch.manual_seed(recipe.seed)
     model = Transformer(config, accelerated)
@@ -115,6 +117,7 @@ def fit(task, config, recipe, *, batch=8, accelerated=True, run=None, what="lang
         length=task.context,
         evaluate=lambda model: perplexity(model, task.splits["valid"], task.context, limit=1 << 15),
         run=run,
+        ranks=ranks or Ranks(),
         tokenizer=task.tokenizer,
         what=what,
     )
@@ -139,9 +142,11 @@ def run(
     prompt="\n",
     resume=False,
     fresh=False,
+    ranks=None,
 ) -> dict:
     """Train, with checkpoints in `out` (see `runs.Run`), evaluate on test, write out/result.json and return it."""
-    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "prompt")}
+    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "prompt", "ranks")}
+    ranks = ranks or Ranks()
     task = Task.load(data, context)
     recipe = Recipe(
         steps=steps,
@@ -154,13 +159,16 @@ def run(
         seed=seed,
     )
     config = task.config(preset, dropout=dropout)
-    with Run(out, settings | dict(data=str(data)), resume=resume, fresh=fresh, free=("data",)) as run:
-        model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, run=run)
-    test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
-    text = sample(model, task.tokenizer, prompt, min(300, context - len(prompt.encode())))
+    settings["data"] = str(data)
+    with shared(ranks, lambda: Run(out, settings, resume=resume, fresh=fresh, free=("data",))) as run:
+        model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, run=run, ranks=ranks)
+    with ranks.evaluating(model):
+        test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
+        text = sample(model, task.tokenizer, prompt, min(300, context - len(prompt.encode())))
     result = dict(data=str(data), config=asdict(config), history=history, test=test, sample=text)
-    with atomic(Path(out) / "result.json") as file:
-        json.dump(result, file)
+    if ranks.first:
+        with atomic(Path(out) / "result.json") as file:
+            json.dump(result, file)
     return result
 
 
@@ -183,17 +191,20 @@ def add_arguments(subparsers):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
     parser.add_argument("--prompt", default="\n", help="what the sample continues")
     add_run_arguments(parser)
+    add_parallel_arguments(parser)
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
-    result = run(**options)
-    show_perplexity(result["test"])
-    history = result["history"]
-    print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
-    print(f"sample:\n{result['sample']}\n\ncheckpoints and result: {args.out}")
+    apart = ("command", "run", "traceback", "parallel", "sequence_ranks")
+    options = {k: v for k, v in vars(args).items() if k not in apart}
+    with start(args.parallel, args.sequence_ranks) as ranks:
+        result = run(**options, ranks=ranks)
+        show_perplexity(result["test"])
+        history = result["history"]
+        print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
+        print(f"sample:\n{result['sample']}\n\ncheckpoints and result: {args.out}")
     return 0
 
 

@@ -2,8 +2,7 @@
 
 What happens in step n depends on the parameters, the optimizer's state, the recipe and n alone: batches are looked up
 by number and random numbers are seeded by it. So a run that was killed goes on bit for bit from its last checkpoint,
-with no random state to keep. What several processes do differently is one object, `distributed.Ranks`: there are as
-many calls of loss_of, on the shares of the same batches, and the first one alone writes and speaks.
+with no random state to keep. What several processes do differently is one object, `Ranks`.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from fastllm.llm import meter, require
-from fastllm.llm.distributed import Ranks, full_state
+from fastllm.llm.ranks import Ranks
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -97,8 +96,11 @@ class Stepper:
         self.model, self.recipe, self.loss_of, self.taken = model, recipe, loss_of, 0
         self.norm = self.activations = None
         self.weight_of, self.ranks = weight_of or (lambda batch: 1), ranks or Ranks()
-        self.wrapped = self.ranks.spread(model)
         groups = parameter_groups(model, recipe.weight_decay) if groups is None else groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.wrapped = self.ranks.spread(model)
+        now = dict(model.named_parameters())  # to be spread over ranks may have replaced them
+        groups = [group | dict(params=[now[names[id(p)]] for p in group["params"]]) for group in groups]
         self.optimizer = {
             "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True),
             "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
@@ -113,7 +115,7 @@ class Stepper:
         weights = [self.weight_of(batch) for batch in batches]
         total, loss = ranks.sums(sum(weights))[0], 0.0
         for n, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            torch.manual_seed(ranks.seed(recipe.seed, self.taken * len(batches) + n) % 2**63)
+            torch.manual_seed(ranks.seed(recipe.seed, self.taken * len(batches) + n))
             with ranks.accumulating(self.wrapped, more=n + 1 < len(batches)):
                 with autocast(self.model, recipe.precision), self.measuring() as memory:
                     part = self.loss_of(self.wrapped, batch)
@@ -133,19 +135,6 @@ class Stepper:
         return meter.LiveBytes([*self.model.parameters(), *self.model.buffers()])
 
 
-def optimizer_tensors(model, optimizer) -> dict:
-    """The optimizer's state as tensors "what.name of the parameter"."""
-    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in model.named_parameters())
-    return {f"{what}.{name}": tensor for name, state in states for what, tensor in state.items()}
-
-
-def load_optimizer_tensors(model, optimizer, tensors: dict):
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        what, _, name = key.partition(".")
-        optimizer.state[parameters[name]][what] = tensor
-
-
 def autocast(model, precision: str):
     dtype, device = PRECISIONS[precision], next(model.parameters()).device.type
     return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
@@ -155,9 +144,9 @@ def autocast(model, precision: str):
 class Trainer:
     """One training run: `model` is trained in place and left with its best parameters (the last without `evaluate`).
 
-    batches[n] is this rank's share of batch number n, the same whenever it is asked for; loss_of(model, batch) is a
-    scalar tensor, the mean over weight_of(batch) things (default: batches count alike); tokens_in(batch) a number, and
-    length how long a sequence is, for the estimate of FLOPs.
+    batches[n] is batch number n of the run, the same whenever it is asked for; loss_of(model, batch) is a scalar
+    tensor, the mean over weight_of(batch) things (default: batches count alike); tokens_in(batch) a number, and length
+    how long a sequence is, for the estimate of FLOPs.
     evaluate(model) returns a dict with "loss", by which the best is chosen; it is called every evaluate_every steps and
     at the end. sample(model) returns a text to show, every sample_every steps. groups is `Stepper`'s.
     With run (a `runs.Run`) there is a checkpoint every save_every steps, at each evaluation that is the best and at the
@@ -205,7 +194,9 @@ class Trainer:
                 self.interrupted = stack.enter_context(interruptions())
             if self.tensorboard and self.ranks.first:
                 self.writer = stack.enter_context(self.open_tensorboard())
-            advance = stack.enter_context(meter.progress(recipe.steps, self.what, self.stepper.taken))
+            advance = lambda text: None  # noqa: E731
+            if self.ranks.first:
+                advance = stack.enter_context(meter.progress(recipe.steps, self.what, self.stepper.taken))
             while not self.stopped():
                 self.step(advance)
         self.history["stopped"] = self.stopped()
@@ -225,10 +216,10 @@ class Trainer:
 
     def step(self, advance):
         recipe, history, taken = self.recipe, self.history, self.stepper.taken
-        batches = [self.batches[taken * recipe.accumulate + n] for n in range(recipe.accumulate)]
+        batches = self.ranks.batches(self.batches, taken, recipe.accumulate)
         before = time.perf_counter()
         loss = self.stepper(batches)
-        seconds = time.perf_counter() - before
+        seconds = self.ranks.tell(time.perf_counter() - before)  # all stop at the same step
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.what}: the loss is {loss} at step {taken + 1}; try a lower learning rate")
         tokens = self.ranks.sums(sum(map(self.tokens_in, batches)))[0]
@@ -244,7 +235,7 @@ class Trainer:
         if self.sample is not None and recipe.sample_every and due % recipe.sample_every == 0:
             self.sampled()
         if self.run is not None:
-            leave = self.interrupted()
+            leave = self.ranks.sums(self.interrupted())[0] > 0
             if last or better or leave or due % (recipe.save_every or recipe.evaluate_every) == 0:
                 self.save(better)
             if leave:
@@ -253,7 +244,7 @@ class Trainer:
     def evaluated(self) -> bool:
         """Evaluate. True where this is the best so far."""
         self.model.eval()
-        with torch.no_grad(), autocast(self.model, self.recipe.precision):
+        with torch.no_grad(), autocast(self.model, self.recipe.precision), self.ranks.evaluating(self.model):
             found = dict(step=self.stepper.taken) | self.evaluate(self.model)
         self.model.train()
         self.history["evaluations"].append(found)
@@ -264,12 +255,13 @@ class Trainer:
             return False
         self.history["best"], self.since_best = found, 0
         if self.run is None:
-            self.best_state = copy.deepcopy(full_state(self.model, self.ranks))
+            self.best_state = copy.deepcopy(self.ranks.model_state(self.model))
         return True
 
     def sampled(self):
         self.model.eval()
-        text = self.sample(self.model)
+        with self.ranks.evaluating(self.model):
+            text = self.sample(self.model)
         self.model.train()
         self.log(sample=text)
         if self.ranks.first:
@@ -277,8 +269,8 @@ class Trainer:
 
     def save(self, better):
         training = dict(best=self.history["best"], since_best=self.since_best)
-        state = full_state(self.model, self.ranks)
-        tensors = optimizer_tensors(self.model, self.stepper.optimizer)
+        state = self.ranks.model_state(self.model)
+        tensors = self.ranks.optimizer_state(self.model, self.stepper.optimizer)
         if self.ranks.first:
             meta = dict(self.meta or {}, metrics=(self.history["evaluations"] or [None])[-1])
             saved = self.model, self.tokenizer, training, tensors
@@ -288,8 +280,8 @@ class Trainer:
         found = self.run.latest() if self.run.resumed else None
         if found is not None:
             training, tensors, state = found
-            self.model.load_state_dict(state, strict=False)  # a tied tensor is there once
-            load_optimizer_tensors(self.model, self.stepper.optimizer, tensors)
+            self.ranks.load_model_state(self.model, state)
+            self.ranks.load_optimizer_state(self.model, self.stepper.optimizer, tensors)
             self.stepper.taken, self.since_best = training["step"], training["since_best"]
             self.history["best"] = training["best"]
         for line in self.run.history(upto=self.stepper.taken):
@@ -304,7 +296,7 @@ class Trainer:
         if self.run is not None and history["best"] is not None:
             self.best_state = self.run.best_state()
         if self.best_state is not None:
-            self.model.load_state_dict(self.best_state, strict=False)
+            self.ranks.load_model_state(self.model, self.best_state)
         self.model.eval()
         history["tokens_per_s"] = sum(history["tokens"][3:]) / (sum(history["seconds"][3:]) or math.inf)
         history["activation_bytes"] = self.stepper.activations
