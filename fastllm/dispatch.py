@@ -87,7 +87,7 @@ def missing_cuda() -> str | None:
     return None
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # equal calls are counted; seconds, which change, are not compared
 class Call:
     """One call of an op, as `explain` reports it; its seconds are without those of calls inside it."""
 
