@@ -243,7 +243,7 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
         package_data={
             "fastllm": ["_build_info.json"],
             "fastllm.ops": ["*.json"],
-            "fastllm.llm": ["*.html"],
+            "fastllm.llm": ["*.html", "presets/*.toml"],
             "fastllm.bench": ["*.html"],
         },
         ext_modules=[Extension("fastllm._C", sources=[])],

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastllm
 import fastllm.nn
@@ -32,8 +33,9 @@ LARGE_VOCAB = 4096  # where one product of all rows stops to be faster than many
 class Config:
     """The sizes and choices of a transformer. The defaults are the sizes of Vaswani et al. 2017 (arXiv:1706.03762).
 
-    classes > 0 gives an encoder a classification head (mean over what is not padding). dropout is that of the paper,
-    on the embeddings and on what every block adds; attention_dropout is the one on attention probabilities.
+    classes > 0 gives an encoder a classification head (mean over what is not padding), masked_lm one over the
+    vocabulary for every position. dropout is that of the paper, on the embeddings and on what every block adds;
+    attention_dropout is the one on attention probabilities.
     scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables.
     Raises ValueError for a name that is not offered and for sizes that do not fit together.
     """
@@ -41,6 +43,7 @@ class Config:
     vocab: int
     kind: str = "decoder"
     classes: int = 0
+    masked_lm: bool = False
     d_model: int = 512
     heads: int = 8
     kv_heads: int | None = None
@@ -68,14 +71,21 @@ class Config:
                 "Config: heads must divide d_model, and kv_heads divide heads, "
                 f"got d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}"
             )
-        if self.classes and self.kind != "encoder":
-            raise ValueError(f"Config: only an encoder classifies, got classes={self.classes} and kind={self.kind!r}")
+        if (self.classes or self.masked_lm) and self.kind != "encoder":
+            head = f"classes={self.classes}" if self.classes else "masked_lm=True"
+            raise ValueError(f"Config: only an encoder classifies or fills in, got {head} and kind={self.kind!r}")
+        if self.classes and self.masked_lm:
+            raise ValueError(f"Config: classes={self.classes} and masked_lm=True are two heads, there can be one")
 
 
 class NaiveAttention(fastllm.nn.Attention):
     """The same module on the textbook's attention: keys repeated, all scores in memory, softmax, second product."""
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q, k, v, mask, cu_seqlens=None):
+        if cu_seqlens is not None:
+            row = torch.arange(q.shape[2], device=q.device)
+            number = torch.searchsorted(cu_seqlens, row, right=True)
+            mask = number[:, None] == number  # rows of one sequence see each other
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # [B, H, T, S]
@@ -188,9 +198,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, parts)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, stream, added, mask=None, context=None, context_mask=None, cache=(None, None)):
+    def forward(self, stream, added, mask=None, context=None, context_mask=None, cache=(None, None), cu_seqlens=None):
         x, stream = add_norm(self.attention_norm, stream, added)
-        added = self.dropout(self.attention(x, mask=mask, cache=cache[0]))
+        added = self.dropout(self.attention(x, mask=mask, cache=cache[0], cu_seqlens=cu_seqlens))
         if context is not None:
             x, stream = add_norm(self.cross_norm, stream, added)
             added = self.dropout(self.cross_attention(x, context, mask=context_mask, cache=cache[1]))
@@ -204,18 +214,24 @@ def add_norm(norm, stream, added):
 
 
 class Stack(nn.Module):
-    """The blocks of an encoder or a decoder and the norm behind them: [B, T, d_model] to the same."""
+    """The blocks of an encoder or a decoder and the norm behind them: [B, T, d_model] to the same.
+
+    checkpointing=True keeps each block's input for the backward pass, and computes the rest of it again there.
+    """
+
+    checkpointing = False
 
     def __init__(self, config, parts, *, causal=False, cross=False, rotary=None):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, parts, causal, cross, rotary) for _ in range(config.layers))
         self.norm = parts.norm(config)
 
-    def forward(self, x, mask=None, context=None, context_mask=None, caches=None):
+    def forward(self, x, mask=None, context=None, context_mask=None, caches=None, cu_seqlens=None):
         stream, added = x, None
         for n, block in enumerate(self.blocks):
             cache = (None, None) if caches is None else caches[n]
-            stream, added = block(stream, added, mask, context, context_mask, cache)
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and self.training else block
+            stream, added = run(stream, added, mask, context, context_mask, cache, cu_seqlens)
         return add_norm(self.norm, stream, added)[0]
 
 
@@ -229,14 +245,18 @@ def sinusoids(max_len, d_model):
 class Transformer(nn.Module):
     """tokens [B, T] int64 to logits, by config.kind:
 
-    encoder: [B, classes], or the hidden states [B, T, d_model] without classes. decoder: [B, T, vocab], causal.
+    encoder: [B, classes], [B, T, vocab] with masked_lm, or else the hidden states [B, T, d_model]. decoder:
+    [B, T, vocab], causal.
     encoder-decoder: [B, T, vocab] for the target `tokens`, given `source` [B, S]; both sides share the embedding.
     mask [B, T] and source_mask [B, S] are boolean, True = a real token, False = padding; None = no padding.
-    With targets [B, T], the tokens to come, forward returns their mean cross-entropy instead of logits; -100 does not
-    count. Accelerated, the logits of a vocabulary from LARGE_VOCAB on are then never all in memory.
+    With targets [B, T], the tokens to come (or those that are masked), forward returns their mean cross-entropy instead
+    of logits; -100 does not count, and label_smoothing is cross_entropy's. cu_seqlens [n + 1] packs n sequences into
+    tokens [1, T], which then need no padding and see nothing of each other (not with a source). Accelerated, the logits
+    of a vocabulary from LARGE_VOCAB on are never all in memory where there are targets.
     accelerated=False runs plain PyTorch as the tutorials write it, True the fastllm kernels.
     Under `fastllm.nn.sequence_parallel` every sequence is this rank's part of one, and the loss that of this part.
-    Raises ValueError for sequences past max_len, for a source that is missing or not wanted, for targets of an encoder.
+    Raises ValueError for sequences past max_len, for a source that is missing or not wanted, for targets of an encoder
+    without masked_lm.
     """
 
     sequence = None
@@ -260,7 +280,7 @@ class Transformer(nn.Module):
             self.decoder = Stack(config, parts, causal=True, cross=config.kind == "encoder-decoder", rotary=rotary)
         if config.classes:
             self.head = nn.Linear(config.d_model, config.classes)
-        elif config.kind != "encoder":
+        elif config.kind != "encoder" or config.masked_lm:
             self.head = nn.Linear(config.d_model, config.vocab, bias=False)
         self._initialise()
 
@@ -279,13 +299,19 @@ class Transformer(nn.Module):
                     parameter.data /= math.sqrt(additions)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        if config.tie_embeddings and config.kind != "encoder":
+        if config.tie_embeddings and (config.kind != "encoder" or config.masked_lm):
             self.head.weight = self.embedding.weight
 
-    def embed(self, tokens, position=0):
+    def gradient_checkpointing_enable(self):
+        for stack in (module for module in self.children() if isinstance(module, Stack)):
+            stack.checkpointing = True
+
+    def embed(self, tokens, position=0, cu_seqlens=None):
         at, end = slice(position, position + tokens.shape[1]), position + tokens.shape[1]
         if self.sequence is not None:
             at, end = self.sequence.positions(tokens.shape[1], tokens.device), tokens.shape[1] * self.sequence.ranks
+        if cu_seqlens is not None:
+            at, end = fastllm.nn.packed_positions(cu_seqlens, tokens.shape[1]), int(cu_seqlens.diff().max())
         if end > self.config.max_len:
             raise ValueError(f"Transformer: {end} positions, but max_len={self.config.max_len}")
         x = self.embedding(tokens)
@@ -295,32 +321,38 @@ class Transformer(nn.Module):
             x = x + self.positions[at]
         return self.dropout(x)
 
-    def encode(self, tokens, mask=None):
+    def encode(self, tokens, mask=None, cu_seqlens=None):
         """Hidden states [B, T, d_model] of the encoder."""
-        return self.encoder(self.embed(tokens), mask)
+        return self.encoder(self.embed(tokens, cu_seqlens=cu_seqlens), mask, cu_seqlens=cu_seqlens)
 
-    def decode(self, tokens, mask=None, context=None, context_mask=None, caches=None):
+    def decode(self, tokens, mask=None, context=None, context_mask=None, caches=None, cu_seqlens=None):
         """Hidden states [B, T, d_model] of the decoder; with `caches`, tokens continue the positions in them."""
-        x = self.embed(tokens, 0 if caches is None else len(caches[0][0]))
-        return self.decoder(x, mask, context, context_mask, caches)
+        x = self.embed(tokens, 0 if caches is None else len(caches[0][0]), cu_seqlens)
+        return self.decoder(x, mask, context, context_mask, caches, cu_seqlens)
 
-    def forward(self, tokens, mask=None, source=None, source_mask=None, targets=None):
+    def forward(
+        self, tokens, mask=None, source=None, source_mask=None, targets=None, cu_seqlens=None, label_smoothing=0.0
+    ):
         if (source is not None) != (self.config.kind == "encoder-decoder"):
             wanted = "needs a source" if source is None else "takes no source"
             raise ValueError(f"Transformer: kind={self.config.kind!r} {wanted}")
+        if cu_seqlens is not None and source is not None:
+            raise ValueError("Transformer: a source cannot be packed (cu_seqlens)")
         if self.config.kind == "encoder":
-            if targets is not None:
-                raise ValueError("Transformer: kind='encoder' takes no targets")
-            x = self.encode(tokens, mask)
-            return self.head(pool(x, mask)) if self.config.classes else x
-        context = None if source is None else self.encode(source, source_mask)
-        x = self.decode(tokens, mask, context, source_mask)
+            x = self.encode(tokens, mask, cu_seqlens)
+            if not self.config.masked_lm:
+                if targets is not None:
+                    raise ValueError("Transformer: kind='encoder' takes no targets without masked_lm")
+                return self.head(pool(x, mask)) if self.config.classes else x
+        else:
+            context = None if source is None else self.encode(source, source_mask)
+            x = self.decode(tokens, mask, context, source_mask, cu_seqlens=cu_seqlens)
         if targets is None:
             return self.head(x)
         if self.accelerated and self.config.vocab >= LARGE_VOCAB:
-            return fastllm.linear_cross_entropy(x, self.head.weight, targets)
+            return fastllm.linear_cross_entropy(x, self.head.weight, targets, label_smoothing=label_smoothing)
         cross_entropy = fastllm.cross_entropy if self.accelerated else F.cross_entropy
-        return cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+        return cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def generate(

@@ -12,6 +12,7 @@ from fastllm.ops.lora import lora_linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.ring import Shards, ring_attention
 from fastllm.ops.rope import rope
+from fastllm.ops.varlen import attention_varlen
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 
 __all__ = [
@@ -340,7 +341,9 @@ class Attention(nn.Module):
 
     cache is a `KeyValues`: x then continues the positions in it; for cross-attention it keeps the projected context, so
     that it is projected once. Returns [B, T, d_model]. Computed in x's dtype; attention itself in fp32 inside.
-    sequence, a `Shards` or None, says that x, context and mask are this rank's part (`sequence_parallel` sets it).
+    cu_seqlens [sequences + 1] packs sequences into one, x [1, T, d_model], as in `fastllm.attention_varlen`; each is
+    alone, with positions of its own. sequence, a `Shards` or None, says that x, context and mask are this rank's part
+    (`sequence_parallel` sets it).
     Raises ValueError for heads that do not divide, for a causal or windowed module that is given a context and for a
     cache of a part, and what `fastllm.attention` raises. Held by tests/test_nn.py and tests/test_ring.py.
     Source: Vaswani et al. 2017, arXiv:1706.03762.
@@ -383,15 +386,22 @@ class Attention(nn.Module):
     def _split(self, x, heads):
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)  # [B, heads, T, D]
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q, k, v, mask, cu_seqlens=None):
         """[B, H, T, D] from q and the un-repeated k and v [B, Hkv, S, D]: what another implementation overrides."""
         dropout_p = self.dropout if self.training else 0.0
-        options = dict(causal=self.causal, window=self.window, mask=mask, dropout_p=dropout_p)
+        options = dict(causal=self.causal, window=self.window, dropout_p=dropout_p)
+        if cu_seqlens is not None:
+            packed = [x[0].transpose(0, 1) for x in (q, k, v)]  # [T, H, D]
+            o = attention_varlen(*packed, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options)
+            return o.transpose(0, 1).unsqueeze(0)
+        options["mask"] = mask
         if self.sequence is None:
             return attention(q, k, v, **options)
         return ring_attention(q, k, v, group=self.sequence.group, sharding=self.sequence.sharding, **options)
 
-    def forward(self, x, context=None, *, mask=None, cache=None):
+    def forward(self, x, context=None, *, mask=None, cache=None, cu_seqlens=None):
+        if cu_seqlens is not None and not (context is mask is cache is self.sequence is None and len(x) == 1):
+            raise ValueError("Attention: with cu_seqlens, x is [1, T, d_model], alone and whole")
         if context is not None and (self.causal or self.window):
             raise ValueError("Attention: a causal or windowed module attends to its own input, but a context was given")
         if cache is not None and self.sequence is not None:
@@ -405,6 +415,8 @@ class Attention(nn.Module):
             v = self._split(self.value(source), self.kv_heads)
             if self.sequence is not None:
                 position = self.sequence.positions(x.shape[1], x.device)
+            elif cu_seqlens is not None:
+                position = packed_positions(cu_seqlens, x.shape[1])
             else:
                 position = 0 if cache is None else len(cache)
             if self.rotary is not None and context is None:
@@ -413,7 +425,7 @@ class Attention(nn.Module):
                 k, v = cache.append(k, v)
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None, None, :]
-        o = self.attend(q, k, v, mask)
+        o = self.attend(q, k, v, mask) if cu_seqlens is None else self.attend(q, k, v, None, cu_seqlens)
         return self.out(o.transpose(1, 2).flatten(2))
 
 
@@ -435,6 +447,12 @@ def sequence_parallel(model, shards):
     for module in (model, *modules):
         module.sequence = shards
     return model
+
+
+def packed_positions(cu_seqlens, T):
+    """[T]: the position of every row in its own one of the packed sequences."""
+    row = torch.arange(T, device=cu_seqlens.device)
+    return row - cu_seqlens[torch.searchsorted(cu_seqlens, row, right=True) - 1]
 
 
 class SwiGLU(nn.Module):

@@ -1,5 +1,6 @@
 """The reference transformer: the naive and the accelerated one are one model."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from check import assert_as_accurate
 
 import fastllm
 from fastllm import dispatch
+from fastllm.llm.meter import LiveBytes
 from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer, choose_token
 
 SMALL = dict(vocab=41, d_model=32, heads=4, kv_heads=2, layers=2, d_ff=48, max_len=64, dropout=0.0)
@@ -214,3 +216,63 @@ def test_compiles_whole(kind):
 def test_wrong_use_is_named(function, message):
     with pytest.raises(ValueError, match=message):
         function()
+
+
+def packed(lengths, vocab=41):
+    tokens = [torch.randint(vocab, (n,)) for n in lengths]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    return tokens, torch.cat(tokens)[None], bounds
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_packed_sequences_see_nothing_of_each_other(kind, positions):
+    """Each as accurate as it is alone, on the kernels and on plain PyTorch."""
+    options = dict(kind=kind, masked_lm=kind == "encoder", positions=positions, max_len=12)
+    alone, together, bounds = packed([12, 1, 5, 7])
+    models = [make(accelerated, **options) for accelerated in (True, False)]
+    exact = copy.deepcopy(models[1]).double()
+    truth = torch.cat([exact(tokens[None])[0] for tokens in alone])
+    peer = torch.cat([models[1](tokens[None])[0] for tokens in alone])
+    for model in models:
+        got = model(together, cu_seqlens=bounds)[0]
+        assert_as_accurate(got.detach().half(), peer.detach().half(), truth.detach())
+    losses = [model(together, cu_seqlens=bounds, targets=together, label_smoothing=0.1) for model in (*models, exact)]
+    # Roundings of several layers add up, luckily or not: fp16 sees what is more than that.
+    assert_as_accurate(losses[0].detach().half(), losses[1].detach().half(), losses[2].detach())
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs, true in zip(models[0].named_parameters(), models[1].parameters(), exact.parameters()):
+        if not name.endswith("key.bias"):  # 0 but for rounding
+            assert_as_accurate(ours.grad.half(), theirs.grad.half(), true.grad)
+    with pytest.raises(ValueError, match="13 positions, but max_len=12"):
+        models[0](together, cu_seqlens=torch.tensor([0, 13, 25]))
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    tokens, gradients, kept = torch.randint(41, (2, 40)), [], []
+    for checkpointing in (False, True):
+        model = make(layers=4, dropout=0.1, attention_dropout=0.1).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        with LiveBytes(model.parameters()) as memory:
+            loss = model(tokens, targets=tokens)
+            kept.append(memory.live)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 2
+
+
+def test_masked_lm_has_a_head_for_every_position():
+    model = make(kind="encoder", masked_lm=True)
+    assert (
+        model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 41) and model.head.weight is model.embedding.weight
+    )
+    with pytest.raises(ValueError, match="are two heads"):
+        Config(vocab=5, kind="encoder", classes=2, masked_lm=True)
+    with pytest.raises(ValueError, match="a source cannot be packed"):
+        make(kind="encoder-decoder")(
+            torch.zeros(1, 3).long(), source=torch.zeros(1, 3).long(), cu_seqlens=torch.tensor([0, 3])
+        )

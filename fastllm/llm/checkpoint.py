@@ -41,7 +41,7 @@ class Loaded:
 def task_of(config: Config) -> str:
     if config.kind != "encoder":
         return {"decoder": "language-model"}.get(config.kind, config.kind)
-    return "classification" if config.classes else "encoder"
+    return "masked-lm" if config.masked_lm else "classification" if config.classes else "encoder"
 
 
 def save_model(folder, model, tokenizer: Tokenizer, *, state=None, **meta):

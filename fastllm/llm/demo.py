@@ -17,7 +17,7 @@ import torch
 
 import fastllm
 from fastllm import info, verify
-from fastllm.llm import classify, pretrain, report, require
+from fastllm.llm import bytelevel, classify, report, require
 from fastllm.llm.checkpoint import save_model
 from fastllm.llm.compare import compare
 from fastllm.llm.data import build_or_fall_back
@@ -165,7 +165,7 @@ def language_comparison(task, sizes) -> dict:
     recipe = Recipe(steps=sizes.text_compare_steps, lr=1e-3, warmup=10, seconds=sizes.compare_seconds)
     batches = list(itertools.islice(task.batches(sizes.text_batch, recipe.seed), sizes.text_compare_steps))
     config = task.config(sizes.preset)
-    found = naive_and_kernels(pretrain, config, batches, recipe, sizes.text_block, "language model, in turn")
+    found = naive_and_kernels(bytelevel, config, batches, recipe, sizes.text_block, "language model, in turn")
     return found | dict(shape=f"{sizes.text_batch} x {sizes.context} bytes")
 
 
@@ -180,13 +180,13 @@ def language_training(task, sizes, folder) -> dict:
         seconds=sizes.train_seconds,
     )
     config = task.config(sizes.preset, dropout=0.0)
-    model, history = pretrain.fit(task, config, recipe, batch=sizes.text_batch)
+    model, history = bytelevel.fit(task, config, recipe, batch=sizes.text_batch)
     save_model(folder, model, task.tokenizer)
-    test = {"transformer on fastllm": pretrain.perplexity(model, task.splits["test"], sizes.context, limit=1 << 16)}
-    prompt = pretrain.prompt_from(task)
-    text = pretrain.sample(model, task.tokenizer, prompt, min(sizes.sample, sizes.context - len(prompt.encode())))
+    test = {"transformer on fastllm": bytelevel.perplexity(model, task.splits["test"], sizes.context, limit=1 << 16)}
+    prompt = bytelevel.prompt_from(task)
+    text = bytelevel.sample(model, task.tokenizer, prompt, min(sizes.sample, sizes.context - len(prompt.encode())))
     return dict(
-        history=history, test=test | pretrain.baselines(task), config=asdict(config), prompt=prompt, sample=text
+        history=history, test=test | bytelevel.baselines(task), config=asdict(config), prompt=prompt, sample=text
     )
 
 
@@ -220,7 +220,7 @@ def run(out="report", *, quick=False, fresh=False, data=DATA, text=TEXT, data_ro
     result["classifier_training"] = stages.run(
         "classifier-trained", settings, lambda: classifier_training(task, sizes, out / "classifier")
     )
-    task = pretrain.Task.load(prose["folder"], sizes.context)
+    task = bytelevel.Task.load(prose["folder"], sizes.context)
     settings = [asdict(sizes), prose["fingerprint"]]
     result["language"] = stages.run("language-compared", settings, lambda: language_comparison(task, sizes))
     result["language_training"] = stages.run(

@@ -1,215 +1,121 @@
-"""`fastllm pretrain`: train and evaluate the reference transformer as a byte-level language model on plain text."""
+"""`fastllm pretrain`: train a language model, a masked language model or an encoder-decoder from scratch."""
 
-import bz2
+import argparse
 import json
-import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from fastllm.llm.batches import Windows
-from fastllm.llm.data import SPLITS
-from fastllm.llm.distributed import add_parallel_arguments, shared, start
+from fastllm.llm import distributed, settings, shards
 from fastllm.llm.files import atomic
-from fastllm.llm.ranks import Ranks
+from fastllm.llm.objectives import OBJECTIVES
 from fastllm.llm.runs import Run, add_run_arguments
-from fastllm.llm.tokens import Tokenizer
-from fastllm.llm.train import OPTIMIZERS, Recipe, train
+from fastllm.llm.train import Recipe, train
 from fastllm.model import Config, Transformer
 
-# The parts of Llama (rotary, RMSNorm, SwiGLU) in two sizes; "paper" has those of Vaswani et al. 2017.
-MODERN = dict(kind="decoder", norm="rmsnorm", positions="rotary", activation="swiglu")
-PRESETS = {
-    "paper": MODERN | dict(d_model=512, heads=8, layers=6, d_ff=2048, scale_embedding=False),
-    "cpu": MODERN | dict(d_model=192, heads=3, layers=4, d_ff=512, scale_embedding=False),
-}
 
+def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=False, resume=False, fresh=False,
+        ranks=None, **changes) -> dict:  # fmt: skip
+    """Train on a folder that `fastllm data` made, with checkpoints in `out` (see `runs.Run`); evaluate on test, write
+    out/result.json and return it.
 
-@dataclass
-class Task:
-    """The three splits as numbers of bytes."""
-
-    tokenizer: Tokenizer
-    splits: dict
-    context: int
-
-    @classmethod
-    def load(cls, folder, context):
-        tokenizer, splits = Tokenizer.bytes(), {}
-        for split in SPLITS:
-            lines = (Path(folder) / f"{split}.txt").read_text("utf-8", errors="replace").splitlines(keepends=True)
-            parts = [torch.tensor(ids, dtype=torch.int16) for ids in tokenizer.encode_batch(lines)]
-            splits[split] = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int16)
-        for split, tokens in splits.items():
-            if len(tokens) <= context:
-                raise ValueError(f"{folder}/{split}.txt: {len(tokens)} bytes are too few for a context of {context}")
-        return cls(tokenizer, splits, context)
-
-    def batches(self, batch, seed):
-        return Windows(self.splits["train"], self.context, batch, seed)
-
-    def config(self, preset="cpu", **changes) -> Config:
-        return Config(**PRESETS[preset] | dict(vocab=self.tokenizer.size, max_len=self.context) | changes)
-
-
-def loss_of(model, batch):
-    return model(batch[:, :-1], targets=batch[:, 1:])
-
-
-def tokens_in(batch):
-    return batch[:, 1:].numel()
-
-
-@torch.no_grad()
-def perplexity(model, tokens, context, limit=1 << 17, batch=8) -> dict:
-    """Over windows of `context` tokens side by side, `limit` tokens at most, spread over the whole text."""
-    model.eval()
-    starts = torch.arange(0, len(tokens) - context, context)
-    if len(starts) * context > limit:
-        starts = starts[:: math.ceil(len(starts) * context / limit)]
-    cut = tokens[starts[:, None] + torch.arange(context + 1)].long()
-    total = sum(float(loss_of(model, part)) * len(part) for part in cut.split(batch))
-    loss = total / len(cut)
-    return dict(loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2), tokens=len(cut) * context)
-
-
-def baselines(task) -> dict:
-    """Test perplexity per byte of byte frequencies, and what bzip2 makes of the test text."""
-    counts = torch.bincount(task.splits["train"].long(), minlength=task.tokenizer.size).double() + 1
-    test = torch.bincount(task.splits["test"].long(), minlength=task.tokenizer.size).double()
-    loss = float(-(test * (counts / counts.sum()).log()).sum() / test.sum())
-    whole = task.tokenizer.decode(task.splits["test"].tolist()).encode()
-    bits = 8 * len(bz2.compress(whole, 9)) / len(whole)
-    return {
-        "byte frequencies": dict(loss=loss, perplexity=math.exp(loss), bits_per_byte=loss / math.log(2)),
-        "bzip2 -9 on the test text": dict(loss=bits * math.log(2), perplexity=2.0**bits, bits_per_byte=bits),
-    }
-
-
-def prompt_from(task, count=64) -> str:
-    """The beginning of a paragraph, or else of a line, behind the first tenth of the test text."""
-    tokens = task.splits["test"]
-    text = task.tokenizer.decode(tokens[len(tokens) // 10 :][:4096].tolist())
-    for separator in ("\n\n", "\n"):
-        if found := text.partition(separator)[2].strip():
-            return found[:count]
-    return text[:count]
-
-
-def sample(model, tokenizer, prompt: str, count: int, seed=0, temperature=0.8, top_k=40) -> str:
-    tokens = torch.tensor([tokenizer.encode(prompt)])
-    random = torch.Generator().manual_seed(seed)
-    made = model.generate(tokens, count, temperature=temperature, top_k=top_k, generator=random)
-    return tokenizer.decode(made[0].tolist())
-
-
-def fit(task, config, recipe, *, batch=8, accelerated=True, run=None, ranks=None, what="language model"):
-    """Train on the task's train split. Returns the model with its best parameters, and the history."""
+    config is a preset or a TOML file, changes are settings by key (lr=1e-3, d_model=256, ...). resume goes on with what
+    `out` was begun with; `settings.FREE` may be changed then. naive is plain PyTorch instead of the kernels.
+    Raises ValueError for settings that are not known or do not fit, and what `Run` raises.
+    """
+    ranks, begun = ranks or distributed.Ranks(), Path(out) / "run.json"
+    if resume and begun.exists():
+        chosen = json.loads(begun.read_text("utf-8"))
+        data = chosen["data"] if data is None else str(data)
+    else:
+        chosen = settings.read(config)
+    if data is None:
+        raise ValueError("pretrain: which data? A folder that `fastllm data` made is needed")
+    chosen = settings.overridden(chosen, changes) | dict(data=str(data))
+    parts = {name: {key: chosen[key] for key in keys} for name, keys in settings.SECTIONS.items()}
+    own = {key: parts["training"].pop(key) for key in ("batch", "label_smoothing", "keep", "tensorboard")}
+    recipe = Recipe(**parts["training"])
+    objective = OBJECTIVES[chosen["task"]]
+    folder = shards.tokenized(data, chosen["tokenizer"], chosen["vocab"])
+    chosen["fingerprint"] = shards.read_meta(folder)["fingerprint"]
+    task = objective(folder, chosen["context"], own["batch"], recipe.seed, own["label_smoothing"], ranks)
+    parts["model"]["window"] = parts["model"]["window"] and tuple(parts["model"]["window"])
+    model_config = Config(
+        vocab=task.tokenizer.size,
+        kind=task.kind,
+        masked_lm=task.masked_lm,
+        max_len=chosen["context"],
+        **parts["model"],
+    )
     torch.manual_seed(recipe.seed)
-    model = Transformer(config, accelerated)
-    history = train(
-        model,
-        task.batches(batch, recipe.seed),
-        loss_of,
-        tokens_in,
-        recipe,
-        length=task.context,
-        evaluate=lambda model: perplexity(model, task.splits["valid"], task.context, limit=1 << 15),
-        run=run,
-        ranks=ranks or Ranks(),
-        tokenizer=task.tokenizer,
-        what=what,
-    )
-    return model, history
-
-
-def run(
-    data,
-    out="runs/pretrain",
-    *,
-    preset="cpu",
-    steps=1000,
-    batch=8,
-    context=512,
-    optimizer="adamw",
-    lr=2e-3,
-    dropout=0.0,
-    weight_decay=0.1,
-    patience=5,
-    seed=0,
-    naive=False,
-    prompt="\n",
-    resume=False,
-    fresh=False,
-    ranks=None,
-) -> dict:
-    """Train, with checkpoints in `out` (see `runs.Run`), evaluate on test, write out/result.json and return it."""
-    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "prompt", "ranks")}
-    ranks = ranks or Ranks()
-    task = Task.load(data, context)
-    recipe = Recipe(
-        steps=steps,
-        optimizer=optimizer,
-        lr=lr,
-        warmup=min(100, max(1, steps // 10)),
-        weight_decay=weight_decay,
-        evaluate_every=max(1, steps // 10),
-        patience=patience,
-        seed=seed,
-    )
-    config = task.config(preset, dropout=dropout)
-    settings["data"] = str(data)
-    with shared(ranks, lambda: Run(out, settings, resume=resume, fresh=fresh, free=("data",))) as run:
-        model, history = fit(task, config, recipe, batch=batch, accelerated=not naive, run=run, ranks=ranks)
-    with ranks.evaluating(model):
-        test = {"transformer": perplexity(model, task.splits["test"], context)} | baselines(task)
-        text = sample(model, task.tokenizer, prompt, min(300, context - len(prompt.encode())))
-    result = dict(data=str(data), config=asdict(config), history=history, test=test, sample=text)
-    if ranks.first:
-        with atomic(Path(out) / "result.json") as file:
-            json.dump(result, file)
+    model = Transformer(model_config, not naive).to(ranks.device)
+    free = ("data", *settings.FREE)
+    with Run(out, chosen, resume=resume, fresh=fresh, keep=own["keep"], free=free, writes=ranks.first) as folder:
+        history = train(
+            model,
+            task,
+            task.loss_of,
+            task.tokens_in,
+            recipe,
+            weight_of=task.weight_of,
+            length=chosen["context"],
+            evaluate=task.evaluate,
+            sample=lambda model: task.sample(model, prompt),
+            run=folder,
+            tokenizer=task.tokenizer,
+            meta=dict(task=chosen["task"], data=str(data)),
+            ranks=ranks,
+            tensorboard=own["tensorboard"],
+            what="pretrain",
+        )
+        test = task.evaluate(model, "test", None)
+        result = dict(settings=chosen, history=history, test=test, sample=task.sample(model, prompt))
+        result["parameters"] = sum(p.numel() for p in model.parameters())
+        if ranks.first:
+            with atomic(Path(out) / "result.json") as file:
+                json.dump(result, file)
     return result
 
 
 def add_arguments(subparsers):
-    parser = subparsers.add_parser("pretrain", help="train a language model on train.txt, valid.txt, test.txt")
-    parser.add_argument("data", help="folder with the three files, as `fastllm data` builds them")
-    parser.add_argument("--out", default="runs/pretrain")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    for name, kind, default in (
-        ("steps", int, 1000),
-        ("batch", int, 8),
-        ("context", int, 512),
-        ("lr", float, 2e-3),
-        ("dropout", float, 0.0),
-        ("weight-decay", float, 0.1),
-        ("patience", int, 5),
-        ("seed", int, 0),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
-    parser.add_argument("--prompt", default="\n", help="what the sample continues")
+    parser = subparsers.add_parser("pretrain", help="train a language model from scratch")
+    parser.add_argument("data", nargs="?", help="folder as `fastllm data` makes them")
+    parser.add_argument(
+        "--config", default="llama-cpu", help=f"a TOML file, or {', '.join(settings.names())} (default: llama-cpu)"
+    )
+    parser.add_argument("--out", default="runs/pretrain", help="folder of the run (default: runs/pretrain)")
     add_run_arguments(parser)
-    add_parallel_arguments(parser)
+    parser.add_argument("--prompt", default="", help="what the samples continue")
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
+    for section, keys in settings.SECTIONS.items():
+        group = parser.add_argument_group(f"{section}: overrides what the config says")
+        for key, default in keys.items():
+            name, kind = f"--{key.replace('_', '-')}", settings.kind_of(key, default)
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            elif kind is list:
+                how = dict(type=int, nargs=2, metavar=("LEFT", "RIGHT"))
+            else:
+                how = dict(type=kind, metavar=kind.__name__)
+            group.add_argument(name, dest=key, default=None, help=f"without a config: {default}", **how)
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
-    apart = ("command", "run", "traceback", "parallel", "sequence_ranks")
-    options = {k: v for k, v in vars(args).items() if k not in apart}
-    with start(args.parallel, args.sequence_ranks) as ranks:
-        result = run(**options, ranks=ranks)
-        show_perplexity(result["test"])
-        history = result["history"]
-        print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
-        print(f"sample:\n{result['sample']}\n\ncheckpoints and result: {args.out}")
+    fixed = ("data", "config", "out", "prompt", "naive", "resume", "fresh")
+    keys = {key for keys in settings.SECTIONS.values() for key in keys}
+    changes = {key: value for key, value in vars(args).items() if key in keys and value is not None}
+    with distributed.start() as ranks:
+        result = run(**{name: getattr(args, name) for name in fixed}, ranks=ranks, **changes)
+    history, test = result["history"], result["test"]
+    print(f"test: perplexity {test['perplexity']:.2f} per token" + (
+        f", {test['bits_per_character']:.3f} bits per character" if "bits_per_character" in test else ""
+    ))  # fmt: skip
+    memory = history["activation_bytes"]
+    print(
+        f"{result['parameters']:,} parameters, {history['tokens_per_s']:,.0f} tokens/s"
+        + (f", activations {memory / 2**20:,.0f} MiB" if memory else "")
+        + f"; best at step {history['best']['step']}; {history['stopped']}"
+    )
+    print(f"sample: {result['sample']}\n\ncheckpoints and result: {args.out}")
     return 0
-
-
-def show_perplexity(test: dict):
-    from fastllm.text import show
-
-    rows = [(who, f"{found['perplexity']:.2f}", f"{found['bits_per_byte']:.3f}") for who, found in test.items()]
-    show(("test", "perplexity per byte", "bits per byte"), rows)
