@@ -352,7 +352,7 @@ class Stage:
 
     def training(self):
         """One optimizer step of the reference transformer: kernels, plain PyTorch, and torch.compile of the latter."""
-        from fastllm.llm.pretrain import loss_of
+        from fastllm.llm.bytelevel import loss_of
         from fastllm.llm.train import Recipe, Stepper
         from fastllm.model import Config, Transformer
 
@@ -379,7 +379,7 @@ class Stage:
             torch.manual_seed(0)
             with torch.device(device):
                 step = Stepper(model().to(sizes.dtype), Recipe(), loss_of)
-            contenders[name] = lambda step=step: step(tokens)
+            contenders[name] = lambda step=step: step([tokens])
             with fastllm.backend("triton"):
                 contenders[name]()
                 memory[name] = self.machine.peak(contenders[name])

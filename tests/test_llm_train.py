@@ -302,7 +302,7 @@ def test_activation_memory_is_what_the_forward_pass_leaves():
         del y
         assert memory.live == 0
     model = make()
-    stepper = train.Stepper(model, train.Recipe(), loss_of)
+    stepper = train.Stepper(model, train.Recipe(), loss_of, measure=True)
     stepper([TEXT[None, :20]])
     first = stepper.activations
     stepper([TEXT[None, :40]])

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -116,10 +117,10 @@ def verify_ops(sizes) -> list[dict]:
 
 def kernels_used(model, loss_of, batch) -> list[dict]:
     """What `fastllm.explain` says about one forward pass, equal calls counted."""
-    calls = {}
-    for call in fastllm.explain(loss_of, model, batch).calls:
-        calls[call] = calls.get(call, 0) + 1
-    return [asdict(call) | dict(calls=count) for call, count in calls.items()]
+    names = "op", "backend", "kernel", "shape", "dtype", "reason"
+    calls = fastllm.explain(loss_of, model, batch).calls
+    counts = Counter(tuple(getattr(call, name) for name in names) for call in calls)
+    return [dict(zip(names, call, strict=True)) | dict(calls=count) for call, count in counts.items()]
 
 
 def naive_and_kernels(task_module, config, batches, recipe, block, what) -> dict:

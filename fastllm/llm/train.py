@@ -89,12 +89,12 @@ class Stepper:
     loss_of(model, batch) is the mean over weight_of(batch) things: a step's loss is the mean over all of them,
     whichever batch and rank they are in. groups is as PyTorch's optimizers take it; "lr_scale" in one multiplies its
     learning rate. `norm` is the last norm of the gradients before they were clipped, `activations` the bytes that the
-    forward pass of the first batch left for the backward pass (None with several ranks).
+    forward pass of the first batch left for the backward pass (None without `measure`, and with several ranks).
     """
 
-    def __init__(self, model, recipe: Recipe, loss_of, *, weight_of=None, ranks=None, groups=None):
+    def __init__(self, model, recipe: Recipe, loss_of, *, weight_of=None, ranks=None, groups=None, measure=False):
         self.model, self.recipe, self.loss_of, self.taken = model, recipe, loss_of, 0
-        self.norm = self.activations = None
+        self.norm, self.activations, self.measure = None, None, measure
         self.weight_of, self.ranks = weight_of or (lambda batch: 1), ranks or Ranks()
         groups = parameter_groups(model, recipe.weight_decay) if groups is None else groups
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -130,7 +130,7 @@ class Stepper:
         return ranks.sums(loss)[0]
 
     def measuring(self):
-        if self.activations is not None or self.ranks.ranks > 1:
+        if not self.measure or self.activations is not None or self.ranks.ranks > 1:
             return contextlib.nullcontext()
         return meter.LiveBytes([*self.model.parameters(), *self.model.buffers()])
 
@@ -185,9 +185,8 @@ class Trainer:
         model.train()
         if recipe.checkpointing:
             model.gradient_checkpointing_enable()
-        self.stepper = Stepper(
-            model, recipe, self.loss_of, weight_of=self.weight_of, ranks=self.ranks, groups=self.groups
-        )
+        options = dict(weight_of=self.weight_of, ranks=self.ranks, groups=self.groups, measure=True)
+        self.stepper = Stepper(model, recipe, self.loss_of, **options)
         with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
             if self.run is not None:
                 self.resume()
