@@ -189,7 +189,7 @@ def text(tmp_path_factory):
 
 def pretrain(text, out, **options):
     """The arguments of a small `fastllm pretrain`, and more."""
-    options = dict(steps=60, batch=4, context=16, patience=0, out=out) | options
+    options = dict(tokenizer="bytes", steps=60, batch=4, context=16, patience=0, out=out) | options
     return ["pretrain", str(text), *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
 
 
@@ -221,7 +221,7 @@ def test_bad_input_is_told_once(text, tmp_path):
     errors = start([*TORCHRUN, "2", "-m", "fastllm", *pretrain(text, tmp_path / "run", batch=3)]).communicate()[1]
     told = [line for line in errors.splitlines() if line.startswith("fastllm: error:")]
     assert told == [
-        "fastllm: error: distributed: a batch of shape [3, 17] has no rows to share among 2 ranks equally: "
+        "fastllm: error: distributed: a batch of shape [3, 16] has no rows to share among 2 ranks equally: "
         "--batch, or else --accumulate, must be a multiple of 2"
     ]
 

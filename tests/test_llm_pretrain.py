@@ -90,7 +90,7 @@ def test_rows_are_packed_and_documents_begin_with_eos(text):
     task = objectives.NextToken(shards.tokenized(text, "bytes"), 24, 4)
     eos, seen = task.tokenizer.eos, []
     for n in range(task.rows // 4):
-        inputs = task[n]
+        inputs = task.arranged(task[n])
         tokens, targets, bounds = inputs.tokens[0], inputs.targets[0], inputs.cu_seqlens.tolist()
         assert tokens.shape == (4 * 24,) and bounds[0] == 0 and bounds[-1] == 96
         begins = {0, 24, 48, 72} | {i for i in range(96) if tokens[i] == eos}
@@ -111,12 +111,12 @@ def test_masking_hides_a_share_and_is_the_same_each_time(text):
     task = objectives.MaskedTokens(shards.tokenized(text, "bytes"), 128, 8)
     rows = torch.randint(5, 261, (400, 129))
     inputs, again, other = (task.inputs(rows, n) for n in (7, 7, 8))
-    chosen, before = inputs.targets[0] >= 0, rows[:, :-1].flatten()
+    chosen, before = inputs.targets >= 0, rows[:, :-1]
     assert torch.equal(inputs.tokens, again.tokens) and not torch.equal(inputs.targets, other.targets)
     assert 0.14 < chosen.float().mean() < 0.16
-    assert torch.equal(inputs.targets[0][chosen], before[chosen])
-    assert torch.equal(inputs.tokens[0][~chosen], before[~chosen])
-    hidden = inputs.tokens[0][chosen]
+    assert torch.equal(inputs.targets[chosen], before[chosen])
+    assert torch.equal(inputs.tokens[~chosen], before[~chosen])
+    hidden = inputs.tokens[chosen]
     assert 0.78 < (hidden == task.tokenizer.mask).float().mean() < 0.82
     assert 0.08 < (hidden == before[chosen]).float().mean() < 0.12
 
@@ -124,7 +124,7 @@ def test_masking_hides_a_share_and_is_the_same_each_time(text):
 @pytest.mark.parametrize("config", ["gpt2-cpu", "llama-cpu", "bert-cpu"])
 def test_models_of_text_learn(text, tmp_path, config):
     changes = TINY | dict(checkpointing=config == "gpt2-cpu", precision="bf16" if config == "llama-cpu" else "fp32")
-    result = pretrain.run(text, config, tmp_path / "run", **changes)
+    result = pretrain.run(text, tmp_path / "run", config=config, **changes)
     losses = [found["loss"] for found in result["history"]["evaluations"]]
     assert losses[-1] < losses[0] < 5.6 and result["test"]["perplexity"] < 200
     loaded = load_model(tmp_path / "run")
@@ -133,7 +133,7 @@ def test_models_of_text_learn(text, tmp_path, config):
 
 
 def test_an_encoder_decoder_learns_pairs(pairs, tmp_path):
-    result = pretrain.run(pairs, "translate-cpu", tmp_path / "run", **TINY | dict(d_model=32))
+    result = pretrain.run(pairs, tmp_path / "run", config="translate-cpu", **TINY | dict(d_model=32))
     losses = [found["loss"] for found in result["history"]["evaluations"]]
     assert losses[-1] < losses[0] and " -> " in result["sample"]
     assert load_model(tmp_path / "run", task="encoder-decoder").model.config.kind == "encoder-decoder"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from fastllm.llm.batches import Epochs, pad
-from fastllm.llm.distributed import Ranks
 from fastllm.llm.shards import Sequences, Stream, read_meta
 from fastllm.llm.tokens import Tokenizer
 
@@ -25,27 +24,34 @@ class Inputs:
     targets: torch.Tensor
     source: torch.Tensor | None = None
     source_mask: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
 
     def on(self, device) -> dict:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: x.to(device) for name, x in found.items() if x is not None}
 
 
+@dataclass(frozen=True)
+class Packed(Inputs):
+    cu_seqlens: torch.Tensor | None = None
+
+
 class Objective:
-    """Over a folder of token shards. rows_of(n) of `Epochs` or of a stream's chunks make up batch n."""
+    """Over a folder of token shards: objective[n] is batch n of training."""
 
     kind, masked_lm = "decoder", False
 
-    def __init__(self, folder, context: int, batch: int, seed: int = 0, label_smoothing=0.0, ranks=None):
+    def __init__(self, folder, context: int, batch: int, seed: int = 0, label_smoothing=0.0):
         self.folder, self.context, self.batch, self.seed = folder, context, batch, seed
-        self.label_smoothing, self.ranks = label_smoothing, ranks or Ranks()
+        self.label_smoothing = label_smoothing
         self.tokenizer, self.meta = Tokenizer.load(folder), read_meta(folder)
-        self.ranks.check(batch)
 
     def loss_of(self, model, inputs: Inputs):
-        device = next(model.parameters()).device
-        return model(**inputs.on(device), label_smoothing=self.label_smoothing if model.training else 0.0)
+        inputs = self.arranged(inputs).on(next(model.parameters()).device)
+        return model(**inputs, label_smoothing=self.label_smoothing if model.training else 0.0)
+
+    def arranged(self, inputs: Inputs) -> Inputs:
+        """As the model takes them."""
+        return inputs
 
     @staticmethod
     def tokens_in(inputs: Inputs) -> int:
@@ -68,20 +74,25 @@ class Objective:
             total, count = total + float(self.loss_of(model, inputs)) * weight, count + weight
         loss = total / count
         found = dict(loss=loss, perplexity=math.exp(min(loss, 700)), tokens=count)
-        if not self.masked_lm:
-            each = self.meta["tokens"][split] / max(1, self.meta["characters"][split])
-            found["bits_per_character"] = loss / math.log(2) * (each if self.kind == "decoder" else 1)
+        if self.kind == "decoder":
+            tokens_per_character = self.meta["tokens"][split] / max(1, self.meta["characters"][split])
+            found["bits_per_character"] = loss / math.log(2) * tokens_per_character
         return found
 
 
 class NextToken(Objective):
-    """The stream cut into rows of `context` tokens at another place in each pass, in random order."""
+    """The stream cut into rows of `context` tokens at another place in each pass, in random order.
+
+    packed=False lets the documents of a row see each other, for what cannot pack (a sequence shared by several ranks).
+    """
+
+    packed = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.streams = {split: Stream(self.folder, split) for split in ("train", "valid", "test")}
         for split, stream in self.streams.items():
-            least = self.context + 1 if split != "train" else 2 * self.context
+            least = self.context + 1 if split != "train" else 2 * self.context + 1
             if len(stream) < least:
                 raise ValueError(
                     f"{self.folder}: the {split} split has {len(stream)} tokens, too few for context={self.context}"
@@ -91,9 +102,8 @@ class NextToken(Objective):
         self._epoch = self._order = None
 
     def __getitem__(self, n: int) -> Inputs:
-        positions = range(n * self.batch, (n + 1) * self.batch)[self.ranks.rows(self.batch)]
         stream, rows = self.streams["train"], []
-        for position in positions:
+        for position in range(n * self.batch, (n + 1) * self.batch):
             epoch, at = divmod(position, self.rows)
             if epoch != self._epoch:
                 random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -113,19 +123,24 @@ class NextToken(Objective):
             yield self.inputs(torch.stack(part), at)
 
     def inputs(self, rows, n) -> Inputs:
-        """Of rows [B, context + 1]. Every row, and every eos in it, begins a sequence: eos is what a text begins with,
-        and what it ends with is the target of its last token."""
-        tokens, targets = rows[:, :-1].reshape(1, -1), rows[:, 1:].reshape(1, -1)
-        return Inputs(tokens, targets, cu_seqlens=self.bounds(tokens))
+        """Of rows [B, context + 1]."""
+        return Inputs(rows[:, :-1], rows[:, 1:])
 
-    def bounds(self, tokens):
-        begins = (tokens[0] == self.tokenizer.eos) | (torch.arange(tokens.shape[1]) % self.context == 0)
-        return torch.cat([begins.nonzero()[:, 0], torch.tensor([tokens.shape[1]])])
+    def arranged(self, inputs) -> Inputs:
+        """Packed: every row, and every eos in it, begins a sequence. So a text begins with eos, and eos is the target
+        of its last token too."""
+        tokens = inputs.tokens
+        if not self.packed:
+            return inputs
+        begins = tokens == self.tokenizer.eos
+        begins[:, 0] = True
+        bounds = torch.cat([begins.flatten().nonzero()[:, 0], torch.tensor([tokens.numel()])])
+        return Packed(tokens.reshape(1, -1), inputs.targets.reshape(1, -1), cu_seqlens=bounds)
 
     @torch.no_grad()
     def sample(self, model, prompt="", count=200, temperature=0.8, top_k=40):
         """What the model makes of a prompt; a new text without one."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False) or [self.tokenizer.eos]
+        ids = [self.tokenizer.eos, *self.tokenizer.encode(prompt)]
         device, random = next(model.parameters()).device, torch.Generator().manual_seed(self.seed)
         count = min(count, self.context - len(ids))
         if count < 1:
@@ -143,23 +158,23 @@ class MaskedTokens(NextToken):
     kind, masked_lm, share = "encoder", True, 0.15
 
     def inputs(self, rows, n) -> Inputs:
-        tokens = rows[:, :-1].reshape(1, -1).clone()
+        tokens = rows[:, :-1]
         random = torch.Generator().manual_seed((self.seed + 1) * 7_368_787 + n)
         chosen = (torch.rand(tokens.shape, generator=random) < self.share) & (tokens != self.tokenizer.eos)
-        chosen[0, 0] |= not chosen.any()  # a loss needs a target
-        bounds, targets = self.bounds(tokens), torch.where(chosen, tokens, -100)
+        chosen[:, 0] |= ~chosen.any(1)  # every row has a target, whoever takes it
+        targets = torch.where(chosen, tokens, -100)
         how = torch.rand(tokens.shape, generator=random)
         others = torch.randint(self.tokenizer.size, tokens.shape, generator=random)
         tokens = torch.where(chosen & (how < 0.8), self.tokenizer.mask, tokens)
         tokens = torch.where(chosen & (how >= 0.9), others, tokens)
-        return Inputs(tokens, targets, cu_seqlens=bounds)
+        return Inputs(tokens, targets)
 
     @torch.no_grad()
     def sample(self, model, prompt="", count=64):
         """A text of the valid split with what the model would put for [the words that it does not see]."""
         row = self.streams["valid"][: min(count, self.context) + 1][None]
         inputs = self.inputs(row, 0)
-        filled = model(inputs.tokens.to(next(model.parameters()).device), cu_seqlens=None).argmax(-1)[0].tolist()
+        filled = model(inputs.tokens.to(next(model.parameters()).device)).argmax(-1)[0].tolist()
         words = [
             self.tokenizer.decode([guess if target >= 0 else token])
             for token, guess, target in zip(row[0].tolist(), filled, inputs.targets[0].tolist())
@@ -183,10 +198,7 @@ class SourceToTarget(Objective):
         self.epochs = Epochs((lengths[::2] + lengths[1::2]).tolist(), self.batch, self.seed, list)
 
     def __getitem__(self, n: int) -> Inputs:
-        indices = self.epochs[n]
-        # the last batch of a pass may be one that cannot be shared equally: every rank then takes all of it
-        shared = len(indices) % self.ranks.data_ranks == 0
-        return self.inputs("train", indices[self.ranks.rows(len(indices))] if shared else indices)
+        return self.inputs("train", self.epochs[n])
 
     def passes(self, split, limit):
         sequences = self.sequences[split]

@@ -9,13 +9,24 @@ import torch
 from fastllm.llm import distributed, settings, shards
 from fastllm.llm.files import atomic
 from fastllm.llm.objectives import OBJECTIVES
+from fastllm.llm.ranks import Ranks
 from fastllm.llm.runs import Run, add_run_arguments
 from fastllm.llm.train import Recipe, train
 from fastllm.model import Config, Transformer
 
 
-def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=False, resume=False, fresh=False,
-        ranks=None, **changes) -> dict:  # fmt: skip
+def run(
+    data=None,
+    out="runs/pretrain",
+    *,
+    config="llama-cpu",
+    prompt="",
+    naive=False,
+    resume=False,
+    fresh=False,
+    ranks=None,
+    **changes,
+) -> dict:
     """Train on a folder that `fastllm data` made, with checkpoints in `out` (see `runs.Run`); evaluate on test, write
     out/result.json and return it.
 
@@ -23,7 +34,7 @@ def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=
     `out` was begun with; `settings.FREE` may be changed then. naive is plain PyTorch instead of the kernels.
     Raises ValueError for settings that are not known or do not fit, and what `Run` raises.
     """
-    ranks, begun = ranks or distributed.Ranks(), Path(out) / "run.json"
+    ranks, begun = ranks or Ranks(), Path(out) / "run.json"
     if resume and begun.exists():
         chosen = json.loads(begun.read_text("utf-8"))
         data = chosen["data"] if data is None else str(data)
@@ -31,14 +42,17 @@ def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=
         chosen = settings.read(config)
     if data is None:
         raise ValueError("pretrain: which data? A folder that `fastllm data` made is needed")
-    chosen = settings.overridden(chosen, changes) | dict(data=str(data))
+    naive = naive or chosen.get("naive", False)
+    chosen = settings.overridden(chosen, changes) | dict(data=str(data), naive=naive)
     parts = {name: {key: chosen[key] for key in keys} for name, keys in settings.SECTIONS.items()}
     own = {key: parts["training"].pop(key) for key in ("batch", "label_smoothing", "keep", "tensorboard")}
     recipe = Recipe(**parts["training"])
-    objective = OBJECTIVES[chosen["task"]]
-    folder = shards.tokenized(data, chosen["tokenizer"], chosen["vocab"])
+    tokens = ranks.first and shards.tokenized(data, chosen["tokenizer"], chosen["vocab"])
+    folder = ranks.tell(tokens)  # the others wait until it is there
     chosen["fingerprint"] = shards.read_meta(folder)["fingerprint"]
-    task = objective(folder, chosen["context"], own["batch"], recipe.seed, own["label_smoothing"], ranks)
+    objective = OBJECTIVES[chosen["task"]]
+    task = objective(folder, chosen["context"], own["batch"], recipe.seed, own["label_smoothing"])
+    task.packed = getattr(ranks, "sequence", None) is None
     parts["model"]["window"] = parts["model"]["window"] and tuple(parts["model"]["window"])
     model_config = Config(
         vocab=task.tokenizer.size,
@@ -48,9 +62,9 @@ def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=
         **parts["model"],
     )
     torch.manual_seed(recipe.seed)
-    model = Transformer(model_config, not naive).to(ranks.device)
-    free = ("data", *settings.FREE)
-    with Run(out, chosen, resume=resume, fresh=fresh, keep=own["keep"], free=free, writes=ranks.first) as folder:
+    model = Transformer(model_config, not naive).to("cuda" if torch.cuda.is_available() else "cpu")
+    options = dict(resume=resume, fresh=fresh, keep=own["keep"], free=("data", *settings.FREE))
+    with distributed.shared(ranks, lambda: Run(out, chosen, **options)) as folder:
         history = train(
             model,
             task,
@@ -68,8 +82,9 @@ def run(data=None, config="llama-cpu", out="runs/pretrain", *, prompt="", naive=
             tensorboard=own["tensorboard"],
             what="pretrain",
         )
-        test = task.evaluate(model, "test", None)
-        result = dict(settings=chosen, history=history, test=test, sample=task.sample(model, prompt))
+        with ranks.evaluating(model):
+            test = task.evaluate(model, "test", None)
+            result = dict(settings=chosen, history=history, test=test, sample=task.sample(model, prompt))
         result["parameters"] = sum(p.numel() for p in model.parameters())
         if ranks.first:
             with atomic(Path(out) / "result.json") as file:
@@ -85,6 +100,7 @@ def add_arguments(subparsers):
     )
     parser.add_argument("--out", default="runs/pretrain", help="folder of the run (default: runs/pretrain)")
     add_run_arguments(parser)
+    distributed.add_parallel_arguments(parser)
     parser.add_argument("--prompt", default="", help="what the samples continue")
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
     for section, keys in settings.SECTIONS.items():
@@ -105,17 +121,17 @@ def main(args) -> int:
     fixed = ("data", "config", "out", "prompt", "naive", "resume", "fresh")
     keys = {key for keys in settings.SECTIONS.values() for key in keys}
     changes = {key: value for key, value in vars(args).items() if key in keys and value is not None}
-    with distributed.start() as ranks:
+    with distributed.start(args.parallel, args.sequence_ranks) as ranks:
         result = run(**{name: getattr(args, name) for name in fixed}, ranks=ranks, **changes)
-    history, test = result["history"], result["test"]
-    print(f"test: perplexity {test['perplexity']:.2f} per token" + (
-        f", {test['bits_per_character']:.3f} bits per character" if "bits_per_character" in test else ""
-    ))  # fmt: skip
-    memory = history["activation_bytes"]
-    print(
-        f"{result['parameters']:,} parameters, {history['tokens_per_s']:,.0f} tokens/s"
-        + (f", activations {memory / 2**20:,.0f} MiB" if memory else "")
-        + f"; best at step {history['best']['step']}; {history['stopped']}"
-    )
-    print(f"sample: {result['sample']}\n\ncheckpoints and result: {args.out}")
+        history, test = result["history"], result["test"]
+        print(f"test: perplexity {test['perplexity']:.2f} per token" + (
+            f", {test['bits_per_character']:.3f} bits per character" if "bits_per_character" in test else ""
+        ))  # fmt: skip
+        memory = history["activation_bytes"]
+        print(
+            f"{result['parameters']:,} parameters, {history['tokens_per_s']:,.0f} tokens/s"
+            + (f", activations {memory / 2**20:,.0f} MiB" if memory else "")
+            + f"; best at step {history['best']['step']}; {history['stopped']}"
+        )
+        print(f"sample: {result['sample']}\n\ncheckpoints and result: {args.out}")
     return 0
