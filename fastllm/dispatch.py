@@ -207,6 +207,11 @@ def forced() -> str | None:
     return _forced
 
 
+def is_free() -> bool:
+    """Whether no block forces an implementation or records calls, so that one that is known may be called at once."""
+    return _forced is None and _recorder is None
+
+
 def _choose(op, x, unsupported, optional=False):
     native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
     name = _forced or native

@@ -150,3 +150,25 @@ def test_gradient_checkpointing_and_restore():
     shapes = seen_by_layers(model)
     model(**given)
     assert shapes == [(4, 17, 32)], "restored"
+
+
+def test_few_rows_are_not_asked_about(monkeypatch):
+    """Where our product is never the faster one, a linear layer is PyTorch's without a look at the table."""
+    from fastllm import matchers
+    from fastllm.ops import _tuned
+
+    model, given, asked = make("bert"), batch([5], 5), []
+    fastllm.accelerate(model)
+    plain = matchers.linear
+    monkeypatch.setattr(
+        matchers, "linear", lambda x, *rest: (asked.append(x.numel() // x.shape[-1]), plain(x, *rest))[1]
+    )
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 6)
+    model(**given)
+    assert not asked
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 5)
+    model(**given)
+    assert set(asked) == {5}
+    asked.clear()
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 6)
+    assert any(call.op == "linear" for call in fastllm.explain(model, **given).calls) and asked

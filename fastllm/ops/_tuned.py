@@ -7,6 +7,7 @@ use, and the number of threads. What nobody measured gets PyTorch's kernel.
 import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def linear_kernels(M: int, N: int, K: int) -> tuple[bool, bool, bool]:
     """For y [M, N] = x [M, K] W^T in fp32: whether our kernel does the forward pass, dx, dweight."""
     look_up = _linear_kernels if torch.compiler.is_compiling() else _remembered  # sizes may be symbols in a compiler
     return look_up(key(), M, N, K)
+
+
+def fewest_rows() -> float:
+    """With fewer rows of x than these our linear kernel is never chosen."""
+    return _fewest_rows(key())
+
+
+@functools.cache
+def _fewest_rows(key):
+    measured = TABLE.get(key, {}).get("linear")
+    return measured["grid"]["M"][0] if measured else math.inf
 
 
 def _linear_kernels(key, M, N, K):
