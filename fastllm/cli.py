@@ -5,8 +5,10 @@ info, verify and bench work from a plain install. The other commands come from t
 """
 
 import argparse
+import difflib
 import importlib
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastllm {fastllm.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    parser.commands = subparsers.choices
     for name in [wanted] if wanted in PLAIN else PLAIN:
         importlib.import_module(PLAIN[name]).add_arguments(subparsers)
     if wanted not in PLAIN:
@@ -51,11 +54,23 @@ def add_llm_commands(subparsers) -> list[str]:
     return missing
 
 
+def unrecognised(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """What is said about arguments that the parser of a command does not know, with the option that is nearest."""
+    said = f"unrecognized arguments: {' '.join(unknown)}"
+    known = re.findall(r"--[a-z][\w-]*", parser.format_help())
+    option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    nearest = difflib.get_close_matches(option, known, n=1)
+    return f"{said}; did you mean {nearest[0]}?" if nearest else said
+
+
 def main(arguments=None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        args = build_parser(wanted).parse_args(arguments)
+        parser = build_parser(wanted)
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.error(unrecognised(unknown, parser.commands[args.command]))
         if args.command not in PLAIN:  # those measure PyTorch as it is
             tune_allocator()
         return args.run(args) or 0

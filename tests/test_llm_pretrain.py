@@ -154,6 +154,14 @@ def test_the_wrong_data_is_one_line(text, pairs, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_option_with_a_mistake_names_the_nearest(capsys):
+    for option, nearest in (("--stps", "--steps"), ("--weight_decay=1", "--weight-decay"), ("--fersh", "--fresh")):
+        with pytest.raises(SystemExit) as ended:
+            cli(["pretrain", "data/x", option])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and f"unrecognized arguments: {option}; did you mean {nearest}?" in said
+
+
 def test_the_command_resumes(text, tmp_path, capsys):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "steps"]
     command = ["pretrain", "--out", str(tmp_path / "run"), "--prompt", "the"]
