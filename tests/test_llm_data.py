@@ -181,3 +181,7 @@ def test_epochs_are_looked_up_by_number():
     for found in passes:
         assert sorted(i for batch in found for i in batch) == list(range(101))
     assert passes[0] != passes[1] and epochs[5] == passes[0][5]
+    whole = batches.Epochs(lengths, 10, 3, list, whole=True)
+    assert whole.per_epoch == 10 and [whole[n] for n in range(10)] == [part for part in passes[0] if len(part) == 10]
+    with pytest.raises(ValueError, match="101 sequences make no batch of 200"):
+        batches.Epochs(lengths, 200, 3, list, whole=True)

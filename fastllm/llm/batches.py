@@ -54,18 +54,23 @@ def bucketed(lengths: list[int], batch: int, seed: int | None) -> list[list[int]
 class Epochs:
     """Passes over a data set without end, each in its own order: epochs[n] is batch n, whenever it is asked for.
 
-    lengths has the length of each sequence; make(indices) makes a batch of some.
+    lengths has the length of each sequence; make(indices) makes a batch of some. whole=True leaves a pass's one smaller
+    batch out, so that ranks can share every batch. Raises ValueError where there is no batch then.
     """
 
-    def __init__(self, lengths: list[int], batch: int, seed: int, make):
-        self.lengths, self.batch, self.seed, self.make = lengths, batch, seed, make
-        self.per_epoch = math.ceil(len(lengths) / batch)
+    def __init__(self, lengths: list[int], batch: int, seed: int, make, whole=False):
+        if len(lengths) < (batch if whole else 1):
+            raise ValueError(f"Epochs: {len(lengths)} sequences make no batch of {batch}")
+        self.lengths, self.batch, self.seed, self.make, self.whole = lengths, batch, seed, make, whole
+        self.per_epoch = len(lengths) // batch if whole else math.ceil(len(lengths) / batch)
         self._epoch = self._order = None
 
     def __getitem__(self, n: int):
         epoch, at = divmod(n, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, bucketed(self.lengths, self.batch, self.seed + epoch)
+            order = bucketed(self.lengths, self.batch, self.seed + epoch)
+            self._order = [part for part in order if len(part) == self.batch or not self.whole]
+            self._epoch = epoch
         return self.make(self._order[at])
 
 

@@ -195,7 +195,7 @@ class SourceToTarget(Objective):
             )
         self.sequences = {split: Sequences(self.folder, split) for split in ("train", "valid", "test")}
         lengths = self.sequences["train"].lengths
-        self.epochs = Epochs((lengths[::2] + lengths[1::2]).tolist(), self.batch, self.seed, list)
+        self.epochs = Epochs((lengths[::2] + lengths[1::2]).tolist(), self.batch, self.seed, list, whole=True)
 
     def __getitem__(self, n: int) -> Inputs:
         return self.inputs("train", self.epochs[n])
