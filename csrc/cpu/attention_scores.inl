@@ -55,6 +55,7 @@ void load_transposed(const Scores& x, const S* p, int64_t keys, int64_t queries,
         if (i >= m) {
           r[i] = V::set(0);
         } else if (x.s == 1) {
+          PREFETCH_L2(from + keys);  // the next tile's: rows are too far apart for the hardware to see a stream
           r[i] = load<V>(from, n);
         } else {
           T lanes[V::L] = {};
@@ -159,12 +160,12 @@ struct ScoreTile {
           words[2][i] = bh, words[3][i] = 0;
         }
         philox<V::L>(words, a.seed);
-        for (int64_t j = 0; j < 4; ++j) {
-          T lanes[V::L];
-          for (int i = 0; i < V::L; ++i) lanes[i] = words[j][i] < threshold ? T(0) : kept;
-          const int64_t k = group * 4 + j - k0;
-          if (k >= 0 && k < keys) V::load(lanes).store(keep + k * kQueries + v * V::L);
-        }
+        T lanes[4][V::L];
+        for (int j = 0; j < 4; ++j)
+          for (int i = 0; i < V::L; ++i) lanes[j][i] = words[j][i] < threshold ? T(0) : kept;
+        const int64_t k = group * 4 - k0;  // of the group's first key
+        for (int64_t j = k < 0 ? -k : 0; j < 4 && k + j < keys; ++j)
+          V::load(lanes[j]).store(keep + (k + j) * kQueries + v * V::L);
       }
   }
 
