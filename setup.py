@@ -42,6 +42,7 @@ OPS = [
     "cross_entropy",
     "activation",
     "rope",
+    "adamw",
     "attention",
     "attention_bwd",
     "attention_decode",

@@ -13,9 +13,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("layer_norm_bwd", TORCH_BOX(&fastllm::cpu::layer_norm_bwd));
   m.impl("rms_norm_fwd", TORCH_BOX(&fastllm::cpu::rms_norm_fwd));
   m.impl("rms_norm_bwd", TORCH_BOX(&fastllm::cpu::rms_norm_bwd));
+  m.impl("layer_norm_plain", TORCH_BOX(&fastllm::cpu::layer_norm_plain));
+  m.impl("rms_norm_plain", TORCH_BOX(&fastllm::cpu::rms_norm_plain));
   m.impl("softmax_fwd", TORCH_BOX(&fastllm::cpu::softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
   m.impl("linear_fwd", TORCH_BOX(&fastllm::cpu::linear_fwd));
+  m.impl("linear_out", TORCH_BOX(&fastllm::cpu::linear_out));
+  m.impl("linear_act_fwd", TORCH_BOX(&fastllm::cpu::linear_act_fwd));
+  m.impl("linear_bwd_out", TORCH_BOX(&fastllm::cpu::linear_bwd_out));
   m.impl("linear_bwd", TORCH_BOX(&fastllm::cpu::linear_bwd));
   m.impl("cross_entropy_fwd", TORCH_BOX(&fastllm::cpu::cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cpu::cross_entropy_bwd));
@@ -25,10 +30,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&fastllm::cpu::swiglu_bwd));
   m.impl("geglu_fwd", TORCH_BOX(&fastllm::cpu::geglu_fwd));
   m.impl("geglu_bwd", TORCH_BOX(&fastllm::cpu::geglu_bwd));
+  m.impl("bias_act_fwd", TORCH_BOX(&fastllm::cpu::bias_act_fwd));
+  m.impl("bias_act_bwd", TORCH_BOX(&fastllm::cpu::bias_act_bwd));
   m.impl("bias_gelu_fwd", TORCH_BOX(&fastllm::cpu::bias_gelu_fwd));
   m.impl("bias_gelu_bwd", TORCH_BOX(&fastllm::cpu::bias_gelu_bwd));
+  m.impl("adamw_step", TORCH_BOX(&fastllm::cpu::adamw_step));
   m.impl("rope_fwd", TORCH_BOX(&fastllm::cpu::rope_fwd));
   m.impl("attention_fwd", TORCH_BOX(&fastllm::cpu::attention_fwd));
+  m.impl("attention_plain", TORCH_BOX(&fastllm::cpu::attention_plain));
   m.impl("attention_bwd", TORCH_BOX(&fastllm::cpu::attention_bwd));
   m.impl("attention_varlen_fwd", TORCH_BOX(&fastllm::cpu::attention_varlen_fwd));
   m.impl("attention_varlen_bwd", TORCH_BOX(&fastllm::cpu::attention_varlen_bwd));
@@ -43,5 +52,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("available", &fastllm::available, "Instruction sets that this build has and this CPU runs, narrowest first.");
   m.def("select", &fastllm::select, "Use one of available(); '' for the widest. Raises ValueError for another name.");
   m.def("selected", &fastllm::selected, "The instruction set in use.");
+  m.def("poison", [](bool on) { fastllm::cpu::poison_fresh_memory = on; }, "Fill fresh memory with NaN; for tests.");
   fastllm::cpu::bind_generation(m);
 }

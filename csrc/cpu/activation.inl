@@ -1,4 +1,4 @@
-// Gated activations, act(gate) * up, and gelu of x + bias, forward and backward.
+// Gated activations, act(gate) * up, and act(x + bias), forward and backward.
 #include "activation_functions.inl"
 
 // f(row, column, n) over the elements [begin, end) of rows of D, row by row.
@@ -71,30 +71,21 @@ void bias_act_bwd_as(const BiasAct& a, int64_t stripe, int64_t begin, int64_t en
   }
 }
 
-#define BY_ACTIVATION(kernel, ...)                   \
-  switch (a.activation) {                            \
-    case kSilu:                                      \
-      return kernel<V, S, Silu<V>>(__VA_ARGS__);     \
-    case kGeluTanh:                                  \
-      return kernel<V, S, GeluTanh<V>>(__VA_ARGS__); \
-    default:                                         \
-      return kernel<V, S, GeluErf<V>>(__VA_ARGS__);  \
-  }
 template <class V, class S>
 void gated_fwd(const Gated& a, int64_t begin, int64_t end) {
-  BY_ACTIVATION(gated_fwd_as, a, begin, end)
+  BY_ACTIVATION(a.activation, gated_fwd_as, a, begin, end)
 }
 template <class V, class S>
 void gated_bwd(const Gated& a, int64_t begin, int64_t end) {
-  BY_ACTIVATION(gated_bwd_as, a, begin, end)
+  BY_ACTIVATION(a.activation, gated_bwd_as, a, begin, end)
 }
 template <class V, class S>
 void bias_act_fwd(const BiasAct& a, int64_t begin, int64_t end) {
-  BY_ACTIVATION(bias_act_fwd_as, a, begin, end)
+  BY_ACTIVATION(a.activation, bias_act_fwd_as, a, begin, end)
 }
 template <class V, class S>
 void bias_act_bwd(const BiasAct& a, int64_t stripe, int64_t begin, int64_t end) {
-  BY_ACTIVATION(bias_act_bwd_as, a, stripe, begin, end)
+  BY_ACTIVATION(a.activation, bias_act_bwd_as, a, stripe, begin, end)
 }
 
 constexpr ActivationKernels kTable = {PER_TYPE(gated_fwd), PER_TYPE(gated_bwd), PER_TYPE(bias_act_fwd),

@@ -1,4 +1,4 @@
-// Tensors in, checks, threads, table call: gated activations and gelu with a bias.
+// Tensors in, checks, threads, table call: gated activations, and those after a bias.
 #include "cpu/tensors.h"
 
 namespace fastllm::cpu {
@@ -61,7 +61,7 @@ void run_elements(Kernel kernel, const Arguments& a, int64_t elements) {
 
 Tensor gated_fwd(const char* op, const Tensor& gate, const MaybeTensor& up, int activation) {
   GatedRows r = gated_rows(op, gate, up, activation);
-  const Tensor y = empty(gate, half_of(shape_of(gate), !up), gate.scalar_type());
+  const Tensor y = empty(half_of(shape_of(gate), !up), gate.scalar_type());
   r.a.y = y.data_ptr();
   run_elements(kernels().activation->gated_fwd[r.type], r.a, r.N * r.a.D);
   return y;
@@ -72,13 +72,24 @@ std::tuple<Tensor, Tensor> gated_bwd(const char* op, const Tensor& dy, const Ten
   GatedRows r = gated_rows(op, gate, up, activation);
   STD_TORCH_CHECK(dy.is_contiguous() && dy.numel() == r.N * r.a.D && dy.scalar_type() == gate.scalar_type(), op,
                   ": dy must be contiguous, with the shape and dtype of the output");
-  const Tensor dgate = empty(gate, shape_of(gate), gate.scalar_type());
-  const Tensor dup = up ? empty(gate, shape_of(gate), gate.scalar_type()) : none_like(gate);
+  const Tensor dgate = empty(shape_of(gate), gate.scalar_type());
+  const Tensor dup = up ? empty(shape_of(gate), gate.scalar_type()) : none_like(gate);
   r.a.dy = dy.data_ptr();
   r.a.dgate = dgate.data_ptr();
   r.a.dup = up ? dup.data_ptr() : (char*)r.a.dgate + r.a.D * bytes_of(r.type);
   run_elements(kernels().activation->gated_bwd[r.type], r.a, r.N * r.a.D);
   return {dgate, dup};
+}
+
+BiasAct rows_with_activation(const char* op, const Tensor& x, int64_t activation, Type& t) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D], D >= 1");
+  STD_TORCH_CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
+  t = type_of(x, op);
+  BiasAct a{};
+  a.D = x.size(-1);
+  a.activation = int(activation);
+  a.x = x.data_ptr();
+  return a;
 }
 
 int gelu(bool tanh) { return tanh ? kGeluTanh : kGelu; }
@@ -94,18 +105,14 @@ std::tuple<Tensor, Tensor> geglu_bwd(Tensor dy, Tensor gate, MaybeTensor up, boo
   return gated_bwd("geglu_bwd", dy, gate, up, gelu(tanh));
 }
 
-Tensor bias_gelu_fwd(Tensor x, MaybeTensor bias, bool tanh) {
-  const char* op = "bias_gelu_fwd";
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D], D >= 1");
-  const Type t = type_of(x, op);
-  BiasAct a{};
-  a.D = x.size(-1);
-  a.activation = gelu(tanh);
+Tensor bias_act_fwd(Tensor x, MaybeTensor bias, int64_t activation) {
+  const char* op = "bias_act_fwd";
+  Type t;
+  BiasAct a = rows_with_activation(op, x, activation, t);
   check_weight(bias, a.D, op, "bias");
   const InComputeType b(bias, t, op);
   a.bias = b.data();
-  a.x = x.data_ptr();
-  const Tensor y = empty(x, shape_of(x), x.scalar_type());
+  const Tensor y = empty(shape_of(x), x.scalar_type());
   a.y = y.data_ptr();
   const int64_t elements = x.numel();
   if (!bias && elements) a.D = elements;
@@ -113,29 +120,32 @@ Tensor bias_gelu_fwd(Tensor x, MaybeTensor bias, bool tanh) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, MaybeTensor bias, bool tanh) {
-  const char* op = "bias_gelu_bwd";
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D], D >= 1");
+std::tuple<Tensor, Tensor> bias_act_bwd(Tensor dy, Tensor x, MaybeTensor bias, int64_t activation, bool needs_dbias) {
+  const char* op = "bias_act_bwd";
+  Type t;
+  BiasAct a = rows_with_activation(op, x, activation, t);
   check_like(dy, x, op, "dy");
-  const Type t = type_of(x, op), compute = t == kDouble ? kDouble : kFloat;
-  BiasAct a{};
-  a.D = x.size(-1);
-  a.activation = gelu(tanh);
   check_weight(bias, a.D, op, "bias");
   const InComputeType b(bias, t, op);
   a.bias = b.data();
-  a.x = x.data_ptr();
   a.dy = dy.data_ptr();
-  const Tensor dx = empty(x, shape_of(x), x.scalar_type());
-  const Tensor dbias = bias ? empty(x, shape_of(*bias), bias->scalar_type()) : none_like(x);
+  const Tensor dx = empty(shape_of(x), x.scalar_type());
+  const ScalarType bias_type = bias ? bias->scalar_type() : x.scalar_type();
+  const Tensor dbias = empty({needs_dbias ? a.D : 0}, bias_type);
   a.dx = dx.data_ptr();
+  const Type compute = t == kDouble ? kDouble : kFloat;
   const int64_t N = x.numel() / a.D, stripes = stripes_of(N);
-  std::unique_ptr<char[]> partial(new char[bias ? stripes * a.D * bytes_of(compute) + 1 : 1]);
-  a.dbias = bias ? partial.get() : nullptr;
+  std::unique_ptr<char[]> partial(new char[needs_dbias ? stripes * a.D * bytes_of(compute) + 1 : 1]);
+  a.dbias = needs_dbias ? partial.get() : nullptr;
   const auto kernel = kernels().activation->bias_act_bwd[t];
   for_stripes(N, a.D, [&](int64_t stripe, int64_t begin, int64_t end) { kernel(a, stripe, begin, end); });
-  if (bias) sum_stripes(a.dbias, compute, stripes, a.D, dbias, op);
+  if (needs_dbias) sum_stripes(a.dbias, compute, stripes, a.D, dbias, op);
   return {dx, dbias};
+}
+
+Tensor bias_gelu_fwd(Tensor x, MaybeTensor bias, bool tanh) { return bias_act_fwd(x, bias, gelu(tanh)); }
+std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, MaybeTensor bias, bool tanh) {
+  return bias_act_bwd(dy, x, bias, gelu(tanh), bool(bias));
 }
 
 }  // namespace fastllm::cpu

@@ -1,4 +1,4 @@
-// silu and gelu, with their derivatives.
+// silu, relu and gelu, with their derivatives.
 
 template <class V>
 struct Response {  // act(x) and its derivative, from one exponential
@@ -21,6 +21,13 @@ struct Silu {
   }
 };
 template <class V>
+struct Relu {
+  static Response<V> of(V x) {
+    const V zero = V::set(0);
+    return {max(zero, x), select_lt(zero, x, V::set(1), zero)};
+  }
+};
+template <class V>
 struct GeluTanh {  // (1 + tanh(u / 2)) / 2 = sigmoid(u), with u = sqrt(8 / pi) (x + 0.044715 x^3)
   static Response<V> of(V x) {
     using T = typename V::T;
@@ -40,3 +47,15 @@ struct GeluErf {  // x Phi(x) = max(x, 0) - |x| tail(|x|)
     return {max(zero, x) - a * tail, fma(bounded * e, V::set(T(0.3989422804014327)), below)};
   }
 };
+
+#define BY_ACTIVATION(activation, kernel, ...)       \
+  switch (activation) {                              \
+    case kRelu:                                      \
+      return kernel<V, S, Relu<V>>(__VA_ARGS__);     \
+    case kSilu:                                      \
+      return kernel<V, S, Silu<V>>(__VA_ARGS__);     \
+    case kGeluTanh:                                  \
+      return kernel<V, S, GeluTanh<V>>(__VA_ARGS__); \
+    default:                                         \
+      return kernel<V, S, GeluErf<V>>(__VA_ARGS__);  \
+  }

@@ -124,7 +124,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     }
 
     // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
-    double* lse = a.lse + b * a.lse_b + h * a.lse_h + q0;
+    double* lse = a.lse ? a.lse + b * a.lse_b + h * a.lse_h + q0 : nullptr;
     for (int64_t i = 0; i < n; ++i) {
       double m = w.m[i], l = w.l[i], rescaled = 1;
       if (a.sink) {
@@ -133,7 +133,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
         l = l * rescaled + ::exp(sink - top);
         m = top;
       }
-      lse[i] = l == 0 ? -INFINITY : m + log(l);
+      if (lse) lse[i] = l == 0 ? -INFINITY : m + log(l);
       w.l[i] = l == 0 ? T(0) : T(rescaled / l);
     }
     Blocks::unpack_transposed(w.o, w.l, n, a.Dv, (S*)Blocks::row(a.o, b, h, q0), a.o.t, a.o.d);

@@ -20,7 +20,7 @@ MaybeTensor flat_dlse(const char* op, const MaybeTensor& dlse, const Tensor& lse
 
 // The sink's gradient: the sum over batch entries of dsink_partial [n, H].
 Tensor sum_sink(const char* op, const Attention& a, Type t, int64_t n, const Tensor& sink) {
-  const Tensor dsink = empty(sink, {a.H}, sink.scalar_type());
+  const Tensor dsink = empty({a.H}, sink.scalar_type());
   for (int64_t h = 0; h < a.H; ++h) {
     double total = 0;
     for (int64_t b = 0; b < n; ++b) total += element(a.dsink_partial, t == kDouble ? kDouble : kFloat, b * a.H + h);
@@ -42,13 +42,26 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
       q.size(0));
   Attention& a = problem.a;
   const Type t = problem.type;
-  const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, ScalarType::Double);
+  const Tensor o = new_heads(q, a.Dv), lse = empty({a.B, a.H, a.T}, ScalarType::Double);
   a.o = heads(o, op, "o", t);
   a.lse = (double*)lse.data_ptr();
   a.lse_b = a.H * a.T, a.lse_h = a.T;
   std::vector<Attention> parts{a};
-  attend(parts, t, q);
+  attend(parts, t);
   return {o, lse};
+}
+
+Tensor attention_plain(Tensor q, Tensor k, Tensor v, double scale, int64_t q_offset, int64_t window_left,
+                       int64_t window_right) {
+  const char* op = "attention_plain";
+  const MaybeTensor none;
+  Problem problem(op, q, k, v, {none, none, none, none, none, scale, 0, q_offset, window_left, window_right, 0},
+                  q.size(0));
+  const Tensor o = new_heads(q, problem.a.Dv);
+  problem.a.o = heads(o, op, "o", problem.type);
+  std::vector<Attention> parts{problem.a};
+  attend(parts, problem.type);
+  return o;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -77,13 +90,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (bias && bias_grad) {
     const bool shared = bias->numel() < a.B * a.H * a.T * a.S;
     const ScalarType sum_type = shared ? ScalarType::Double : compute;
-    dbias_sum = empty(q, shape_of(*bias), sum_type);
+    dbias_sum = empty(shape_of(*bias), sum_type);
     torch::stable::zero_(dbias_sum);
     a.dbias = broadcast(dbias_sum, a, op, "bias", sum_type == ScalarType::Double ? kDouble : kFloat);
   }
   Tensor dsink_partial = none_like(q);
   if (sink) {
-    dsink_partial = empty(q, {a.B, a.H}, compute);
+    dsink_partial = empty({a.B, a.H}, compute);
     a.dsink_partial = dsink_partial.data_ptr();
   }
 
@@ -96,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (items > 0 && items < 2 * threads && threads > 1 && !one_range)
     a.chunks = std::max<int64_t>(1, std::min(a.S / 96, (2 * threads + items - 1) / items));
   Tensor dq_partial = none_like(q);
-  if (a.chunks > 1) dq_partial = empty(q, {a.B, a.H, a.chunks, a.T, a.D}, compute);
+  if (a.chunks > 1) dq_partial = empty({a.B, a.H, a.chunks, a.T, a.D}, compute);
   a.dq_partial = dq_partial.data_ptr();
   for_items(items * a.chunks, table.attention_bwd->bytes[t](a), threads > 1,
             [&](int64_t item, void* memory) { table.attention_bwd->run[t](a, item, memory); });
@@ -162,7 +175,7 @@ Tensor as_batch(const Tensor& x, const char* op) {
 }
 // A new [total, H, D], zero where sequences may not reach.
 Tensor new_packed(const Tensor& like, int64_t D) {
-  Tensor x = empty(like, {like.size(0), like.size(1), D}, like.scalar_type());
+  Tensor x = empty({like.size(0), like.size(1), D}, like.scalar_type());
   torch::stable::zero_(x);
   return x;
 }
@@ -181,13 +194,13 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Te
                   cu_seqlens_q.numel() - 1);
   const Type t = problem.type;
   const Tensor o = new_packed(q, v.size(2));
-  Tensor lse = empty(q, {q.size(1), q.size(0)}, ScalarType::Double);
+  Tensor lse = empty({q.size(1), q.size(0)}, ScalarType::Double);
   torch::stable::fill_(lse, -INFINITY);
   problem.a.o = heads(as_batch(o, op), op, "o", t);
   problem.a.lse = (double*)lse.data_ptr();
   problem.a.lse_h = q.size(0);
   std::vector<Attention> parts = sequences(op, problem.a, t, cu_seqlens_q, cu_seqlens_k, q_offset);
-  attend(parts, t, q);
+  attend(parts, t);
   return {o, lse};
 }
 
@@ -215,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
   a.dk = heads(as_batch(dk, op), op, "dk", t), a.dv = heads(as_batch(dv, op), op, "dv", t);
   Tensor dsink_partial = none_like(q);
   if (sink) {
-    dsink_partial = empty(q, {N, a.H}, compute_type(t));
+    dsink_partial = empty({N, a.H}, compute_type(t));
     torch::stable::zero_(dsink_partial);
     a.dsink_partial = dsink_partial.data_ptr();
   }
@@ -227,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
     part.chunks = N * a.Hkv >= 2 * threads ? 1 : std::max<int64_t>(1, std::min(part.S / 96, 2 * threads));
     partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
   }
-  const Tensor dq_partial = empty(q, {partial}, compute_type(t));
+  const Tensor dq_partial = empty({partial}, compute_type(t));
   partial = 0;
   for (Attention& part : parts) {
     part.dq_partial = (char*)dq_partial.data_ptr() + partial * (t == kDouble ? 8 : 4);

@@ -73,12 +73,12 @@ struct AttentionBlocks {
     }
   }
 
-  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n. `scratch`: kQueries
-  // rows.
+  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n in its vector.
+  // `scratch`: kQueries rows.
   static void pack_transposed(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, W* scratch) {
     const int64_t width = words(D), full = width / V::L * V::L;
     pack_word_rows(x, row, step, n, D, scratch, width);
-    for (int64_t q = 0; q < kQueries; q += V::L) {
+    for (int64_t q = 0; q < n; q += V::L) {
       for (int64_t d = 0; d < full; d += V::L) {
         V r[V::L];
         for (int64_t i = 0; i < V::L; ++i)

@@ -254,7 +254,7 @@ struct AttentionDecode {
       for (int64_t i = 0; i < a.splits; ++i) top = m[i * size] > top ? m[i * size] : top;
       if (a.sink) total = ::exp(((const T*)a.sink)[h] - top);
       for (int64_t i = 0; i < a.splits; ++i) total += ::exp(m[i * size] - top) * l[i * size];
-      a.lse[b * a.lse_b + h * a.lse_h + t] = total == 0 ? -INFINITY : top + log(total);
+      if (a.lse) a.lse[b * a.lse_b + h * a.lse_h + t] = total == 0 ? -INFINITY : top + log(total);
       for (int64_t i = 0; i < a.splits; ++i) m[i * size] = total == 0 ? T(0) : T(::exp(m[i * size] - top) / total);
       S* to = (S*)Blocks::row(a.o, b, h, t);
       for_vectors<V>(a.Dv, [&](int64_t d, int64_t n) {

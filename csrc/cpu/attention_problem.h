@@ -11,14 +11,6 @@ inline Heads heads(const Tensor& x, const char* op, const char* name, Type t) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
-// A new [B, H, T, D] in the memory order of `like` (heads inside positions where `like` is a view of [B, T, H, D]).
-inline Tensor new_heads(const Tensor& like, int64_t D) {
-  const int64_t B = like.size(0), H = like.size(1), T = like.size(2);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(empty(like, {B, T, H, D}, like.scalar_type()), 1, 2);
-  return empty(like, {B, H, T, D}, like.scalar_type());
-}
-
 inline Scores broadcast(const MaybeTensor& x, const Attention& a, const char* op, const char* name, int type) {
   if (!x) return {};
   STD_TORCH_CHECK(x->dim() == 4, op, ": ", name, " must be 4-D");
@@ -107,8 +99,8 @@ inline bool decodes(const Attention& a) {
   return a.Hkv > 0 && a.T <= kFewQueries && a.dropout_p == 0 && a.k.d == 1 && a.v.d == 1;
 }
 
-// The forward pass of parts that all decode, `like` being a tensor to allocate as.
-inline void decode(std::vector<Attention>& parts, Type t, const Tensor& like) {
+// The forward pass of parts that all decode.
+inline void decode(std::vector<Attention>& parts, Type t) {
   const AttentionDecodeKernels& table = *kernels().attention_decode;
   auto results = [](const Attention& a) {  // numbers that the ranges of a part leave to be merged
     return a.splits > 1 ? a.B * a.splits * a.H * a.T * (a.Dv + 2) : 0;
@@ -118,7 +110,7 @@ inline void decode(std::vector<Attention>& parts, Type t, const Tensor& like) {
     a.splits = table.splits[t](a);
     n += results(a), heads += a.splits > 1 ? a.B * a.Hkv : 0, most = std::max(most, results(a));
   }
-  const Tensor partial = empty(like, {n}, compute_type(t));
+  const Tensor partial = empty({n}, compute_type(t));
   n = 0;
   for (Attention& a : parts) {
     a.partial = (char*)partial.data_ptr() + n * (t == kDouble ? 8 : 4);
@@ -132,12 +124,12 @@ inline void decode(std::vector<Attention>& parts, Type t, const Tensor& like) {
         [&](const Attention& a, int64_t head, void*) { table.merge[t](a, head, head + 1); });
 }
 
-inline void attend(std::vector<Attention>& parts, Type t, const Tensor& like) {
+inline void attend(std::vector<Attention>& parts, Type t) {
   bool few = true;
   for (const Attention& a : parts) few = few && decodes(a);
   const AttentionKernels& table = *kernels().attention;
   if (few)
-    decode(parts, t, like);
+    decode(parts, t);
   else
     for_parts(parts, table.items[t], table.bytes[t], table.run[t]);
 }

@@ -2,6 +2,9 @@
 #include "cpu/tensors.h"
 
 namespace fastllm::cpu {
+
+bool poison_fresh_memory = false;
+
 namespace {
 
 struct Rows {
@@ -22,7 +25,8 @@ template <class Kernel>
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kernel, const Tensor& x,
                                                     const MaybeTensor& weight, const MaybeTensor& bias,
                                                     const MaybeTensor& residual, const MaybeTensor& seed, double eps,
-                                                    double weight_offset, double dropout_p, bool has_mean) {
+                                                    double weight_offset, double dropout_p, bool has_mean,
+                                                    bool statistics = true) {
   const Rows r = rows_of(x, op);
   if (residual) check_like(*residual, x, op, "residual");
   check_weight(weight, r.D, op, "weight");
@@ -30,8 +34,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kerne
   const Type t = type_of(x, op);
   const InComputeType w(weight, t, op), b(bias, t, op);
   const bool sum = residual || dropout_p > 0;
-  const Tensor y = empty(x, r.shape, x.scalar_type()), h = sum ? empty(x, r.shape, x.scalar_type()) : none_like(x);
-  const Tensor rstd = empty(x, r.leading, compute_type(t)), mean = has_mean ? empty(x, r.leading, compute_type(t)) : h;
+  const Tensor y = empty(r.shape, x.scalar_type());
+  const Tensor h = sum ? empty(r.shape, x.scalar_type()) : statistics ? none_like(x) : y;
+  const Tensor rstd = statistics ? empty(r.leading, compute_type(t)) : h;
+  const Tensor mean = statistics && has_mean ? empty(r.leading, compute_type(t)) : h;
   Norm a{};
   a.D = r.D;
   a.eps = eps;
@@ -41,11 +47,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const char* op, Kernel kerne
   a.dropout_p = dropout_p;
   if (dropout_p > 0) a.seed = seed_of(seed, op);
   a.y = y.data_ptr();
+  a.stream = streams(y, r.D);
   a.h = sum ? h.data_ptr() : nullptr;
   a.weight = w.data();
   a.bias = b.data();
-  a.mean = has_mean ? mean.data_ptr() : nullptr;
-  a.rstd = rstd.data_ptr();
+  a.mean = statistics && has_mean ? mean.data_ptr() : nullptr;
+  a.rstd = statistics ? rstd.data_ptr() : nullptr;
   for_range(r.N, kGrain / r.D + 1, [&](int64_t begin, int64_t end) { kernel[t](a, begin, end); });
   return {y, h, mean, rstd};
 }
@@ -65,10 +72,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kerne
   const Type t = type_of(h, op), compute = t == kDouble ? kDouble : kFloat;
   const InComputeType w(weight, t, op);
   const bool two = has_residual && dropout_p > 0;
-  const Tensor dx = empty(h, r.shape, h.scalar_type());
-  const Tensor dresidual = two ? empty(h, r.shape, h.scalar_type()) : none_like(h);
-  const Tensor dweight = weight ? empty(h, shape_of(*weight), weight->scalar_type()) : none_like(h);
-  const Tensor dbias = empty(h, {has_bias ? r.D : 0}, compute_type(t));
+  const Tensor dx = empty(r.shape, h.scalar_type());
+  const Tensor dresidual = two ? empty(r.shape, h.scalar_type()) : none_like(h);
+  const Tensor dweight = weight ? empty(shape_of(*weight), weight->scalar_type()) : none_like(h);
+  const Tensor dbias = empty({has_bias ? r.D : 0}, compute_type(t));
 
   const int64_t stripes = stripes_of(r.N), bytes = bytes_of(compute);
   std::unique_ptr<char[]> partial(new char[stripes * r.D * bytes * ((weight ? 1 : 0) + (has_bias ? 1 : 0)) + 1]);
@@ -84,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kerne
   a.dy = dy.data_ptr();
   a.dh = dh ? dh->data_ptr() : nullptr;
   a.dx = dx.data_ptr();
+  a.stream = streams(dx, r.D);
   a.dresidual = two ? dresidual.data_ptr() : nullptr;
   a.dweight = weight ? partial.get() : nullptr;
   a.dbias = has_bias ? partial.get() + (weight ? stripes * r.D * bytes : 0) : nullptr;
@@ -100,6 +108,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor 
                                                           double dropout_p) {
   return norm_fwd("layer_norm_fwd", kernels().norm->layer_norm_fwd, x, weight, bias, residual, seed, eps, 0.0,
                   dropout_p, true);
+}
+
+Tensor layer_norm_plain(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  const MaybeTensor none;
+  return std::get<0>(norm_fwd("layer_norm_plain", kernels().norm->layer_norm_fwd, x, weight, bias, none, none, eps, 0.0,
+                              0.0, true, false));
+}
+
+Tensor rms_norm_plain(Tensor x, MaybeTensor weight, double eps, double weight_offset) {
+  const MaybeTensor none;
+  return std::get<0>(norm_fwd("rms_norm_plain", kernels().norm->rms_norm_fwd, x, weight, none, none, none, eps,
+                              weight_offset, 0.0, false, false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor residual, MaybeTensor seed,
@@ -142,8 +162,9 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
     }
     a.mask = (const uint8_t*)mask->data_ptr();
   }
-  const Tensor y = empty(x, shape_of(x), x.scalar_type());
+  const Tensor y = empty(shape_of(x), x.scalar_type());
   a.y = y.data_ptr();
+  a.stream = !causal && streams(y, a.S);
   const int64_t rows = a.S ? x.numel() / a.S : 0, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
   const auto kernel = kernels().softmax->fwd[t];
   if (rows && a.S)
@@ -161,8 +182,9 @@ Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log) {
   a.log = log;
   a.y = y.data_ptr();
   a.dy = dy.data_ptr();
-  const Tensor dx = empty(y, shape_of(y), y.scalar_type());
+  const Tensor dx = empty(shape_of(y), y.scalar_type());
   a.dx = dx.data_ptr();
+  a.stream = streams(dx, a.S);
   const int64_t rows = a.S ? y.numel() / a.S : 0;
   const auto kernel = kernels().softmax->bwd[t];
   if (rows) for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });

@@ -4,11 +4,14 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace fastllm::cpu {
 
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+extern bool poison_fresh_memory;  // fill it with NaN; for tests
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
                                                           MaybeTensor residual, MaybeTensor seed, double eps,
@@ -21,9 +24,14 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, Ma
 std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight, Tensor rstd,
                                                 MaybeTensor seed, double weight_offset, double dropout_p,
                                                 bool has_residual);
+Tensor layer_norm_plain(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps);
+Tensor rms_norm_plain(Tensor x, MaybeTensor weight, double eps, double weight_offset);
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log);
 Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log);
 Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
+void linear_out(Tensor x, Tensor weight, MaybeTensor bias, Tensor out);
+std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, MaybeTensor bias, int64_t activation, bool needs_z);
+void linear_bwd_out(Tensor dy, Tensor x, Tensor weight, MaybeTensor dx, MaybeTensor dweight, bool add);
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
                                               bool needs_dbias);
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, MaybeTensor weight, int64_t ignore_index,
@@ -39,6 +47,11 @@ Tensor swiglu_fwd(Tensor gate, MaybeTensor up);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dy, Tensor gate, MaybeTensor up);
 Tensor geglu_fwd(Tensor gate, MaybeTensor up, bool tanh);
 std::tuple<Tensor, Tensor> geglu_bwd(Tensor dy, Tensor gate, MaybeTensor up, bool tanh);
+Tensor bias_act_fwd(Tensor x, MaybeTensor bias, int64_t activation);
+std::tuple<Tensor, Tensor> bias_act_bwd(Tensor dy, Tensor x, MaybeTensor bias, int64_t activation, bool needs_dbias);
+void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps,
+                double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize);
 Tensor bias_gelu_fwd(Tensor x, MaybeTensor bias, bool tanh);
 std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy, Tensor x, MaybeTensor bias, bool tanh);
 std::tuple<Tensor, Tensor> rope_fwd(Tensor q, MaybeTensor k, Tensor cos, Tensor sin, MaybeTensor offsets,
@@ -47,6 +60,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, MaybeTens
                                          MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale,
                                          double softcap, int64_t q_offset, int64_t window_left, int64_t window_right,
                                          double dropout_p);
+Tensor attention_plain(Tensor q, Tensor k, Tensor v, double scale, int64_t q_offset, int64_t window_left,
+                       int64_t window_right);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,

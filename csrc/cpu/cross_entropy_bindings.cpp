@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, Ma
                                                      int64_t reduction, double label_smoothing, double softcap,
                                                      double z_loss, bool accuracy) {
   Loss loss("cross_entropy_fwd", x, target, weight, ignore_index, reduction == kMean, label_smoothing, softcap, z_loss);
-  const Tensor lse = empty(x, {loss.N}, ScalarType::Double);
-  const Tensor right = empty(x, {accuracy ? loss.N : 0}, ScalarType::Bool);
+  const Tensor lse = empty({loss.N}, ScalarType::Double);
+  const Tensor right = empty({accuracy ? loss.N : 0}, ScalarType::Bool);
   std::vector<double> rows(loss.N);
   CrossEntropy& a = loss.kernel;
   a.loss = rows.data();
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, Ma
   }
   const Type compute = loss.t == kDouble ? kDouble : kFloat;
   const Tensor out =
-      empty(x, reduction == kNone ? std::vector<int64_t>{loss.N} : std::vector<int64_t>{}, compute_type(loss.t));
+      empty(reduction == kNone ? std::vector<int64_t>{loss.N} : std::vector<int64_t>{}, compute_type(loss.t));
   for (size_t i = 0; i < rows.size(); ++i) set_element(out.data_ptr(), compute, int64_t(i), rows[i]);
   return {out, lse, right};
 }
@@ -123,7 +123,7 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, MaybeTensor weig
   STD_TORCH_CHECK(lse.numel() == loss.N && lse.scalar_type() == ScalarType::Double, loss.op,
                   ": lse must be float64 [N]");
   const std::vector<double> rows = loss.gradients(dloss);
-  const Tensor dx = empty(x, shape_of(x), x.scalar_type());
+  const Tensor dx = empty(shape_of(x), x.scalar_type());
   CrossEntropy& a = loss.kernel;
   a.lse = (double*)lse.data_ptr();
   a.dloss = rows.data();
@@ -137,7 +137,7 @@ Tensor cross_entropy_total(Tensor target, MaybeTensor weight, int64_t classes, i
   const char* op = "cross_entropy_total";
   const InComputeType in_double(weight, kDouble, op);
   const Total total = total_of(op, target, in_double.data(), kDouble, classes, ignore_index);
-  const Tensor out = empty(target, {2}, ScalarType::Double);
+  const Tensor out = empty({2}, ScalarType::Double);
   ((double*)out.data_ptr())[0] = total.weights;
   ((double*)out.data_ptr())[1] = total.rows;
   return out;
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> cross_entropy_rows(Tensor x, Tensor target, MaybeTens
                                               double softcap, double z_loss, bool accuracy) {
   const char* op = "cross_entropy_rows";
   Loss loss(op, x, target, weight, ignore_index, bool(total), label_smoothing, softcap, z_loss, data_of(total, op));
-  const Tensor rows = empty(x, {loss.N}, ScalarType::Double);
-  const Tensor right = empty(x, {accuracy ? loss.N : 0}, ScalarType::Bool);
+  const Tensor rows = empty({loss.N}, ScalarType::Double);
+  const Tensor right = empty({accuracy ? loss.N : 0}, ScalarType::Bool);
   std::vector<double> lse(loss.N), gradients;
   CrossEntropy& a = loss.kernel;
   a.loss = (double*)rows.data_ptr();

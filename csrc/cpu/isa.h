@@ -25,6 +25,14 @@
 #define PREFETCH_L2(address)
 #endif
 
+// Orders what was stored past the caches (Vec::stream) before whatever tells others of it.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#define STREAM_FENCE() _mm_sfence()
+#else
+#define STREAM_FENCE()
+#endif
+
 // Loops over registers: unrolled early, so that an array of sums never goes through memory.
 #if defined(__clang__)
 #define UNROLLED _Pragma("unroll")

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
     rotation.sin_row = sin->stride(0), rotation.sin_d = sin->stride(1);
     rotation.rotated = 2 * cos->size(1), rotation.interleaved = rope_interleaved;
   }
-  const Tensor q_rotated = cos ? empty(q, {a.B, a.H, a.T, a.D}, q.scalar_type()) : q;
+  const Tensor q_rotated = cos ? empty({a.B, a.H, a.T, a.D}, q.scalar_type()) : q;
   std::vector<Rotation> rotations;
   auto rotate = [&](const Tensor& x, const char* name, const Heads& to, int64_t b, int64_t H, int64_t D, int64_t first,
                     int64_t position, bool rotated) {
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
     table.rotate[t](rotations[n], h * rows, (h + 1) * rows);
   });
 
-  const Tensor o = new_heads(q, a.Dv), lse = empty(q, {a.B, a.H, a.T}, ScalarType::Double);
+  const Tensor o = new_heads(q, a.Dv), lse = empty({a.B, a.H, a.T}, ScalarType::Double);
   a.q = heads(q_rotated, kOp, "q", t), a.o = heads(o, kOp, "o", t);
   a.lse = (double*)lse.data_ptr(), a.lse_b = a.H * a.T, a.lse_h = a.T;
   std::vector<Attention> parts;  // every sequence has its own length, so is a batch of its own
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
     if (a.alibi_stride_b) part.alibi_slopes = (const char*)a.alibi_slopes + b * a.H * wide;
     parts.push_back(part);
   }
-  attend(parts, t, q);
+  attend(parts, t);
   return {o, lse};
 }
 

@@ -2,6 +2,7 @@
 //
 // A number of c is a sum over k in blocks of kDepth, in order, and belongs to one call: neither the threads nor the
 // place in a tile change its rounding.
+#include "activation_functions.inl"
 #include "tile.inl"
 
 constexpr int64_t kDepth = 192;  // of a block: how many products are summed before they are added to c
@@ -74,13 +75,33 @@ void times_panel(Broadcast<T> a, const T* panel, int64_t rows, int64_t columns, 
   }
 }
 
-// What is left to do for a block of c once its sums are complete.
+// What is left to do for a block of c, at (row, column), once its sums are complete: while they are in the cache, the
+// bias and the activation.
 template <class V, class T>
-void finish(const Gemm& g, T* c, int64_t rows, int64_t column, int64_t columns) {
-  if (!g.bias) return;
+void add_bias(const Gemm& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   const T* bias = (const T*)g.bias + column;
+  T* c = (T*)g.c + row * g.c_row + column;
   for (int64_t i = 0; i < rows; ++i, c += g.c_row)
     for_vectors<V>(columns, [&](int64_t j, int64_t n) { store(load<V>(c + j, n) + load<V>(bias + j, n), c + j, n); });
+}
+template <class V, class T, class Act>
+void add_bias_and_activate(const Gemm& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const T* bias = g.bias ? (const T*)g.bias + column : nullptr;
+  const bool keep = g.y != g.c && bias;
+  for (int64_t i = row; i < row + rows; ++i) {
+    T *c = (T*)g.c + i * g.c_row + column, *y = (T*)g.y + i * g.c_row + column;
+    for_vectors<V>(columns, [&](int64_t j, int64_t n) {
+      V v = load<V>(c + j, n);
+      if (bias) v = v + load<V>(bias + j, n);
+      if (keep) store(v, c + j, n);
+      store(Act::of(v).y, y + j, n);
+    });
+  }
+}
+template <class V, class S>
+void finish(const Gemm& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  if (g.y) BY_ACTIVATION(g.activation, add_bias_and_activate, g, row, rows, column, columns)
+  if (g.bias) add_bias<V, S>(g, row, rows, column, columns);
 }
 
 template <class V>
@@ -120,7 +141,7 @@ void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t begin, int6
         T* c = (T*)g.c + m * g.c_row + n;
         for (int64_t j = 0; j < columns; j += kPanel<V>)
           times_panel<V>(block, at.b + j * depth, rows, width(j), K, c + j, g.c_row, k > 0 || g.add, at.edge);
-        if (k + depth >= g.K) finish<V>(g, c, rows, n, columns);
+        if (k + depth >= g.K) finish<V, T>(g, m, rows, n, columns);
       }
     }
   }

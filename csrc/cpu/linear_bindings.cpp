@@ -92,20 +92,76 @@ void gemm(const Gemm& g, Type type, int64_t threads) {
   });
 }
 
-Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
-  const Sizes s(x, weight, "linear_fwd");
+namespace {
+
+// y = x W^T + bias, as far as a Gemm holds it: what c is, and what becomes of it, is left open.
+Gemm product_of(const char* op, const Sizes& s, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   STD_TORCH_CHECK(!bias || (bias->numel() == s.N && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
-                  "linear_fwd: bias must be contiguous, [", s.N, "] of x's dtype");
+                  op, ": bias must be contiguous, [", s.N, "] of x's dtype");
+  Gemm g{s.M, s.N, s.K};
+  g.a = operand(x, s.M, s.K, op, "x");
+  g.b = transposed(operand(weight, s.N, s.K, op, "weight"));
+  g.c_row = s.N;
+  g.bias = bias ? bias->data_ptr() : nullptr;
+  return g;
+}
+std::vector<int64_t> output_shape(const Tensor& x, const Sizes& s) {
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = s.N;
-  const Tensor y = empty(x, shape, x.scalar_type());
-  Gemm g{s.M, s.N, s.K};
-  g.a = operand(x, s.M, s.K, "linear_fwd", "x");
-  g.b = transposed(operand(weight, s.N, s.K, "linear_fwd", "weight"));
-  g.c = y.data_ptr(), g.c_row = s.N;
-  g.bias = bias ? bias->data_ptr() : nullptr;
+  return shape;
+}
+
+// A matrix that is written into, as rows of `out`.
+void* rows_of(const Tensor& out, const Sizes& s, int64_t rows, int64_t columns, const char* op, const char* name) {
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows * columns && type_of(out, op) == s.type, op, ": ", name,
+                  " must be contiguous, [", rows, ", ", columns, "] of x's dtype");
+  return out.data_ptr();
+}
+
+}  // namespace
+
+Tensor linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
+  const Sizes s(x, weight, "linear_fwd");
+  Gemm g = product_of("linear_fwd", s, x, weight, bias);
+  const Tensor y = empty(output_shape(x, s), x.scalar_type());
+  g.c = y.data_ptr();
   gemm(g, s.type);
   return y;
+}
+
+void linear_out(Tensor x, Tensor weight, MaybeTensor bias, Tensor out) {
+  const Sizes s(x, weight, "linear_out");
+  Gemm g = product_of("linear_out", s, x, weight, bias);
+  g.c = rows_of(out, s, s.M, s.N, "linear_out", "out");
+  gemm(g, s.type);
+}
+
+std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, MaybeTensor bias, int64_t activation, bool needs_z) {
+  const char* op = "linear_act_fwd";
+  STD_TORCH_CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
+  const Sizes s(x, weight, op);
+  Gemm g = product_of(op, s, x, weight, bias);
+  const std::vector<int64_t> shape = output_shape(x, s);
+  const Tensor y = empty(shape, x.scalar_type()), z = needs_z ? empty(shape, x.scalar_type()) : none_like(x);
+  g.y = y.data_ptr(), g.c = needs_z ? z.data_ptr() : g.y;
+  g.activation = int(activation);
+  gemm(g, s.type);
+  return {y, z};
+}
+
+void linear_bwd_out(Tensor dy, Tensor x, Tensor weight, MaybeTensor dx, MaybeTensor dweight, bool add) {
+  const char* op = "linear_bwd_out";
+  const Sizes s(x, weight, op);
+  STD_TORCH_CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(), op,
+                  ": dy must be contiguous, like y");
+  const Operand grad{dy.data_ptr(), s.N, 1};
+  if (dx)
+    gemm({s.M, s.K, s.N, grad, operand(weight, s.N, s.K, op, "weight"), rows_of(*dx, s, s.M, s.K, op, "dx"), s.K},
+         s.type);
+  if (dweight)
+    gemm({s.N, s.K, s.M, transposed(grad), operand(x, s.M, s.K, op, "x"), rows_of(*dweight, s, s.N, s.K, op, "dweight"),
+          s.K, add},
+         s.type);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
@@ -114,9 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight
   STD_TORCH_CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(),
                   "linear_bwd: dy must be contiguous, like y");
   const Operand grad{dy.data_ptr(), s.N, 1};
-  const Tensor dx = needs_dx ? empty(x, shape_of(x), x.scalar_type()) : none_like(x);
-  const Tensor dweight = needs_dweight ? empty(x, {s.N, s.K}, x.scalar_type()) : none_like(x);
-  const Tensor dbias = empty(x, {needs_dbias ? s.N : 0}, x.scalar_type());
+  const Tensor dx = needs_dx ? empty(shape_of(x), x.scalar_type()) : none_like(x);
+  const Tensor dweight = needs_dweight ? empty({s.N, s.K}, x.scalar_type()) : none_like(x);
+  const Tensor dbias = empty({needs_dbias ? s.N : 0}, x.scalar_type());
   if (needs_dx)
     gemm({s.M, s.K, s.N, grad, operand(weight, s.N, s.K, "linear_bwd", "weight"), dx.data_ptr(), s.K}, s.type);
   if (needs_dweight)

@@ -96,6 +96,12 @@ inline void store(V x, S* p, int64_t n) {
   n == V::L ? x.store(p) : x.store(p, n);
 }
 
+// A store of an output, past the caches where `stream` says so; then n is always V::L.
+template <class V, class S>
+inline void store_output(bool stream, V x, S* p, int64_t n) {
+  stream ? x.stream(p) : store(x, p, n);
+}
+
 // The lanes of a vector that lie inside a row, zero elsewhere.
 template <class V>
 inline V inside(V x, int64_t n) {

@@ -73,9 +73,9 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
     if (squares < 0) squares = 0;  // a constant row far from 0, where the two differ by rounding alone
     mean += correction;
     const V mu = V::set(mean);
-    const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
-    ((T*)a.mean)[row] = mean;
-    ((T*)a.rstd)[row] = rstd;
+    const T rstd = T(1) / T(::sqrt(double(squares / T(D)) + a.eps));
+    if (a.mean) ((T*)a.mean)[row] = mean;
+    if (a.rstd) ((T*)a.rstd)[row] = rstd;
 
     S* y = (S*)a.y + row * D;
     const V r = V::set(rstd);
@@ -84,9 +84,10 @@ void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
       V v = (load<V>(h + i, n) - mu) * r;
       if (weight) v = v * load<V>(weight + i, n);
       if (bias) v = v + load<V>(bias + i, n);
-      store(v, y + i, n);
+      store_output(a.stream, v, y + i, n);
     });
   }
+  if (a.stream) STREAM_FENCE();
 }
 
 template <class V, class S>
@@ -101,8 +102,8 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
       const V x = load<V>(h + i, n);
       return fma(x, x, s);
     });
-    const T rstd = T(1) / T(sqrt(double(squares / T(D)) + a.eps));
-    ((T*)a.rstd)[row] = rstd;
+    const T rstd = T(1) / T(::sqrt(double(squares / T(D)) + a.eps));
+    if (a.rstd) ((T*)a.rstd)[row] = rstd;
 
     S* y = (S*)a.y + row * D;
     const V r = V::set(rstd);
@@ -110,9 +111,10 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
       prefetch_next_row<S>(a, row, i);
       V v = load<V>(h + i, n) * r;
       if (weight) v = v * (load<V>(weight + i, n) + offset);
-      store(v, y + i, n);
+      store_output(a.stream, v, y + i, n);
     });
   }
+  if (a.stream) STREAM_FENCE();
 }
 
 // Gradients of rows [begin, end): with g = dy * weight and xhat = (h - mean) * rstd,
@@ -168,8 +170,9 @@ void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
         store(d * keep, dx + i, n);
       });
     else
-      for_vectors<V>(D, [&](int64_t i, int64_t n) { store(gradient(i, n), dx + i, n); });
+      for_vectors<V>(D, [&](int64_t i, int64_t n) { store_output(a.stream, gradient(i, n), dx + i, n); });
   }
+  if (a.stream) STREAM_FENCE();
 }
 template <class V, class S>
 void layer_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {

@@ -8,13 +8,6 @@ constexpr const char* kOp = "rope_fwd";
 
 Heads heads_of(const Tensor& x) { return {const_cast<void*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), 1}; }
 
-// An empty tensor like x [B, H, T, D], heads inside positions where x has them there.
-Tensor in_order_of(const Tensor& x) {
-  const int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3);
-  if (x.stride(1) < x.stride(2)) return torch::stable::transpose(empty(x, {B, T, H, D}, x.scalar_type()), 1, 2);
-  return empty(x, {B, H, T, D}, x.scalar_type());
-}
-
 const int64_t* positions(const MaybeTensor& x, const char* name) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->dim() == 1 && x->is_contiguous() && x->scalar_type() == ScalarType::Long, kOp, ": ", name,
@@ -68,7 +61,7 @@ std::tuple<Tensor, Tensor> rope_fwd(Tensor q, MaybeTensor k, Tensor cos, Tensor 
                   ": offsets must have one for each sequence");
   check_positions(a, cos.size(last - 1));
 
-  const Tensor yq = in_order_of(q), yk = k ? in_order_of(*k) : none_like(q);
+  const Tensor yq = new_heads(q, q.size(3)), yk = k ? new_heads(*k, k->size(3)) : none_like(q);
   a.q = heads_of(q), a.yq = heads_of(yq);
   if (k) a.Hk = k->size(1), a.k = heads_of(*k), a.yk = heads_of(yk);
   const int64_t each = (a.H + a.Hk) * a.D, bytes = 2 * a.R * (t == kDouble ? 8 : 4);

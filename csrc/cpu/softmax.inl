@@ -45,24 +45,26 @@ void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* s) {
   S* y = (S*)a.y + row.begin;
   const T m = kMasked ? masked_scores<V, S>(a, row, s) : largest_score<V, S>(a, row);
   const bool empty = !(m > -INFINITY) && !(m != m);
-  const V scale = V::set(T(a.scale)), shift = V::set(empty ? T(0) : m);
-  auto score = [&](int64_t i, int64_t n) { return kMasked ? load<V>(s + i, n) : load<V>(x + i, n) * scale; };
+  const V scale = V::set(kMasked ? T(1) : T(a.scale)), shift = V::set(empty ? T(0) : m), zero = V::set(0);
+  auto unscaled = [&](int64_t i, int64_t n) { return kMasked ? load<V>(s + i, n) : load<V>(x + i, n); };
 
   const T total = sum_over<V>(row.visible, [&](V sum, int64_t i, int64_t n) {
-    const V e = exp(score(i, n) - shift);
+    const V e = exp_fma(unscaled(i, n), scale, zero - shift, zero);
     if (!a.log) store(e, s + i, n);
     return sum + inside(e, n);
   });
   if (a.log) {
     const V log_total = V::set(empty ? T(0) : T(log(double(total))));
-    for_vectors<V>(row.visible, [&](int64_t i, int64_t n) { store((score(i, n) - shift) - log_total, y + i, n); });
+    for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
+      store_output(a.stream, (unscaled(i, n) * scale - shift) - log_total, y + i, n);
+    });
   } else {
     // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
     const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
     for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
       PREFETCH(x + a.S + i);
       const V e = load<V>(s + i, n), q = e * inverse;
-      store(fma(fma(q, minus_total, e), inverse, q), y + i, n);
+      store_output(a.stream, fma(fma(q, minus_total, e), inverse, q), y + i, n);
     });
   }
   const V hidden = V::set(a.log ? T(-INFINITY) : T(0));
@@ -76,6 +78,7 @@ void softmax_fwd(const Softmax& a, int64_t begin, int64_t end, void* workspace) 
     const SoftmaxRow row = softmax_row(a, r);
     row.mask ? softmax_row_fwd<V, S, true>(a, row, (T*)workspace) : softmax_row_fwd<V, S, false>(a, row, (T*)workspace);
   }
+  if (a.stream) STREAM_FENCE();
 }
 
 // dx = scale * y * (dy - sum(y * dy)); for the logarithm scale * (dy - exp(y) * sum(dy)), 0 where y is -inf.
@@ -94,9 +97,10 @@ void softmax_bwd(const Softmax& a, int64_t begin, int64_t end) {
       PREFETCH(dy + a.S + i);
       const V yi = load<V>(y + i, n), di = load<V>(dy + i, n);
       const V d = a.log ? select_lt(lowest, yi, di - exp(yi) * total, zero) : yi * (di - total);
-      store(d * scale, dx + i, n);
+      store_output(a.stream, d * scale, dx + i, n);
     });
   }
+  if (a.stream) STREAM_FENCE();
 }
 
 constexpr SoftmaxKernels kTable = {PER_TYPE(softmax_fwd), PER_TYPE(softmax_bwd)};

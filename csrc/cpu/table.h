@@ -14,11 +14,12 @@ enum Type { kFloat, kBFloat16, kHalf, kDouble, kTypes };  // the order of every 
 
 struct Norm {
   int64_t D;
+  bool stream;  // y, or backward dx, past the caches
   double eps, weight_offset;
   const void *x, *residual;   // [N, D], storage type; residual may be null
   void *y, *h;                // [N, D]; h = x + residual is null where it would be x
   const void *weight, *bias;  // [D] in the compute type, or null
-  void *mean, *rstd;          // [N] in the compute type; mean is null for rms_norm
+  void *mean, *rstd;          // [N] in the compute type; mean is null for rms_norm, both where nobody reads them
   double dropout_p;           // of x, before the residual; h is then also written without one
   uint64_t seed;
   const void *dy, *dh;    // backward: [N, D]; dh may be null. h above is read then
@@ -27,6 +28,7 @@ struct Norm {
 };
 
 struct Softmax {
+  bool stream;      // y, or backward dx, past the caches
   int64_t H, T, S;  // x is [B, H, T, S], contiguous; a row is one (b, h, t)
   double scale;
   bool causal, log;
@@ -75,6 +77,16 @@ struct BiasAct {  // y = act(x + bias)
   void* dbias;  // [stripes, D] partial sums in the compute type; may be null
 };
 
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  double bias1, bias2;  // 1 - beta^step
+  bool maximize;
+  int64_t n;
+  void* p;              // [n], storage type
+  const void* grad;     // [n], storage type
+  void *m, *v, *v_max;  // [n], compute type; v_max may be null
+};
+
 struct Heads {  // a [B, H, T, D] tensor of the storage type, any strides (in elements)
   void* data;
   int64_t b, h, t, d;
@@ -108,7 +120,9 @@ struct Attention {
   double scale, softcap;
   int64_t q_offset, left, right;  // left, right: keys visible before and after a query's position; -1 is unbounded
   Heads q, k, v, o;
-  double* lse;  // [B, H, T], natural logarithm; in fp32 its rounding would be the largest error of the backward pass
+  // [B, H, T], natural logarithm; in fp32 its rounding would be the largest error of the backward pass. Null where
+  // nobody reads it.
+  double* lse;
   int64_t lse_b, lse_h;             // its strides, and dlse's
   int64_t first_head;               // what b * H + h starts at in the counters of dropout
   Scores mask;                      // bytes (type kTypes), 0 = hidden; data may be null
@@ -165,6 +179,8 @@ struct Gemm {  // c = a b + bias, or c += a b + bias, in float or double
   int64_t c_row;
   bool add;
   const void* bias;  // [N], added to every row of the result; may be null
+  void* y;           // activation(c), with c's rows; may be c, or null without one
+  int activation;
 };
 
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
@@ -191,6 +207,10 @@ struct ActivationKernels {  // ranges of elements; of rows where sums over rows 
   void (*gated_bwd[kTypes])(const Gated&, int64_t begin, int64_t end);
   void (*bias_act_fwd[kTypes])(const BiasAct&, int64_t begin, int64_t end);
   void (*bias_act_bwd[kTypes])(const BiasAct&, int64_t stripe, int64_t begin, int64_t end);
+};
+
+struct AdamWKernels {
+  void (*step[kTypes])(const AdamW&, int64_t begin, int64_t end);
 };
 
 struct RopeKernels {
@@ -247,6 +267,7 @@ struct GenerationKernels {  // on fp32, whatever the weights and the cache are
   X(cross_entropy, CrossEntropyKernels, isa)          \
   X(activation, ActivationKernels, isa)               \
   X(rope, RopeKernels, isa)                           \
+  X(adamw, AdamWKernels, isa)                         \
   X(attention, AttentionKernels, isa)                 \
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \

@@ -166,20 +166,55 @@ inline std::vector<int64_t> shape_of(const Tensor& x) {
 // glibc gives every block of 32 MiB and more back to the system, so that each output of that size is made of fresh
 // pages, and a fault per 4 KiB costs more than the kernel that writes it. Asked for 2 MiB pages, the system makes 512
 // times fewer; where it has none at hand, or is set to "never", nothing changes.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
+inline void prefer_huge_pages(const Tensor& x, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = int64_t(2) << 20, kMapped = int64_t(32) << 20;
-  const int64_t begin = ((int64_t)data + kPage - 1) / kPage * kPage, end = ((int64_t)data + bytes) / kPage * kPage;
-  if (bytes >= kMapped) madvise((void*)begin, size_t(end - begin), MADV_HUGEPAGE);
+  if (bytes < kMapped) return;
+  const int64_t data = (int64_t)x.data_ptr();
+  const int64_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
+  madvise((void*)begin, size_t(end - begin), MADV_HUGEPAGE);
 #endif
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  const Tensor x = torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-  prefer_huge_pages(x.data_ptr(), x.numel() * int64_t(x.element_size()));
+// Fresh memory, dense in the order of `strides`. It does not go through the dispatcher, which takes as long as a small
+// kernel; so what PyTorch does to fresh memory under deterministic algorithms, which is how the tests see an element
+// that no kernel wrote, is a switch of its own.
+inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type) {
+  AtenTensorHandle made;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor x(made);
+  int64_t bytes = int64_t(x.element_size());
+  for (int64_t n : shape) bytes *= n;
+  prefer_huge_pages(x, bytes);
+  if (poison_fresh_memory && bytes) std::memset(x.data_ptr(), 0xff, size_t(bytes));
   return x;
 }
-inline Tensor none_like(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[i])) strides[i] = stride;
+  return empty_strided(shape, strides, type);
+}
+// Whether a kernel writes rows of D numbers of an output past the caches: one that no cache holds would be read into
+// them first, line by line, to be written over. Rows then consist of whole vectors. 32 MiB is the third-level cache of
+// many CPUs; bench/NOTES.md has what was measured around it.
+inline bool streams(const Tensor& y, int64_t D) {
+  constexpr int64_t kStreamed = int64_t(32) << 20;
+  const int64_t element = int64_t(y.element_size());
+  return y.numel() * element >= kStreamed && D * element % 64 == 0 && (int64_t)y.data_ptr() % 64 == 0;
+}
+inline Tensor none_like(const Tensor& x) { return empty({0}, x.scalar_type()); }
+
+// A new [B, H, T, D] in the memory order of `like` (heads inside positions where `like` is a view of [B, T, H, D]).
+inline Tensor new_heads(const Tensor& like, int64_t D) {
+  const int64_t B = like.size(0), H = like.size(1), T = like.size(2);
+  const bool inside = like.stride(1) < like.stride(2);
+  auto at_least_1 = [](int64_t n) { return std::max<int64_t>(1, n); };
+  const int64_t position = inside ? at_least_1(H) * D : D, head = inside ? D : at_least_1(T) * D;
+  return empty_strided({B, H, T, D}, {at_least_1(H) * at_least_1(T) * D, head, position, 1}, like.scalar_type());
+}
 
 inline void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
   STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,

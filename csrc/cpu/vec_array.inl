@@ -37,6 +37,10 @@ struct ArrayVec {
     return r;
   }
   template <class S>
+  void stream(S* p) const {
+    store(p);
+  }
+  template <class S>
   void store(S* p) const {
     for (int i = 0; i < L; ++i) narrow(v[i], p[i]);
   }
@@ -123,5 +127,8 @@ ArrayVec<double, L> normal_tail_over_exp(ArrayVec<double, L> a) {
   for (int i = 0; i < L; ++i) r.v[i] = 0.5 * ::erfc(a.v[i] * 0.70710678118654752440) * ::exp(0.5 * a.v[i] * a.v[i]);
   return r;
 }
+inline float sqrt1(float x) { return sqrtf(x); }
+inline double sqrt1(double x) { return ::sqrt(x); }
+ARRAY_VEC ArrayVec<T, L> sqrt(ArrayVec<T, L> a) { LANES(sqrt1(a.v[i])) }
 #undef LANES
 #undef ARRAY_VEC

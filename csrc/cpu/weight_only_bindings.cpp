@@ -43,7 +43,7 @@ class Ends {
   Ends(const char* op, const Tensor& x, WeightOnly& a, Type t, int64_t extra) : type_(t), N_(a.N) {
     shape_ = shape_of(x);
     shape_.back() = a.N;
-    y_ = empty(x, shape_, x.scalar_type());
+    y_ = empty(shape_, x.scalar_type());
     char* memory = (char*)workspace(extra + (t == kFloat ? 0 : (a.M * (a.K + a.N)) * 4) + 64);
     extra_ = memory;
     float* wide = (float*)(memory + (extra + 63) / 64 * 64);
@@ -136,7 +136,7 @@ Tensor dequantize_fwd(Tensor codes, Tensor scales, MaybeTensor offsets, Tensor l
   const Type t = type_of(like, op);
   STD_TORCH_CHECK(t != kDouble && begin >= 0 && begin <= end && end <= rows && begin % kPanel == 0, op,
                   ": begin and end must be rows, begin a multiple of 16, and `like` fp32, bf16 or fp16");
-  const Tensor out = empty(like, {end - begin, columns}, like.scalar_type());
+  const Tensor out = empty({end - begin, columns}, like.scalar_type());
   WeightOnly a = packed.a;
   a.N = end;
   const int64_t first = begin / kPanel, panels = (end + kPanel - 1) / kPanel - first, size = t == kFloat ? 4 : 2;
