@@ -196,7 +196,7 @@ def choose(op: str, x: torch.Tensor, unsupported=None, *, optional=False) -> str
     no kernel of ours is better: then "reference" is a choice, no fallback, and neither FASTLLM_STRICT nor a forced
     backend makes it an error.
     """
-    if _forced is None and _recorder is None and x.device.type == "cpu" and extension is not None:
+    if _forced is None and _recorder is None and x.is_cpu and extension is not None:
         if unsupported is None or unsupported("cpu") is None:
             return "cpu"
     return _choose(op, x, unsupported, optional)
@@ -298,6 +298,19 @@ class Op:
         if backend == "triton" and not args[0].is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)
+
+
+def cpu_op(schema: str, fake):
+    """The dispatcher's `fastllm::<op>` that only CPU tensors have, in C++; None where it has not been built.
+
+    What ends in _plain is for calls without options that autograd does not see: half of a small call's time goes into
+    arguments that are None and outputs that nobody reads.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    torch.library.register_fake(f"fastllm::{name}", fake, lib=library)
+    built = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastllm::{name}", "CPU")
+    return getattr(torch.ops.fastllm, name).default if built else None
 
 
 class Composite(Op):

@@ -343,4 +343,5 @@ def test_opcheck(layout):
     options = (None, None, None, None, 0.3, 0.0, 2, -1, 0, 0.0)
     torch.library.opcheck(ops.attention_fwd.dispatched, (q, k, v, mask, *options))
     o, lse = ops.attention_fwd.dispatched(q, k, v, mask, *options)
+    torch.library.opcheck(ops.attention_plain, (q, k, v, 0.3, 2, 5, 0))
     torch.library.opcheck(ops.attention_bwd.dispatched, (do, lse, q, k, v, o, lse, mask, *options, False))

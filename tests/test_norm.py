@@ -240,6 +240,8 @@ def test_opcheck():
         torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, None, 1e-5, 1.0, 0.0))
         torch.library.opcheck(ops.rms_norm_fwd.dispatched, (x, w, residual, seed, 1e-5, 1.0, DROPPED))
     _, _, mean, rstd = ops.layer_norm_fwd.dispatched(x, w, b, None, None, 1e-5, 0.0)
+    torch.library.opcheck(ops.layer_norm_plain, (x, w, b, 1e-5))
+    torch.library.opcheck(ops.rms_norm_plain, (x, w, 1e-5, 1.0))
     torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, None, 0.0, True, True))
     torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, None, x, None, mean, rstd, None, 0.0, False, False))
     torch.library.opcheck(ops.layer_norm_bwd.dispatched, (dy, r, x, w, mean, rstd, seed, DROPPED, True, True))
@@ -256,3 +258,13 @@ def test_autocast_adds_as_pytorch_does(cpu_backend, op):
     assert torch.equal(h, x + residual) and torch.equal(y, op(x.float(), w, residual=residual)[0])
     with pytest.raises(TypeError, match="residual"):
         op(x, w, residual=residual)
+
+
+@pytest.mark.parametrize("norm", [fastllm.layer_norm, fastllm.rms_norm], ids=lambda f: f.__name__)
+def test_outputs_past_the_caches(cpu_backend, norm):
+    """From 32 MiB on rows are stored past the caches; a row does not know."""
+    x, w = torch.randn(8200, 1024), torch.randn(1024)
+    (y,), (dx, _) = run(norm, [x, w], [x])
+    for part in (slice(0, 4100), slice(4100, None)):
+        (some,), (dsome, _) = run(norm, [x[part], w], [x[part]])
+        assert torch.equal(y[part], some) and torch.equal(dx[part], dsome)

@@ -104,3 +104,14 @@ def test_opcheck():
     for log in (False, True):
         torch.library.opcheck(ops.softmax_fwd.dispatched, (x, mask, 0.5, True, log))
         torch.library.opcheck(ops.softmax_bwd.dispatched, (dy, torch.softmax(x, -1), 0.5, log))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+def test_outputs_past_the_caches(cpu_backend, log):
+    """From 32 MiB on rows are stored past the caches; a row does not know."""
+    function = fastllm.log_softmax if log else fastllm.softmax
+    x = torch.randn(8200, 1024)
+    (y,), (dx,) = run(function, [x], [x])
+    for part in (slice(0, 4100), slice(4100, None)):
+        (some,), (dsome,) = run(function, [x[part]], [x[part]])
+        assert torch.equal(y[part], some) and torch.equal(dx[part], dsome)

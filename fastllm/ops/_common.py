@@ -35,8 +35,9 @@ def no_fp64(x):
 
 def autocast(*tensors):
     """What autocast does for torch's own products: low precision, but for fp64; None stays None."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    x = tensors[0]
+    device = "cpu" if x.is_cpu else x.device.type  # the latter takes longer than all else here
+    if not (x.is_cpu or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
         return tensors
     low = torch.get_autocast_dtype(device)
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]

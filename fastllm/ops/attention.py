@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops._common import (
     FLOATS,
     as_4d,
@@ -58,20 +58,27 @@ attention_bwd = Op(
     "attention",
     _bwd_fake,
 )
+attention_plain = cpu_op(
+    "attention_plain(Tensor q, Tensor k, Tensor v, float scale, SymInt q_offset, SymInt window_left,"
+    " SymInt window_right) -> Tensor",
+    lambda q, k, v, *options: _heads_like(q, v.shape[-1]),
+)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, mask, bias, alibi_slopes, sink, seed, options, backend):
+    def forward(ctx, q, k, v, mask, bias, alibi_slopes, sink, seed, options, plain, return_lse, backend):
         o, lse = attention_fwd(backend, q, k, v, mask, bias, alibi_slopes, sink, seed, *options)
-        ctx.save_for_backward(q, k, v, o, lse, mask, bias, alibi_slopes, sink, seed)
+        extra = () if plain else (mask, bias, alibi_slopes, sink, seed)
+        ctx.save_for_backward(q, k, v, o, lse, *extra)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return o, lse
+        return (o, lse) if return_lse else o
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def backward(ctx, do, dlse=None):
         q, k, v, o, lse, *extra = ctx.saved_tensors
+        extra = extra or (None,) * 5
         mask, bias, alibi_slopes, sink, seed = extra
         if torch.is_grad_enabled():
             scale, softcap, q_offset, left, right, dropout_p = ctx.options
@@ -103,7 +110,7 @@ class _Attention(torch.autograd.Function):
             )
             dbias = dbias if bias_grad else None
             dsink = None if sink is None else dsink
-        return dq, dk, dv, None, dbias, None, dsink, None, None, None
+        return dq, dk, dv, None, dbias, None, dsink, *(None,) * 5
 
 
 def attention(
@@ -143,28 +150,38 @@ def attention(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_attention.py).
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
-    if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
+    if isinstance(q, torch.Tensor):
         q, k, v = autocast(q, k, v)
     _check(q, k, v)
-    (B, H, T, _), S = q.shape, k.shape[2]
     options = check_options("attention", q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
-    if mask is not None:
-        mask = check_mask("attention", mask, q, (B, H, T, S))
-    if bias is not None:
-        check_tensor("attention", "bias", bias)
-        if bias.device != q.device:
-            raise ValueError(f"attention: bias must be on {q.device} like q, got {bias.device}")
-        check_broadcast("attention", "bias", bias, (B, H, T, S))
-        bias = as_4d(bias)
-    head_tensors("attention", q, B, H, alibi_slopes, sink)
+    plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
+    if not plain:
+        (B, H, T, _), S = q.shape, k.shape[2]
+        if mask is not None:
+            mask = check_mask("attention", mask, q, (B, H, T, S))
+        if bias is not None:
+            check_tensor("attention", "bias", bias)
+            if bias.device != q.device:
+                raise ValueError(f"attention: bias must be on {q.device} like q, got {bias.device}")
+            check_broadcast("attention", "bias", bias, (B, H, T, S))
+            bias = as_4d(bias)
+        head_tensors("attention", q, B, H, alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    backend = choose("attention", q, _kernels_lack(q, v, dropout_p))
+    backend = choose("attention", q, lambda backend: _kernels_lack(backend, q, v, dropout_p))
     if backend == "reference":
         o, lse = reference.attention(
             q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, seed=seed, **options
         )
     elif wants_gradient(q, k, v, bias, sink):
-        o, lse = _Attention.apply(q, k, v, mask, bias, alibi_slopes, sink, seed, tuple(options.values()), backend)
+        found = _Attention.apply(
+            q, k, v, mask, bias, alibi_slopes, sink, seed, tuple(options.values()), plain, return_lse, backend
+        )
+        if not return_lse:
+            return found
+        o, lse = found
+    elif plain and not return_lse and backend == "cpu" and attention_plain:
+        scale, _, q_offset, left, right, _ = options.values()
+        return attention_plain(q, k, v, scale, q_offset, left, right)
     else:
         o, lse = attention_fwd(backend, q, k, v, mask, bias, alibi_slopes, sink, seed, *options.values())
     if not return_lse:
@@ -172,23 +189,25 @@ def attention(
     return o, lse if q.dtype == torch.float64 else lse.float()
 
 
-def _kernels_lack(q, v, dropout_p):
+def _kernels_lack(backend, q, v, dropout_p):
     """`unsupported` for dispatch.choose."""
+    if backend == "cpu":
+        return None
+    if backend == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q.dtype}: the CUDA C++ kernels are made for the 16-bit matrix units"
+    if backend == "cuda" and max(q.shape[-1], v.shape[-1]) > 128:
+        return "the CUDA C++ kernels take head sizes up to 128"
+    if backend == "cuda" and dropout_p:
+        return "dropout_p: the CUDA C++ kernels do not have it"
     fp64 = no_fp64(q)
-
-    def reason(backend):
-        if backend == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
-            return f"{q.dtype}: the CUDA C++ kernels are made for the 16-bit matrix units"
-        if backend == "cuda" and max(q.shape[-1], v.shape[-1]) > 128:
-            return "the CUDA C++ kernels take head sizes up to 128"
-        if backend == "cuda" and dropout_p:
-            return "dropout_p: the CUDA C++ kernels do not have it"
-        return fp64 and fp64(backend)
-
-    return reason
+    return fp64 and fp64(backend)
 
 
 def _check(q, k, v):
+    tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    if tensors and q.dtype is k.dtype is v.dtype and q.dtype in FLOATS and q.ndim == k.ndim == v.ndim == 4:
+        if q.is_cpu and k.is_cpu and v.is_cpu:  # most calls that are small enough for the time that checks take
+            return
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor("attention", name, x, like=None if name == "q" else q)
         if x.ndim != 4:

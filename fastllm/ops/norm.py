@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops._common import check_tensor, gradients_through, no_fp64, wants_gradient
 
 
@@ -44,6 +44,10 @@ layer_norm_bwd = Op(
         _rows(h).new_empty(h.shape[-1] if has_bias else 0),
     ),
 )
+layer_norm_plain = cpu_op(
+    "layer_norm_plain(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    lambda x, weight, bias, eps: _like(x),
+)
 rms_norm_fwd = Op(
     "rms_norm_fwd(Tensor x, Tensor? weight, Tensor? residual, Tensor? seed, float eps, float weight_offset,"
     " float dropout_p) -> (Tensor y, Tensor h, Tensor rstd)",
@@ -63,6 +67,10 @@ rms_norm_bwd = Op(
         _like(h, has_residual and dropout_p > 0),
         h.new_empty(0) if weight is None else _like(weight),
     ),
+)
+rms_norm_plain = cpu_op(
+    "rms_norm_plain(Tensor x, Tensor? weight, float eps, float weight_offset) -> Tensor",
+    lambda x, weight, eps, weight_offset: _like(x),
 )
 
 
@@ -163,6 +171,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, bias, residual):
         return _LayerNorm.apply(x, weight, bias, residual, seed, eps, dropout_p, backend)
+    if backend == "cpu" and layer_norm_plain and residual is seed is None:
+        return layer_norm_plain(x, weight, bias, eps)
     y, h, _, _ = layer_norm_fwd(backend, x, weight, bias, residual, seed, eps, dropout_p)
     return y if residual is None else (y, h)
 
@@ -189,6 +199,8 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, residual):
         return _RMSNorm.apply(x, weight, residual, seed, eps, weight_offset, dropout_p, backend)
+    if backend == "cpu" and rms_norm_plain and residual is seed is None:
+        return rms_norm_plain(x, weight, eps, weight_offset)
     y, h, _ = rms_norm_fwd(backend, x, weight, residual, seed, eps, weight_offset, dropout_p)
     return y if residual is None else (y, h)
 
