@@ -24,6 +24,7 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/ops": {"dispatch", "ops", "reference"},
     "fastllm/nn.py": OPS,
     "fastllm/compat": OPS | {"compat"},
+    "fastllm/optim.py": OPS,
     "fastllm/swap.py": set(),
     "fastllm/trial.py": set(),
     "fastllm/mlp.py": OPS | {"swap", "trial"},
