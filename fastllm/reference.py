@@ -3,6 +3,7 @@
 Nothing here is tuned. Each function is differentiable by PyTorch, any number of times, and takes any float dtype.
 """
 
+import functools
 import math
 
 import torch
@@ -282,9 +283,18 @@ def dequantize(codes, scales, offsets=None, *, bits, group_size):
     return (w if offsets is None else w + spread(offsets)).flatten(0, 1)
 
 
-def linear(x, weight, bias=None):
-    """y = x W^T + bias: x [..., K], weight [N, K], bias [N]."""
-    return F.linear(x, weight, bias)
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def linear(x, weight, bias=None, activation=None):
+    """y = activation(x W^T + bias): x [..., K], weight [N, K], bias [N]."""
+    y = F.linear(x, weight, bias)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def lora_linear(x, weight, lora_a, lora_b, bias=None, keep=None, *, scale=1.0, dropout_p=0.0):

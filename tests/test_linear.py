@@ -1,5 +1,7 @@
 """linear: output and gradients on every instruction set, against fp64 and beside PyTorch's own product."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,97 @@ def test_opcheck():
     torch.library.opcheck(ops.linear_fwd.dispatched, (x, torch.randn(5, 6).T, None))
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         torch.library.opcheck(ops.linear_bwd.dispatched, (dy, x, w, *needs))
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activated(name):
+    """Ours, PyTorch's, and the reference's, of x, weight and bias."""
+    return (
+        lambda *given: fastllm.linear(*given, activation=name),
+        lambda *given: ACTIVATIONS[name](F.linear(*given)),
+        lambda *given: reference.linear(*given, activation=name),
+    )
+
+
+class TestActivation:
+    @pytest.mark.parametrize("size", [(5, 7, 1), (7, 65, 17), (97, 383, 193), (131, 260, 300)], ids=str)
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    def test_sizes(self, cpu_backend, name, size):
+        x, w, b = tensors(*size)
+        dy, w = torch.randn(size[:2]), w * size[2] ** -0.5
+        compare(*activated(name), [x, w, b], [dy], torch.float32)
+        compare(*activated(name), [x, w], [dy], torch.float32)
+
+    @pytest.mark.parametrize("size", [(3, 0, 4), (0, 3, 4), (3, 4, 0)], ids=str)
+    def test_nothing(self, cpu_backend, size):
+        compare(*activated("gelu"), tensors(*size), [torch.randn(size[:2])], torch.float32)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    def test_after_pytorchs_product(self, name, dtype):
+        """No table entry is so small: the product is PyTorch's and the activation ours, forward and backward."""
+        for leading in ((9,), (2, 3), ()):
+            x, w, b = torch.randn(*leading, 20), torch.randn(33, 20), torch.randn(33)
+            compare(*activated(name), [x, w, b], [torch.randn(*leading, 33)], dtype)
+
+    @pytest.mark.parametrize("wanted", ["x", "w", "b", "xw", "xb"])
+    @pytest.mark.parametrize("forced", [True, False], ids=["ours", "pytorchs"])
+    def test_only_the_gradients_that_are_wanted(self, wanted, forced):
+        leaves = {n: t.requires_grad_(n in wanted) for n, t in zip("xwb", tensors(30, 20, 10), strict=True)}
+        with fastllm.backend("cpu") if forced and dispatch.extension else contextlib.nullcontext():
+            fastllm.linear(*leaves.values(), activation="silu").sum().backward()
+        assert all((t.grad is not None) == (n in wanted) for n, t in leaves.items())
+
+    def test_backward_keeps_no_more_than_pytorch(self, cpu_backend):
+        """For relu not even x W^T + bias: its sign is y's."""
+        saved = []
+        x, w, b = (t.requires_grad_() for t in tensors(20, 30, 10))
+        for name in ACTIVATIONS:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+                y = fastllm.linear(x, w, b, activation=name)
+            own = set(saved) - {t.data_ptr() for t in (x, w, b)}
+            assert len(own) == 1 and (own == {y.data_ptr()}) == (name == "relu")
+            saved.clear()
+
+    @needs_extension
+    def test_gradcheck(self):
+        x, w, b = (t.double().requires_grad_() for t in tensors(5, 4, 3))
+        with fastllm.backend("cpu"):
+            for name in ("gelu", "gelu_tanh", "silu"):
+                for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+                    assert check(activated(name)[0], (x, w, b))
+
+    @needs_extension
+    def test_opcheck(self):
+        x, w, b = tensors(0, 6, 5, leading=(2, 3))
+        for needs_z in (True, False):
+            torch.library.opcheck(ops.linear_act_fwd, (x, w, b, 1, needs_z))
+        z, dy = torch.randn(4, 6), torch.randn(4, 6)
+        torch.library.opcheck(ops.bias_act_fwd, (z, b, 3))
+        torch.library.opcheck(ops.bias_act_bwd, (dy, z, None, 2, True))
+        torch.library.opcheck(ops.linear_out, (x, w, b, torch.empty(2, 3, 6)))
+        torch.library.opcheck(
+            ops.linear_bwd_out, (torch.randn(2, 3, 6), x, w, torch.ones(2, 3, 5), torch.ones(6, 5), True)
+        )
+
+    @pytest.mark.parametrize("name", ["relu", "gelu"])
+    def test_compiles_in_one_graph(self, name):
+        x, w, b = tensors(8, 6, 4)
+        ours, theirs, truth = activated(name)
+        compare(torch.compile(ours, fullgraph=True), theirs, truth, [x, w, b], [torch.randn(8, 6)], torch.float32)
+
+    def test_another_is_refused(self):
+        with pytest.raises(
+            ValueError, match="linear: activation must be None, relu, gelu, gelu_tanh, silu, got 'tanh'"
+        ):
+            fastllm.linear(*tensors(3, 4, 5), activation="tanh")
 
 
 class TestTable:

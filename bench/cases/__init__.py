@@ -21,8 +21,15 @@ BENCH = [
     attention(1, 32, 2048, 128, causal=True),  # Llama 7B
     attention(1, 32, 2048, 64, Hkv=8, causal=True),  # Llama 3.2 1B
     attention(1, 8, 512, 64),
+    attention(1, 8, 512, 64, causal=True),
     attention(16, 12, 128, 64),  # BERT base
+    attention(16, 12, 128, 64, causal=True),
     attention(64, 4, 64, 32),  # a small classifier on short sentences
+    attention(64, 4, 64, 32, causal=True),
+    attention(1, 8, 1021, 64, causal=True),  # no whole block anywhere
+    attention(1, 8, 1024, 80, causal=True),
+    attention(1, 8, 1024, 96, causal=True),
+    attention(1, 16, 1024, 64, Hkv=4, causal=True),
     attention(1, 8, 4096, 64, window=(511, 0)),
     attention(1, 8, 1024, 128, Dv=64, causal=True),
     attention(1, 8, 1024, 64, biased=True),
@@ -30,6 +37,8 @@ BENCH = [
     attention(1, 32, 1, 128, Hkv=8, S=1024),  # a step of decoding
     attention(1, 32, 1, 128, Hkv=8, S=4096),
     attention(1, 32, 1, 128, Hkv=8, S=32768),
+    attention(1, 32, 1, 128, S=1024),
+    attention(1, 32, 1, 128, S=4096),
     attention(16, 12, 1, 64, S=1024),
     attention(1, 4, 16, 32),  # calls, hardly any work
     norm("layer_norm", 2048, 768),
@@ -51,6 +60,9 @@ BENCH = [
     linear(512, 3072, 768),
     linear(2048, 768, 3072),
     linear(2048, 3072, 768),
+    linear(512, 3072, 768, activation="gelu"),
+    linear(2048, 3072, 768, activation="gelu_tanh"),
+    linear(2048, 3072, 768, activation="relu"),
     lora_linear(2048, 768, 768, 8),
     lora_linear(2048, 3072, 768, 16),
     kvcache(1, 32, 8, 4096, 128),
@@ -110,6 +122,8 @@ VERIFY = [
     softmax(63, 1001, log=True),
     *(weight_only(M, 100, 192, bits) for M, bits in ((1, 16), (1, 8), (2, 8), (3, 4))),
     linear(129, 520, 777),
+    linear(65, 260, 130, activation="gelu"),
+    linear(65, 260, 130, activation="silu"),
     lora_linear(129, 520, 777, 8),
     cross_entropy(33, 5001),
     cross_entropy(64, 1000, ignored=0.3, label_smoothing=0.1),

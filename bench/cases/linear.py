@@ -40,18 +40,19 @@ def weight_only(M, N, K, bits):
     )
 
 
-def linear(M, N, K):
+def linear(M, N, K, *, activation=None):
     """x [M, K] times the transpose of weight [N, K], with a bias; backward is both products of the gradient."""
-    flops = 2.0 * M * N * K
+    flops, activate = 2.0 * M * N * K, reference.ACTIVATIONS.get(activation, lambda y: y)
+    extra = M * N if activation else 0  # what the activation was applied to is kept for the backward pass
     return Case(
         op="linear",
-        name=f"{M}x{N}x{K}",
+        name=f"{M}x{N}x{K}" + (f" {activation}" if activation else ""),
         shapes={"x": (M, K), "weight": (N, K), "bias": (N,)},
-        ours=fastllm.linear,
-        torch=F.linear,
-        naive=reference.linear,
+        ours=lambda x, w, b: fastllm.linear(x, w, b, activation=activation),
+        torch=lambda x, w, b: activate(F.linear(x, w, b)),
+        naive=lambda x, w, b: reference.linear(x, w, b, activation),
         flops=both({"forward": flops, "backward": 2 * flops}),
-        values=both({"forward": M * K + N * K + M * N, "backward": M * N + 2 * (M * K + N * K)}),
+        values=both({"forward": M * K + N * K + M * N, "backward": M * N + extra + 2 * (M * K + N * K)}),
     )
 
 

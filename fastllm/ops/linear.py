@@ -1,12 +1,13 @@
-"""linear: the matrix product with a bias, forward and backward, by our kernel where it beats PyTorch's."""
+"""linear: the matrix product with bias and activation, forward and backward, by our kernel where it beats PyTorch's."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 from fastllm import dispatch, reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops import _tuned
 from fastllm.ops._common import check_tensor, gradients_through, wants_gradient
 
@@ -27,29 +28,65 @@ linear_bwd = Op(
 )
 
 
+linear_act_fwd = cpu_op(
+    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, int activation, bool needs_z) -> (Tensor y, Tensor z)",
+    lambda x, weight, bias, activation, needs_z: (
+        x.new_empty((*x.shape[:-1], weight.shape[0])),
+        x.new_empty((*x.shape[:-1], weight.shape[0]) if needs_z else 0),
+    ),
+)
+linear_out = cpu_op(
+    "linear_out(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()", lambda x, weight, bias, out: None
+)
+linear_bwd_out = cpu_op(
+    "linear_bwd_out(Tensor dy, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? dweight, bool add) -> ()",
+    lambda dy, x, weight, dx, dweight, add: None,
+)
+bias_act_fwd = cpu_op(
+    "bias_act_fwd(Tensor x, Tensor? bias, int activation) -> Tensor",
+    lambda x, bias, activation: x.new_empty(x.shape),
+)
+bias_act_bwd = cpu_op(
+    "bias_act_bwd(Tensor dy, Tensor x, Tensor? bias, int activation, bool needs_dbias) -> (Tensor dx, Tensor dbias)",
+    lambda dy, x, bias, activation, needs_dbias: (
+        x.new_empty(x.shape),
+        (x if bias is None else bias).new_empty(x.shape[-1] if needs_dbias else 0),
+    ),
+)
+
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as csrc/cpu/table.h numbers them
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, kernels):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.kernels = kernels
-        return product(x, weight, bias, kernels)
+    def forward(ctx, x, weight, bias, activation, kernels):
+        y, z = activated(x, weight, bias, activation, kernels, keep=True)
+        ctx.save_for_backward(x, weight, bias, *([] if activation is None else [z]))
+        ctx.activation, ctx.kernels = activation, kernels
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias, *z = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *gradients_through(reference.linear, (x, weight, bias), (dy,)), None
-        dy = dy.contiguous()
-        needs, (_, own_dx, own_dweight) = ctx.needs_input_grad, ctx.kernels
-        dx, dweight, dbias = linear_bwd(
-            "cpu", dy, x, weight, needs[0] and own_dx, needs[1] and own_dweight, bias is not None and needs[2]
-        )
-        if needs[0] and not own_dx:
+            function = functools.partial(reference.linear, activation=ctx.activation)
+            return *gradients_through(function, (x, weight, bias), (dy,)), None, None
+        needs, (_, *own) = ctx.needs_input_grad, ctx.kernels
+        needs_dbias, dy = bias is not None and needs[2], dy.contiguous()
+        own = [ours and needed for ours, needed in zip(own, needs, strict=False)]
+        dx = dweight = dbias = None
+        if z:
+            dy, dbias = bias_act_bwd(dy, z[0], None, ACTIVATIONS[ctx.activation], needs_dbias)
+            needs_dbias = False
+        if any(own) or needs_dbias:
+            dx, dweight, *rest = linear_bwd("cpu", dy, x, weight, *own, needs_dbias)
+            dbias = dbias if z else rest[0]
+        if needs[0] and not own[0]:
             dx = dy @ weight
-        if needs[1] and not own_dweight:
-            dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        if needs[1] and not own[1]:
+            dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         found = (dx, dweight, dbias)
-        return *(g if needed else None for g, needed in zip(found, needs[:3], strict=True)), None
+        return *(g if needed else None for g, needed in zip(found, needs[:3], strict=True)), None, None
 
 
 def product(x, weight, bias, kernels):
@@ -57,31 +94,55 @@ def product(x, weight, bias, kernels):
     return linear_fwd("cpu", x, weight, bias) if kernels and kernels[0] else F.linear(x, weight, bias)
 
 
-def linear(x, weight, bias=None):
-    """y = x W^T + bias.
+def activated(x, weight, bias, activation, kernels, keep=False):
+    """y, and what backward needs of the activation: x W^T + bias, or for relu, of which the sign is enough, y."""
+    if activation is None:
+        return product(x, weight, bias, kernels), None
+    number, sign = ACTIVATIONS[activation], activation == "relu"
+    if kernels[0]:
+        y, z = linear_act_fwd(x, weight, bias, number, keep and not sign)
+    else:
+        z = F.linear(x, weight, bias)
+        y = bias_act_fwd(z, None, number)
+    return y, y if sign else z
+
+
+def linear(x, weight, bias=None, *, activation=None):
+    """y = activation(x W^T + bias); activation is None, "relu", "gelu", "gelu_tanh" or "silu".
 
     x [..., K], weight [N, K], bias [N], of one dtype: fp32, bf16, fp16 or fp64; returns y [..., N]. As in
     torch.nn.functional.linear, whose product runs wherever it is as good as ours: for 16-bit types, under autocast, on
     GPUs, and on every CPU and size where nobody has measured that ours is faster (`fastllm info` shows the table,
     `fastllm bench linear --tune` measures). In fp32 ours sums up to 192 products at a time and adds those sums in
-    order, so that y has the same bits for any number of threads.
-    Saves x for the backward pass, as PyTorch does, and nothing else.
-    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not.
+    order, so that y has the same bits for any number of threads; the activation is applied to a block of y while that
+    is in the cache. After PyTorch's product it is a pass of its own, in fp32 inside, and on a GPU PyTorch's.
+    Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
+    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or another activation.
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
     Source of the blocking: Goto and van de Geijn 2008, doi:10.1145/1356052.1356053.
     """
-    kernels = kernels_for("linear", x, weight, check_linear("linear", x, weight, bias))
+    autocast = check_linear("linear", x, weight, bias)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation must be None, {', '.join(ACTIVATIONS)}, got {activation!r}")
+    kernels = kernels_for("linear", x, weight, autocast, activation)
     if kernels is None:
-        return reference.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, activation)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     weight = with_unit_stride(weight)
     if wants_gradient(x, weight, bias):
-        return _Linear.apply(x, weight, bias, kernels)
-    return product(x, weight, bias, kernels)
+        return _Linear.apply(x, weight, bias, activation, kernels)
+    return activated(x, weight, bias, activation, kernels)[0]
 
 
-def kernels_for(op, x, weight, autocast=False) -> tuple[bool, bool, bool] | None:
-    """Whether our kernel makes y, dx and dweight of x W^T; None where PyTorch makes all three."""
+def own_products(x, M, N, K) -> tuple[bool, bool, bool]:
+    """Whether our kernel makes y [M, N] = x [M, K] W^T, dx and dweight; all of them where "cpu" was forced."""
+    if dispatch.forced() == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return (True,) * 3
+    return _tuned.linear_kernels(M, N, K) if x.dtype == torch.float32 else (False,) * 3
+
+
+def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, bool, bool] | None:
+    """own_products of x W^T; None where PyTorch makes all three and there is no activation for ours either."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
     kernels = None
 
@@ -91,13 +152,14 @@ def kernels_for(op, x, weight, autocast=False) -> tuple[bool, bool, bool] | None
             return "PyTorch's product is the kernel on a GPU"
         if autocast:
             return "autocast: our product is for float32"
-        if dispatch.forced() == "cpu" and x.dtype in (torch.float32, torch.float64):
-            kernels = (True, True, True)
-        elif x.dtype != torch.float32:
+        if activation is not None and not (x.numel() and weight.numel() and bias_act_fwd):
+            return "there is nothing to activate, or no kernel for it"
+        kernels = own_products(x, M, weight.shape[0], K)
+        if any(kernels) or activation is not None:
+            return None
+        if x.dtype != torch.float32:
             return f"{str(x.dtype).removeprefix('torch.')}: our product is for float32"
-        else:
-            kernels = _tuned.linear_kernels(M, weight.shape[0], K)
-        return None if any(kernels) else "PyTorch's product is faster, or nobody has measured this CPU"
+        return "PyTorch's product is faster, or nobody has measured this CPU"
 
     return None if choose(op, x, unsupported, optional=True) == "reference" else kernels
 
