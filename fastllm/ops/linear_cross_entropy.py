@@ -14,6 +14,7 @@ from fastllm.ops.cross_entropy import (
     token_accuracy,
     wide,
 )
+from fastllm.ops.linear import linear_bwd_out, linear_out, own_products
 
 cross_entropy_total = Op(
     "cross_entropy_total(Tensor target, Tensor? weight, int classes, int ignore_index) -> Tensor",
@@ -38,6 +39,35 @@ def rows_at_once(N, device):
     V x D, for too little arithmetic. Logits of N / 8 rows are still a 24th of what torch keeps.
     """
     return 128 if device == "cpu" else max(128, -(-N // 8))
+
+
+class _Products:
+    """The three products of a chunk of rows, written to memory that is there; ours where they were measured to win."""
+
+    def __init__(self, backend, x, linear_weight, rows):
+        there = backend == "cpu" and linear_out is not None
+        self.own = own_products(x, rows, *linear_weight.shape) if there else (False,) * 3
+        self.weight = linear_weight
+
+    def logits(self, x, bias, out):
+        if self.own[0]:
+            linear_out(x, self.weight, bias, out)
+        elif bias is None:
+            torch.mm(x, self.weight.mT, out=out)
+        else:
+            torch.addmm(bias, x, self.weight.mT, out=out)
+
+    def dx(self, dlogits, x, out):
+        if self.own[1]:
+            linear_bwd_out(dlogits, x, self.weight, out, None, False)
+        else:
+            torch.mm(dlogits, self.weight, out=out)
+
+    def dweight(self, dlogits, x, out, add):
+        if self.own[2]:
+            linear_bwd_out(dlogits, x, self.weight, None, out, add)
+        else:
+            torch.addmm(out, dlogits.mT, x, beta=int(add), out=out)
 
 
 def _forward(
@@ -73,23 +103,20 @@ def _forward(
     total = cross_entropy_total(backend, target, weight, V, ignore_index) if reduction == REDUCTIONS["mean"] else None
     if dloss is None and any(wanted):
         dloss = torch.ones((), dtype=wide(x), device=x.device)
-    buffer = empty(x, (R, V), x.dtype)
+    buffer, products = empty(x, (R, V), x.dtype), _Products(backend, x, linear_weight, R)
     for start in range(0, N, R):
         rows = slice(start, min(start + R, N))
         logits = buffer[: rows.stop - start]
-        if linear_bias is None:
-            torch.mm(x[rows], linear_weight.mT, out=logits)
-        else:
-            torch.addmm(linear_bias, x[rows], linear_weight.mT, out=logits)
+        products.logits(x[rows], linear_bias, logits)
         given = dloss[rows] if dloss is not None and dloss.ndim else dloss
         options = ignore_index, label_smoothing, softcap, z_loss, accuracy
         losses[rows], found = cross_entropy_rows(backend, logits, target[rows], weight, total, given, *options)
         if accuracy:
             right[rows] = found
         if wanted[0]:
-            torch.mm(logits, linear_weight, out=dx[rows])
+            products.dx(logits, x[rows], dx[rows])
         if wanted[1]:
-            torch.addmm(dweight, logits.mT, x[rows], beta=min(start, 1), out=dweight)
+            products.dweight(logits, x[rows], dweight, add=start > 0)
         if wanted[2]:
             sums = logits.sum(0)  # added up in fp32, whatever its dtype; asked for fp32, it would copy the logits
             dbias.copy_(sums) if start == 0 else dbias.add_(sums)
