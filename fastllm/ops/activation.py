@@ -1,5 +1,7 @@
 """swiglu, geglu and bias_gelu: the activations of a transformer's feed-forward block, with what surrounds them."""
 
+import functools
+
 import torch
 
 from fastllm import reference
@@ -34,37 +36,39 @@ bias_gelu_bwd = Op(
 )
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up, backend):
-        ctx.save_for_backward(gate, up)
-        ctx.backend = backend
-        return swiglu_fwd(backend, gate, up)
+class _Gated(torch.autograd.Function):
+    """swiglu without an `approximate`, geglu with one."""
 
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *gradients_through(reference.swiglu, (gate, up), (dy,)), None
-        dgate, dup = swiglu_bwd(ctx.backend, dy.contiguous(), gate, up)
-        return dgate, None if up is None else dup, None
-
-
-class _GeGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, approximate, backend):
         ctx.save_for_backward(gate, up)
         ctx.approximate, ctx.backend = approximate, backend
-        return geglu_fwd(backend, gate, up, approximate == "tanh")
+        return _gated(gate, up, approximate, backend)
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = gradients_through(lambda *a: reference.geglu(*a, approximate=ctx.approximate), (gate, up), (dy,))
+            known = functools.partial(reference.geglu, approximate=ctx.approximate)
+            found = gradients_through(known if ctx.approximate else reference.swiglu, (gate, up), (dy,))
             return *found, None, None
-        dgate, dup = geglu_bwd(ctx.backend, dy.contiguous(), gate, up, ctx.approximate == "tanh")
+        if ctx.approximate:
+            dgate, dup = geglu_bwd(ctx.backend, dy.contiguous(), gate, up, ctx.approximate == "tanh")
+        else:
+            dgate, dup = swiglu_bwd(ctx.backend, dy.contiguous(), gate, up)
         return dgate, None if up is None else dup, None, None
+
+
+def _gated(gate, up, approximate, backend):
+    if approximate:
+        return geglu_fwd(backend, gate, up, approximate == "tanh")
+    return swiglu_fwd(backend, gate, up)
+
+
+def _run_gated(gate, up, approximate, backend):
+    gate, up = _dense_rows(gate), None if up is None else _dense_rows(up)
+    run = _Gated.apply if wants_gradient(gate, up) else _gated
+    return run(gate, up, approximate, backend)
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -98,10 +102,7 @@ def swiglu(gate, up=None):
     backend = choose("swiglu", gate, no_fp64(gate))
     if backend == "reference":
         return reference.swiglu(gate, up)
-    gate, up = _dense_rows(gate), None if up is None else _dense_rows(up)
-    if wants_gradient(gate, up):
-        return _SwiGLU.apply(gate, up, backend)
-    return swiglu_fwd(backend, gate, up)
+    return _run_gated(gate, up, None, backend)
 
 
 def geglu(gate, up=None, *, approximate="tanh"):
@@ -116,10 +117,7 @@ def geglu(gate, up=None, *, approximate="tanh"):
     backend = choose("geglu", gate, no_fp64(gate))
     if backend == "reference":
         return reference.geglu(gate, up, approximate=approximate)
-    gate, up = _dense_rows(gate), None if up is None else _dense_rows(up)
-    if wants_gradient(gate, up):
-        return _GeGLU.apply(gate, up, approximate, backend)
-    return geglu_fwd(backend, gate, up, approximate == "tanh")
+    return _run_gated(gate, up, approximate, backend)
 
 
 def bias_gelu(x, bias=None, *, approximate="tanh"):
