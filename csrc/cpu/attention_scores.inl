@@ -55,7 +55,6 @@ void load_transposed(const Scores& x, const S* p, int64_t keys, int64_t queries,
         if (i >= m) {
           r[i] = V::set(0);
         } else if (x.s == 1) {
-          PREFETCH_L2(from + keys);  // the next tile's: rows are too far apart for the hardware to see a stream
           r[i] = load<V>(from, n);
         } else {
           T lanes[V::L] = {};
