@@ -159,11 +159,21 @@ class TestActivation:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ACTIVATIONS)
-    def test_after_pytorchs_product(self, name, dtype):
-        """No table entry is so small: the product is PyTorch's and the activation ours, forward and backward."""
+    def test_where_all_is_pytorchs(self, name, dtype):
+        """No table has an entry for so small a product."""
         for leading in ((9,), (2, 3), ()):
             x, w, b = torch.randn(*leading, 20), torch.randn(33, 20), torch.randn(33)
             compare(*activated(name), [x, w, b], [torch.randn(*leading, 33)], dtype)
+
+    @needs_extension
+    @pytest.mark.parametrize("own", [(False, True, False), (False, False, True), (True, False, False)], ids=str)
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    def test_passes_mix(self, monkeypatch, name, own):
+        """Some of the products are PyTorch's, and the activation is ours."""
+        monkeypatch.setattr(_tuned, "linear_kernels", lambda *size: own)
+        for leading in ((9,), (2, 3), ()):
+            x, w, b = torch.randn(*leading, 20), torch.randn(33, 20), torch.randn(33)
+            compare(*activated(name), [x, w, b], [torch.randn(*leading, 33)], torch.float32)
 
     @pytest.mark.parametrize("wanted", ["x", "w", "b", "xw", "xb"])
     @pytest.mark.parametrize("forced", [True, False], ids=["ours", "pytorchs"])

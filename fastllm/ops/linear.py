@@ -115,7 +115,7 @@ def linear(x, weight, bias=None, *, activation=None):
     GPUs, and on every CPU and size where nobody has measured that ours is faster (`fastllm info` shows the table,
     `fastllm bench linear --tune` measures). In fp32 ours sums up to 192 products at a time and adds those sums in
     order, so that y has the same bits for any number of threads; the activation is applied to a block of y while that
-    is in the cache. After PyTorch's product it is a pass of its own, in fp32 inside, and on a GPU PyTorch's.
+    is in the cache. Where every product is PyTorch's, so is the activation.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or another activation.
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
@@ -142,7 +142,7 @@ def own_products(x, M, N, K) -> tuple[bool, bool, bool]:
 
 
 def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, bool, bool] | None:
-    """own_products of x W^T; None where PyTorch makes all three and there is no activation for ours either."""
+    """own_products of x W^T; None where PyTorch makes all three, and the activation too."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
     kernels = None
 
@@ -155,7 +155,7 @@ def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, b
         if activation is not None and not (x.numel() and weight.numel() and bias_act_fwd):
             return "there is nothing to activate, or no kernel for it"
         kernels = own_products(x, M, weight.shape[0], K)
-        if any(kernels) or activation is not None:
+        if any(kernels):
             return None
         if x.dtype != torch.float32:
             return f"{str(x.dtype).removeprefix('torch.')}: our product is for float32"
