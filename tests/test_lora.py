@@ -1,5 +1,7 @@
 """lora_linear and LoRALinear: against fp64, beside the same in PyTorch's operations; adapters that peft reads."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import nn
 import fastllm
 import fastllm.nn
 from fastllm import reference
+from fastllm.llm import lora
+from fastllm.model import Config, Transformer
 from fastllm.ops import lora as ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -174,3 +178,172 @@ class TestModule:
     def test_rank_zero_is_refused(self):
         with pytest.raises(ValueError, match="LoRALinear: rank must be at least 1, got 0"):
             fastllm.nn.LoRALinear(nn.Linear(6, 5), 0)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2)).eval()
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).eval()
+
+
+def own():
+    return Transformer(Config(vocab=61, d_model=16, heads=2, layers=2, d_ff=32, activation="swiglu")).eval()
+
+
+FAMILIES = {"llama": (llama, ()), "gpt2": (gpt2, ()), "bert": (bert, ("classifier",)), "own": (own, ())}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return FAMILIES[request.param][0]()
+
+
+def keep_of(model):
+    return ("classifier",) if hasattr(model, "classifier") else ()
+
+
+def randomised(model):
+    """With updates, and a head, that are not what they start as."""
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]])
+
+
+def logits(model):
+    found = model(IDS)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+class TestAdapters:
+    def test_all_of_attention_and_feed_forward_and_no_head(self, model):
+        before = logits(model)
+        names = lora.adapt(model, 4, keep=keep_of(model))
+        per_layer = {"LlamaForCausalLM": 7, "GPT2LMHeadModel": 4, "Transformer": 7}.get(type(model).__name__, 6)
+        assert len(names) == 2 * per_layer and not any("head" in name or "classifier" in name for name in names)
+        assert torch.equal(logits(model), before)
+        trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"lora_A", "lora_B"} | ({"weight", "bias"} if keep_of(model) else set())
+
+    def test_peft_reads_ours(self, model, tmp_path):
+        peft = pytest.importorskip("peft")
+        base = type(model)(model.config).eval()
+        base.load_state_dict(model.state_dict())
+        lora.adapt(model, 4, alpha=8, keep=keep_of(model))
+        lora.save_adapter(
+            tmp_path / "a",
+            randomised(model),
+            base="somewhere",
+            task="classification" if keep_of(model) else "language-model",
+        )
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+        got, peer = logits(model), logits(theirs)
+        with torch.no_grad():
+            exact = logits(model.double())
+        assert_as_accurate(got.half(), peer.half(), exact)
+        with theirs.disable_adapter():
+            assert not torch.equal(logits(theirs), peer)
+
+    def test_ours_reads_pefts(self, model, tmp_path):
+        peft = pytest.importorskip("peft")
+        base = type(model)(model.config).eval()
+        base.load_state_dict(model.state_dict())
+        names = sorted({name.rpartition(".")[2] for name in lora.projections(model) if "dense" not in name})
+        options = dict(r=4, lora_alpha=6, use_rslora=True, modules_to_save=list(keep_of(model)) or None)
+        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, **options)).eval()
+        randomised(theirs).save_pretrained(tmp_path / "a")
+        config = lora.load_adapter(tmp_path / "a", base)
+        assert config["r"] == 4
+        got, peer = logits(base), logits(theirs)
+        with torch.no_grad():
+            exact = logits(base.double())
+        assert_as_accurate(got.half(), peer.half(), exact)
+
+    def test_round_trip_merge_and_plain_names(self, model, tmp_path):
+        base = type(model)(model.config).eval()
+        base.load_state_dict(model.state_dict())
+        names = list(model.state_dict())
+        lora.adapt(model, 4, dropout=0.1, keep=keep_of(model))
+        randomised(model)
+        lora.save_adapter(tmp_path / "a", model)
+        lora.load_adapter(tmp_path / "a", base)
+        expected = logits(model)
+        assert torch.equal(logits(base), expected)
+        assert sorted(lora.plain_state(model)) == sorted(names)
+        with lora.merged(model):
+            inside = logits(model)
+        assert torch.equal(logits(model), expected)
+        assert list(lora.merge(model).state_dict()) == names and torch.equal(logits(model), inside)
+        with torch.no_grad():
+            exact = logits(base.double())
+        assert_as_accurate(inside.half(), expected.half(), exact)
+
+    def test_targets_choose(self):
+        model = own()
+        assert len(lora.adapt(model, 2, targets="query|value")) == 4
+        with pytest.raises(TypeError, match="has an adapter already"):
+            lora.adapt(model, 2)
+        with pytest.raises(ValueError, match="no linear layer named like 'nothing'"):
+            lora.adapt(own(), 2, targets="nothing")
+        with pytest.raises(ValueError, match="no linear layer in a stack"):
+            lora.adapt(nn.Linear(3, 3), 2)
+
+    def test_under_accelerate(self):
+        model = bert()
+        lora.adapt(model, 4, keep=("classifier",))
+        randomised(model)
+        plain = logits(model)
+        with fastllm.accelerated(model):
+            fast = logits(model)
+        exact = logits(model.double())
+        assert_as_accurate(fast.half(), plain.half(), exact.detach())
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(peft_type="IA3"), "is an adapter of type IA3"),
+            (dict(use_dora=True), "has use_dora=True, which is not supported"),
+            (dict(bias="all"), "has bias='all'"),
+        ],
+    )
+    def test_other_kinds_are_refused(self, tmp_path, change, message):
+        model = own()
+        lora.adapt(model, 2)
+        lora.save_adapter(tmp_path / "a", model)
+        path = tmp_path / "a" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(ValueError, match=message):
+            lora.load_adapter(tmp_path / "a", own())
+
+    def test_damaged_and_foreign_adapters_are_one_line(self, tmp_path):
+        with pytest.raises(ValueError, match="model has no adapter|has no adapter"):
+            lora.save_adapter(tmp_path / "a", own())
+        assert not (tmp_path / "a").exists()
+        with pytest.raises(ValueError, match="holds no adapter that can be read"):
+            lora.load_adapter(tmp_path, own())
+        model = own()
+        lora.adapt(model, 2)
+        lora.save_adapter(tmp_path / "a", model)
+        wider = Transformer(Config(vocab=61, d_model=32, heads=2, layers=2, d_ff=32, activation="swiglu"))
+        with pytest.raises(ValueError, match="is not for this model: .* cannot take updates"):
+            lora.load_adapter(tmp_path / "a", wider)
+        with pytest.raises(ValueError, match="is not for this Transformer: it has no decoder.blocks.0.*gate"):
+            lora.load_adapter(tmp_path / "a", Transformer(Config(vocab=61, d_model=16, heads=2, layers=2, d_ff=32)))
+        path = tmp_path / "a" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match="holds no adapter that can be read"):
+            lora.load_adapter(tmp_path / "a", own())
