@@ -239,6 +239,7 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
             "fastllm.compat",
             "fastllm.kernels",
             "fastllm.llm",
+            "fastllm.llm.tasks",
             "fastllm.ops",
         ],
         package_data={

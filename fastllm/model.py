@@ -33,9 +33,9 @@ LARGE_VOCAB = 4096  # where one product of all rows stops to be faster than many
 class Config:
     """The sizes and choices of a transformer. The defaults are the sizes of Vaswani et al. 2017 (arXiv:1706.03762).
 
-    classes > 0 gives an encoder a classification head (mean over what is not padding), masked_lm one over the
-    vocabulary for every position. dropout is that of the paper, on the embeddings and on what every block adds;
-    attention_dropout is the one on attention probabilities.
+    classes > 0 gives an encoder a classification head (mean over what is not padding), with per_token one for every
+    position; masked_lm gives it one over the vocabulary for every position. dropout is that of the paper, on the
+    embeddings and on what every block adds; attention_dropout is the one on attention probabilities.
     scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables.
     Raises ValueError for a name that is not offered and for sizes that do not fit together.
     """
@@ -43,6 +43,7 @@ class Config:
     vocab: int
     kind: str = "decoder"
     classes: int = 0
+    per_token: bool = False
     masked_lm: bool = False
     d_model: int = 512
     heads: int = 8
@@ -245,8 +246,8 @@ def sinusoids(max_len, d_model):
 class Transformer(nn.Module):
     """tokens [B, T] int64 to logits, by config.kind:
 
-    encoder: [B, classes], [B, T, vocab] with masked_lm, or else the hidden states [B, T, d_model]. decoder:
-    [B, T, vocab], causal.
+    encoder: [B, classes], with per_token [B, T, classes], with masked_lm [B, T, vocab], or else the hidden states
+    [B, T, d_model]. decoder: [B, T, vocab], causal.
     encoder-decoder: [B, T, vocab] for the target `tokens`, given `source` [B, S]; both sides share the embedding.
     mask [B, T] and source_mask [B, S] are boolean, True = a real token, False = padding; None = no padding.
     With targets [B, T], the tokens to come (or those that are masked), forward returns their mean cross-entropy instead
@@ -343,7 +344,7 @@ class Transformer(nn.Module):
             if not self.config.masked_lm:
                 if targets is not None:
                     raise ValueError("Transformer: kind='encoder' takes no targets without masked_lm")
-                return self.head(pool(x, mask)) if self.config.classes else x
+                return self.head(x if self.config.per_token else pool(x, mask)) if self.config.classes else x
         else:
             context = None if source is None else self.encode(source, source_mask)
             x = self.decode(tokens, mask, context, source_mask, cu_seqlens=cu_seqlens)

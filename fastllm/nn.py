@@ -153,7 +153,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout, self.rslora = rank, rank if alpha is None else alpha, dropout, rslora
         self.scale = self.alpha / (rank**0.5 if rslora else rank)
-        N, K = self._weight().shape
+        self.out_features, self.in_features = N, K = self._weight().shape
         wide = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, K, dtype=wide, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(N, rank, dtype=wide, device=base.weight.device))

@@ -81,6 +81,8 @@ def load_model(path, *, task=None, accelerate=True, **options) -> Loaded:
     """
     folder = resolve(path)
     config = read_json(folder / "config.json")
+    if config.get("lora") or config.get("fastllm", {}).get("lora"):  # whose weights lack the updates
+        raise ValueError(f"load_model: {folder} is of a LoRA run that has not ended; resume it, or load its adapter")
     if config.get("format") == "fastllm":
         if options:
             raise ValueError(f"load_model: {', '.join(options)} is for folders of Hugging Face, {folder} is our own")

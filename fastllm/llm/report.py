@@ -253,19 +253,27 @@ def training_plot(found, name) -> str:
     return svg(made, f"training {name}")
 
 
+def render(template, **values) -> str:
+    """One of the pages in this folder."""
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 def html(result) -> str:
     """The page. Everything is in it: no script, no font, no picture is fetched."""
-    jinja2 = require("jinja2")
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     plots = dict(speed=speed_plot(result), error=error_plot(result))
     for key, _ in TASKS:
         plots[key] = loss_plot(result[key], key)
         plots[f"{key}_training"] = training_plot(result[f"{key}_training"], key)
     passed, failed, plain = counted(result["verify"])
-    return environment.get_template("demo.html").render(
+    return render(
+        "demo.html",
         result=result,
         plots=plots,
         passed=passed,

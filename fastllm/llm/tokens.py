@@ -25,8 +25,9 @@ class Tokenizer:
     `decode(encode(text)) == text` for every text with byte-level BPE, and a text cannot end itself.
     """
 
-    def __init__(self, backend, special: dict[str, str], language: str | None = None):
+    def __init__(self, backend, special: dict[str, str], language: str | None = None, chat_template=None):
         self.backend, self.special, self.language = backend, special, language
+        self.chat_template = chat_template  # as tokenizer_config.json has it
         self._split = spacy_words(language) if language else None
         for role in ROLES:
             setattr(self, role, backend.token_to_id(special[role]) if role in special else None)
@@ -65,6 +66,8 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if self.language:
             config["spacy_language"] = self.language
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
         with atomic(folder / "tokenizer_config.json") as file:
             json.dump(config, file, indent=1)
 
@@ -81,14 +84,17 @@ class Tokenizer:
         backend.no_truncation(), backend.no_padding()
         config_path = path.with_name("tokenizer_config.json")
         config = json.loads(config_path.read_text("utf-8")) if config_path.exists() else {}
-        return cls(backend, special_tokens(backend, config), config.get("spacy_language"))
+        template = path.with_name("chat_template.jinja")
+        template = template.read_text("utf-8") if template.exists() else config.get("chat_template")
+        return cls(backend, special_tokens(backend, config), config.get("spacy_language"), template)
 
     @classmethod
     def of_hugging_face(cls, tokenizer):
         """From a fast tokenizer of transformers."""
         special = {role: getattr(tokenizer, keys[-1], None) for role, (keys, _) in ROLES.items()}
         special |= {role: getattr(tokenizer, keys[0]) or special[role] for role, (keys, _) in ROLES.items()}
-        return cls(tokenizer.backend_tokenizer, {role: str(token) for role, token in special.items() if token})
+        special = {role: str(token) for role, token in special.items() if token}
+        return cls(tokenizer.backend_tokenizer, special, chat_template=getattr(tokenizer, "chat_template", None))
 
     @classmethod
     def train_bpe(cls, texts, vocab=8192, *, min_count=2, special=()):

@@ -1,0 +1,402 @@
+"""Fine-tuning: what every task reads and learns, what is frozen, what a run leaves, and bad input in one line."""
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import tiny_corpus
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("sacrebleu")
+pytest.importorskip("rouge_score")
+pytest.importorskip("jinja2")
+
+from fastllm.cli import main as cli
+from fastllm.llm import evaluate, finetune, rows
+from fastllm.llm.checkpoint import load_model, save_model
+from fastllm.llm.prompts import ChatTemplate
+from fastllm.llm.tasks import TASKS
+from fastllm.llm.tokens import Tokenizer
+from fastllm.model import Config, Transformer
+
+SIZES = dict(d_model=16, heads=2, layers=2, d_ff=32, dropout=0.0, max_len=128)
+
+
+def write(path, header, table):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *table])
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    for split, table in tiny_corpus(n=96).items():
+        write(tmp_path / "reviews" / f"{split}.tsv", ("text", "label"), table)
+    return tmp_path / "reviews"
+
+
+@pytest.fixture
+def words():
+    texts = [text for table in tiny_corpus().values() for text, _ in table]
+    return Tokenizer.train_words([*texts, "where is the cat dog mat log on a red blue green"] * 2, 400)
+
+
+def own(folder, tokenizer, **changes):
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab=tokenizer.size, **SIZES | changes))
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path, words):
+    return own(tmp_path / "encoder", words, kind="encoder")
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    return own(tmp_path / "decoder", Tokenizer.bytes())
+
+
+@pytest.fixture
+def bert(tmp_path, words):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3)
+    config = transformers.BertConfig(vocab_size=words.size, max_position_embeddings=128, **sizes)
+    save_model(tmp_path / "bert", transformers.BertModel(config), words)
+    return tmp_path / "bert"
+
+
+FAST = dict(lr=2e-2, epochs=4, batch=16)
+
+
+class TestClassification:
+    @pytest.mark.parametrize("options", [dict(), dict(lora=4), dict(freeze=1, layer_decay=0.8)], ids=str)
+    @pytest.mark.parametrize("base", ["encoder", "bert"])
+    def test_learns_and_leaves_a_model(self, request, reviews, tmp_path, base, options):
+        base, out = request.getfixturevalue(base), tmp_path / "run"
+        slower = dict(lr=5e-3, evaluations=1) if base.name == "bert" else {}
+        result = finetune.run("classification", base, reviews, out, **FAST | slower | options)
+        losses = result["history"]["loss"]
+        assert sum(losses[-6:]) < sum(losses[:6])
+        assert result["test"]["accuracy"] > 0.9 or base.name == "bert"  # which needs more than a few steps
+        assert json.loads((out / "result.json").read_text())["test"] == json.loads(json.dumps(result["test"]))
+        loaded = load_model(out, task="classification")
+        assert loaded.meta["classes"] == ["bad", "good"] and not any("lora" in n for n in loaded.model.state_dict())
+        again = evaluate.run(out, reviews, batch=16)["scores"]
+        assert again["loss"] == result["test"]["loss"] and again["confusion"] == result["test"]["confusion"]
+        assert (out / "adapter" / "adapter_config.json").exists() == bool(options.get("lora"))
+        total = sum(p.numel() for p in loaded.model.parameters())
+        assert (result["trained"] < total) == bool(options)
+
+    def test_a_run_in_two_pieces_is_the_run_in_one(self, reviews, encoder, tmp_path, monkeypatch):
+        options = FAST | dict(lora=4, lora_dropout=0.1, epochs=2)
+        whole = finetune.run("classification", encoder, reviews, tmp_path / "whole", **options)
+        kind, taken = TASKS["classification"], []
+        loss = kind.loss
+
+        def killed(self, model, batch):
+            taken.append(1)
+            if len(taken) == 8:
+                raise MemoryError("killed")
+            return loss(self, model, batch)
+
+        monkeypatch.setattr(kind, "loss", killed)
+        with pytest.raises(MemoryError):
+            finetune.run("classification", encoder, reviews, tmp_path / "two", **options)
+        with pytest.raises(ValueError, match="a LoRA run that has not ended"):
+            load_model(tmp_path / "two")
+        monkeypatch.setattr(kind, "loss", loss)
+        pieces = finetune.run("classification", encoder, reviews, tmp_path / "two", resume=True, **options)
+        assert pieces["history"]["loss"] == whole["history"]["loss"] and pieces["test"] == whole["test"]
+        states = [load_model(tmp_path / run).model.state_dict() for run in ("whole", "two")]
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    def test_a_model_goes_on_with_its_head_and_other_classes_get_a_new_one(self, reviews, encoder, tmp_path):
+        finetune.run("classification", encoder, reviews, tmp_path / "first", **FAST)
+        head = load_model(tmp_path / "first").model.head.weight
+        same = finetune.prepare(tmp_path / "first", "classification", dict(classes=["bad", "good"]))
+        other = finetune.prepare(tmp_path / "first", "classification", dict(classes=["bad", "good", "so so"]))
+        assert torch.equal(same.model.head.weight, head) and other.model.head.weight.shape == (3, 16)
+        assert torch.equal(same.model.embedding.weight, other.model.embedding.weight)
+
+    def test_what_is_frozen_stays(self, reviews, bert, tmp_path):
+        finetune.run("classification", bert, reviews, tmp_path / "run", freeze=1, lr=1e-2, epochs=1)
+        before, after = (load_model(f).model.state_dict() for f in (bert, tmp_path / "run"))
+        changed = {n for n, value in before.items() if not torch.equal(value, after[f"bert.{n}"])}
+        assert changed and all(n.startswith(("encoder.layer.1.", "pooler.")) for n in changed)
+
+
+def test_depths_and_rates(bert):
+    model = finetune.prepare(bert, "classification", dict(classes=["a", "b"])).model
+    depth, top = finetune.depths(model)
+    assert top == 3 and depth["bert.embeddings.LayerNorm.bias"] == 0 and depth["classifier.weight"] == 3
+    assert depth["bert.encoder.layer.0.output.dense.weight"] == 1 and depth["bert.pooler.dense.bias"] == 3
+    found = finetune.groups(model, 0.1, 0.5)
+    rates = {id(p): group["lr_scale"] for group in found for p in group["params"]}
+    assert all(rates[id(p)] == 0.5 ** (3 - depth[name]) for name, p in model.named_parameters())
+    decays = {id(p): group["weight_decay"] for group in found for p in group["params"]}
+    assert decays[id(model.classifier.weight)] == 0.1 and decays[id(model.classifier.bias)] == 0.0
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where is the cat?"},
+    {"role": "assistant", "content": "On the mat."},
+    {"role": "user", "content": "And the dog?"},
+    {"role": "assistant", "content": "On the log."},
+]
+
+
+class TestLanguage:
+    def task(self, tokenizer, source=None, max_len=256):
+        return TASKS["language-model"](tokenizer, max_len, dict(template=ChatTemplate(tokenizer, source)))
+
+    def learnt(self, tokenizer, labels):
+        """The pieces of text that count."""
+        pieces, open_ = [], False
+        for label in labels:
+            if label != -100 and not open_:
+                pieces.append([])
+            open_ = label != -100
+            if open_:
+                pieces[-1].append(label)
+        return [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]
+
+    def test_prompts_are_masked(self):
+        tokenizer = Tokenizer.bytes()
+        ids, labels = self.task(tokenizer).conversation(CHAT)
+        assert len(ids) == len(labels) and all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+        assert tokenizer.decode(ids).startswith("System: Be brief.\nUser: Where")
+        assert self.learnt(tokenizer, labels) == [" On the mat.\n", " On the log.\n<eos>"]
+
+    def test_the_template_of_the_tokenizer_is_taken(self):
+        tokenizer = Tokenizer.bytes(special=("<|im_start|>", "<|im_end|>"))
+        source = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        ids, labels = self.task(tokenizer, source).conversation(CHAT)
+        assert ids[0] == tokenizer.id("<|im_start|>")
+        assert self.learnt(tokenizer, labels) == ["On the mat.<|im_end|>\n", "On the log.<|im_end|>\n"]
+
+    def test_an_answer_behind_the_limit_is_an_error(self):
+        with pytest.raises(ValueError, match="begins behind max-len 20"):
+            self.task(Tokenizer.bytes(), max_len=20).conversation(CHAT)
+        with pytest.raises(ValueError, match="no turn of the assistant"):
+            self.task(Tokenizer.bytes()).conversation(CHAT[:2])
+
+    def test_conversations(self, decoder, tmp_path):
+        for split in ("train", "valid", "test"):
+            path = tmp_path / "chat" / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(dict(messages=CHAT)) + "\n" for _ in range(8)))
+        result = finetune.run("language", decoder, tmp_path / "chat", tmp_path / "run", lr=3e-2, epochs=20, batch=8)
+        assert result["test"]["perplexity"] < 3 < 100 < result["history"]["loss"][0] ** 3
+        made = finetune.task_for(load_model(tmp_path / "run"))
+        batch = made.collate(made.encode(next(iter(made.rows(tmp_path / "chat" / "test.jsonl")))))
+        model = load_model(tmp_path / "run", accelerate=False).model.double()
+        exact = float(made.loss(model, batch).detach())
+        assert abs(result["test"]["loss"] - exact) < 1e-5 * exact + 1e-5
+
+    def test_prompts_with_responses_and_hugging_face(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        tokenizer = Tokenizer.bytes()
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+        sizes |= dict(num_key_value_heads=1, max_position_embeddings=96, sliding_window=16, initializer_range=0.2)
+        config = transformers.Gemma3TextConfig(vocab_size=tokenizer.size, **sizes)
+        save_model(tmp_path / "gemma", transformers.Gemma3ForCausalLM(config), tokenizer)
+        for split in ("train", "valid", "test"):
+            write(tmp_path / "pairs" / f"{split}.tsv", ("prompt", "response"), [("2 + 2", "4"), ("1 + 1", "2")] * 4)
+        options = dict(lr=3e-2, epochs=15, batch=8, lora=4)
+        result = finetune.run("language", tmp_path / "gemma", tmp_path / "pairs", tmp_path / "run", **options)
+        assert result["test"]["loss"] < result["history"]["evaluations"][0]["loss"]
+        assert evaluate.run(tmp_path / "run", tmp_path / "pairs")["scores"]["loss"] < result["history"]["loss"][0]
+
+    def test_plain_text_is_read_once(self, decoder, tmp_path):
+        text = "the cat sat on the mat;\n\n\nthe dog lay on the log.\n" * 30
+        path = tmp_path / "text" / "test.txt"
+        path.parent.mkdir()
+        path.write_text(text)
+        made = finetune.task_for(load_model(decoder), 50)
+        found = list(made.rows(path))
+        ids = [i for n, row in enumerate(found) for i in row["tokens"][1 if n else 0 :]]
+        assert made.tokenizer.decode(ids) == text
+        assert sum(row["bytes"] for row in found) == len(text) and max(len(row["tokens"]) for row in found) == 51
+        scores = evaluate.run(decoder, path.parent)["scores"]
+        assert scores["tokens"] == len(text) - 1 and scores["bytes"] == len(text)
+
+
+def pairs(folder, count=32):
+    colours = ("red", "blue", "green")
+    table = [(f"a {colours[n % 3]} cat", f"the cat is {colours[n % 3]}") for n in range(count)]
+    for split in ("train", "valid", "test"):
+        write(folder / f"{split}.tsv", ("source", "target"), table)
+    return folder
+
+
+class TestSeq2Seq:
+    def test_ours(self, words, tmp_path):
+        base = own(tmp_path / "base", words, kind="encoder-decoder")
+        options = dict(lr=2e-2, epochs=20, batch=16, patience=0)
+        result = finetune.run("seq2seq", base, pairs(tmp_path / "pairs"), tmp_path / "run", **options)
+        assert result["test"]["rougeL"] > 0.9 and result["test"]["bleu"] > 50 and result["test"]["perplexity"] < 1.5
+        assert result["test"]["examples"][0].keys() == {"source", "target", "answer"}
+
+    def test_transformers(self, words, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        special = dict(pad_token_id=words.pad, eos_token_id=words.eos, decoder_start_token_id=words.pad)
+        config = transformers.T5Config(vocab_size=words.size, **sizes, **special)
+        save_model(tmp_path / "t5", transformers.T5ForConditionalGeneration(config), words)
+        options = dict(lr=2e-2, epochs=10, batch=16, max_len=32)
+        result = finetune.run("seq2seq", tmp_path / "t5", pairs(tmp_path / "pairs"), tmp_path / "run", **options)
+        assert result["test"]["loss"] < result["history"]["loss"][0] and "bleu" in result["test"]
+
+
+CONTEXT = "on a mat a red cat lay on a log where a blue dog is on the green mat"
+
+
+def questions(folder):
+    table = [("where is the cat", CONTEXT, "mat"), ("where is the dog", CONTEXT, "green mat"), ("a log", CONTEXT, "")]
+    for split in ("train", "valid"):
+        write(folder / f"{split}.tsv", ("question", "context", "answer"), table * 8)
+    qas = [
+        dict(question=q, id=n, is_impossible=not a, answers=[dict(text=a, answer_start=CONTEXT.find(a))] if a else [])
+        for n, (q, _, a) in enumerate(table)
+    ]
+    (folder / "test.json").write_text(json.dumps(dict(data=[dict(paragraphs=[dict(context=CONTEXT, qas=qas)])])))
+    return folder
+
+
+class TestQuestions:
+    @pytest.mark.parametrize("base", ["encoder", "bert"])
+    def test_learns(self, request, tmp_path, base):
+        base, data = request.getfixturevalue(base), questions(tmp_path / "data")
+        options = dict(lr=2e-2, epochs=40, batch=24, patience=0)
+        result = finetune.run("questions", base, data, tmp_path / "run", **options)
+        assert result["test"]["exact_match"] == result["test"]["f1"] == 1.0
+        scores = evaluate.run(tmp_path / "run", data / "test.json")["scores"]
+        assert scores["rows"] == 3 and scores["exact_match"] == 1.0
+
+    def test_a_long_context_is_read_in_windows(self, words):
+        made = TASKS["question-answering"](words, 14)
+        text = "mat log " * 10 + "red cat " + "dog on " * 10
+        row = dict(question="where is the cat", context=text, answers=["red cat"], start=text.find("red cat"))
+        windows = made.encode(row)
+        assert len(windows) > 3 and {w["windows"] for w in windows} == {len(windows)}
+        assert all(len(w["tokens"]) <= 14 and len(w["spans"]) == len(w["tokens"]) for w in windows)
+        whole = [w for w in windows if w["span"] != (0, 0)]
+        assert whole
+        for w in whole:
+            first, last = w["span"]
+            assert text[w["spans"][first][0] : w["spans"][last][1]] == "red cat"
+        seen = {span for w in windows for span in w["spans"] if span is not None}
+        assert len(seen) == len(text.split())  # every word of the context is in a window
+
+
+def test_rows_are_read_one_by_one(tmp_path):
+    write(tmp_path / "a.tsv", ("label", "text", "more"), [("x", 'said "no"\tand\nleft', "1")] * 3)
+    assert next(rows.read(tmp_path / "a.tsv", ("text", "label")))[1] == dict(text='said "no"\tand\nleft', label="x")
+    (tmp_path / "b.tsv").write_bytes(b"\xef\xbb\xbftext\tlabel\r\na\tb\r\n\r\nc\td\xff\r\n")
+    lazily = rows.read(tmp_path / "b.tsv", ("text", "label"))
+    assert next(lazily) == (2, dict(text="a", label="b"))
+    with pytest.raises(ValueError, match="line 4 is not UTF-8 text"):
+        list(lazily)
+
+
+BAD = {
+    "no folder": (lambda d: None, "gone", "no such folder"),
+    "no file": (lambda d: (d / "valid.tsv").unlink(), "", "one of valid.tsv or valid.jsonl is needed there, 0 are"),
+    "empty": (lambda d: (d / "test.tsv").write_text(""), "", "the file is empty"),
+    "no rows": (lambda d: (d / "test.tsv").write_text("text\tlabel\n"), "", "has no rows"),
+    "columns": (
+        lambda d: (d / "train.tsv").write_text("words\tclass\na\tb\n"),
+        "",
+        "must name the columns text, label",
+    ),
+    "a column more": (
+        lambda d: (d / "test.tsv").write_text("text\tlabel\na\tgood\tc\n"),
+        "",
+        "test.tsv line 2: 3 columns",
+    ),
+    "no text": (lambda d: (d / "test.tsv").write_text("text\tlabel\n \tgood\n"), "", "line 2: text is no text"),
+    "encoding": (
+        lambda d: (d / "valid.tsv").write_bytes("text\tlabel\nété\tgood\n".encode("latin-1")),
+        "",
+        "valid.tsv line 2 is not UTF-8",
+    ),
+    "zero byte": (lambda d: (d / "test.tsv").write_bytes(b"text\tlabel\na\0\tgood\n"), "", "line 2: a zero byte"),
+    "label": (
+        lambda d: (d / "test.tsv").write_text("text\tlabel\na\tugly\n"),
+        "",
+        "test.tsv line 2: the model was not trained on the label 'ugly', it knows bad, good",
+    ),
+    "one class": (lambda d: (d / "train.tsv").write_text("text\tlabel\na\tgood\n"), "", "two classes at least"),
+}
+
+
+@pytest.mark.parametrize("spoil, other, message", BAD.values(), ids=BAD)
+def test_bad_data_is_one_line_and_leaves_nothing(reviews, encoder, tmp_path, capsys, spoil, other, message):
+    spoil(reviews)
+    data = str(tmp_path / other) if other else str(reviews)
+    given = ["finetune", "classification", "--model", str(encoder), "--data", data, "--out", str(tmp_path / "out")]
+    assert cli(given) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_fit_are_one_line(reviews, encoder, decoder, tmp_path, capsys):
+    def refused(*given):
+        assert cli(["finetune", *map(str, given), "--data", str(reviews), "--out", str(tmp_path / "out")]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "reads from left to right" in refused("classification", "--model", decoder)
+    assert "one for language-model is needed" in refused("language", "--model", encoder)
+    assert "is no folder" in refused("classification", "--model", tmp_path / "gone")
+    assert "no linear layer named like 'xyz'" in refused(
+        "classification", "--model", encoder, "--lora", 2, "--targets", "xyz"
+    )
+    assert "a number of layers up to 2" in refused("classification", "--model", encoder, "--freeze", 7)
+    assert "max-len must be between 8 and 128" in refused("classification", "--model", encoder, "--max-len", 1000)
+    assert "layer-decay must be" in refused("classification", "--model", encoder, "--layer-decay", 2)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"messages": 3}\n', "line 1: messages must be a list"),
+        ("a.jsonl", "{nonsense\n", "line 1 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1: an object with"),
+        ("a.jsonl", '{"messages": [{"role": "cat", "content": "x"}]}\n', "line 1: messages[0] must have a role"),
+        ("a.txt", "\n \n", "has no text"),
+    ],
+)
+def test_bad_conversations(decoder, tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_text(content)
+    assert cli(["evaluate", str(decoder), str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "{}", "is not in SQuAD's format"),
+        ("a.json", "{", "is not in SQuAD's format"),
+        ("a.tsv", "question\tcontext\tanswer\nq\tc d\te\n", "the answer 'e' does not stand in the context"),
+        ("a.tsv", "question\tcontext\tanswer\tstart\nq\tc d\td\tx\n", "start must be a number of characters, got 'x'"),
+    ],
+)
+def test_bad_questions(words, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(TASKS["question-answering"](words, 64).rows(tmp_path / name))
