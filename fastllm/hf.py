@@ -17,6 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from fastllm import hf_loss, hf_rope, patch, swap  # noqa: F401, the first two register their matchers
+from fastllm.ops._common import is_autocast
 from fastllm.ops.attention import attention
 from fastllm.ops.varlen import attention_varlen
 
@@ -140,6 +141,8 @@ def _pattern(mask_function):
             return None
         if name == "and_masks.<locals>.and_mask":
             left_over += held["mask_functions"]
+        elif name == "remap_positions_for_packed_sequence":  # only differences of positions count here
+            left_over.append(held["mask_function"])
         elif name == "causal_mask_function":
             found["right"] = 0
         elif name == "sliding_window_overlay":
@@ -236,7 +239,7 @@ def _bounds(packed):
 def _packed(query, key, value, cu_q, cu_k, causal, window, options):
     B, _, T, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast(q):
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(low) for x in (q, k, v))
     o = attention_varlen(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=causal, window=window, **options)

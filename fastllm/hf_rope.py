@@ -8,6 +8,7 @@ import torch
 
 from fastllm import trial
 from fastllm.matchers import MATCHERS
+from fastllm.ops._common import is_autocast
 from fastllm.ops.rope import rope
 from fastllm.swap import Unsupported, names_used, swap
 
@@ -96,7 +97,7 @@ def _rotary(function):
             return function(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **options)
         if unsqueeze_dim == 2:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
-        if promotes and not torch.is_autocast_enabled(q.device.type):  # which casts to the narrower one afterwards
+        if promotes and not is_autocast(q):  # which casts to the narrower one afterwards
             q, k = (x.to(torch.promote_types(x.dtype, cos.dtype)) for x in (q, k))
         if cos.ndim == 3 and cos.shape[0] == 1:  # one table for every sequence
             cos, sin = cos[0], sin[0]

@@ -33,13 +33,19 @@ def no_fp64(x):
     return lambda backend: "float64: the GPU kernels compute in fp32" if backend in ("triton", "cuda") else None
 
 
+def is_autocast(x) -> bool:
+    """Whether autocast is on where `x` is; some devices ("meta") have none."""
+    if x.is_cpu:  # asking for the device's name takes longer than all else here
+        return torch.is_autocast_enabled("cpu")
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors):
     """What autocast does for torch's own products: low precision, but for fp64; None stays None."""
-    x = tensors[0]
-    device = "cpu" if x.is_cpu else x.device.type  # the latter takes longer than all else here
-    if not (x.is_cpu or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
+    if not is_autocast(tensors[0]):
         return tensors
-    low = torch.get_autocast_dtype(device)
+    low = torch.get_autocast_dtype(tensors[0].device.type)
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
 
 

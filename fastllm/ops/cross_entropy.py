@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import FLOATS, check_tensor, gradients_through, no_fp64, wants_gradient
+from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -138,9 +138,7 @@ def token_accuracy(right, target, options):
 
 def loss_dtype(x):
     """What torch's losses return: x's dtype, fp32 at least under autocast."""
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return wide(x) if autocast else x.dtype
+    return wide(x) if is_autocast(x) else x.dtype
 
 
 def lacks(x, probabilities):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastllm import dispatch, reference
 from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops import _tuned
-from fastllm.ops._common import check_tensor, gradients_through, wants_gradient
+from fastllm.ops._common import check_tensor, gradients_through, is_autocast, wants_gradient
 
 linear_fwd = Op(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -172,7 +172,7 @@ def with_unit_stride(weight):
 def check_linear(op, x, weight, bias):
     """Whether autocast chooses the dtype; it takes inputs of several."""
     check_tensor(op, "x", x)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x)
     for name, given in (("weight", weight), ("bias", bias)):
         if given is not None or name == "weight":
             check_tensor(op, name, given, like=None if autocast else x)

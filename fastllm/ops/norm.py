@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op
-from fastllm.ops._common import check_tensor, gradients_through, no_fp64, wants_gradient
+from fastllm.ops._common import check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
 
 
 def _rows(x):
@@ -208,7 +208,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
 def _autocast(x, residual):
     """Under autocast x comes in low precision from a product and the residual may not: the sum is the wider."""
     tensors = isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)
-    if tensors and x.dtype != residual.dtype and torch.is_autocast_enabled(x.device.type):
+    if tensors and x.dtype != residual.dtype and is_autocast(x):
         wide = torch.promote_types(x.dtype, residual.dtype)
         return x.to(wide), residual.to(wide)
     return x, residual
