@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-all sanitize lint bench gpu demo readme clean
+.PHONY: help setup build test test-all sanitize lint bench gpu demo readme readme-figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,8 +70,10 @@ gpu: ## on a GPU machine: correctness, ceilings, bars, into bench/results; GPU="
 demo: build ## the main job: verify the kernels, train on real text with and without them, write report/index.html
 	$(BIN)/fastllm demo
 
-readme: build ## refresh what the README takes from the code and from report/demo.json
+readme: build ## refresh what the README takes from the code, report/demo.json and the reports in bench/results
 	$(BIN)/python -m fastllm.bench.readme
+
+readme-figures: readme ## the same; the README's figures are drawn from the committed reports, light and dark
 
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info fastllm/_C.*.so fastllm/_cuda.so fastllm/_build_info.json $(VENV)/.built report .pytest_cache .ruff_cache .benchmarks

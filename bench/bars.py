@@ -3,14 +3,12 @@
 The figures are for one H100 in bf16, and were set from what others published before anything was measured here.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastllm.bench import cases
+from fastllm.bench import cases, rivals
 from fastllm.bench.cases import Case
 
 
@@ -34,58 +32,19 @@ class Bar:
         return f"{self.case} {str(self.dtype).removeprefix('torch.')} {self.passes}"
 
 
-def forced(function, backend: SDPBackend):
-    """PyTorch's attention on one of its backends; fails where that backend cannot do the call."""
-
-    def call(*inputs):
-        with sdpa_kernel(backend):
-            return function(*inputs)
-
-    return call
+RIVALS = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn-2", "flash-attn-3", "liger")
 
 
-SDPA = {
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-
-
-def flash_attention(module: str, case: Case):
-    """flash-attn's function of `module` on q, k, v [B, H, T, D]."""
-    function = importlib.import_module(module).flash_attn_func
-    causal = "causal" in case.name
-
-    def call(q, k, v):
-        o = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
-        return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
-
-    return call
-
-
-def liger(case: Case):
-    """Liger's norm of the same name."""
-    if case.op == "rms_norm":
-        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        return lambda x, w: function.apply(x, w, 1e-6)
-    function = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-    return lambda x, w, b: function.apply(x, w, b, 1e-5)
-
-
-def rivals(bar: Bar) -> dict[str, Callable]:
+def rivals_of(bar: Bar) -> dict[str, Callable]:
     """Name -> a function without arguments that gives the rival's function, or fails with the reason."""
     case = bar.case
     found = {"torch": lambda: case.torch}
-    plain = "window" not in case.name and "mask" not in case.name and "dropout" not in case.name
-    if case.op == "attention" and plain:
-        found |= {name: lambda b=backend: forced(case.torch, b) for name, backend in SDPA.items()}
-        found["flash-attn 2"] = lambda: flash_attention("flash_attn", case)
-        found["flash-attn 3"] = lambda: flash_attention("flash_attn_interface", case)
-    if case.op in ("layer_norm", "rms_norm") and "residual" not in case.name:
-        found["liger"] = lambda: liger(case)
+    for name in RIVALS:
+        rival = rivals.RIVALS[name]
+        if not case.op.startswith("attention_") and rival.takes(case, "cuda"):
+            found[name] = lambda rival=rival: rival.make(case, bar.dtype, "cuda")
     if bar.compile_mode:
-        function = case.compiled or case.torch
-        found["compile"] = lambda: torch.compile(function, mode=bar.compile_mode, dynamic=False, fullgraph=True)
+        found["compile"] = lambda: rivals.compiled(case, bar.compile_mode)
     return found
 
 

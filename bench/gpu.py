@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import fastllm
 from fastllm import text, verify
-from fastllm.bench import bars, run, timing, tune
+from fastllm.bench import bars, measure, store, timing, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 RIVAL_S = 0.25  # spent on each rival of a bar
@@ -161,7 +161,7 @@ class Stage:
     # What the steps do
 
     def environment(self):
-        found = run.environment()
+        found = store.environment()
         if self.machine.cuda and shutil.which("nvidia-smi"):
             query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
             asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -303,11 +303,10 @@ class Stage:
     def contenders(self, bar):
         """Name -> call; and the rivals that cannot do this, with their reason."""
         copies = 1 if bar.graph else self.machine.sets(bar.case.bytes(bar.passes, bar.dtype))
+        inputs = [bar.case.inputs(bar.dtype, self.machine.device, seed) for seed in range(copies)]
 
         def made(function):
-            calls = [
-                run.contender(function, bar.case, bar.passes, bar.dtype, self.machine.device) for _ in range(copies)
-            ]
+            calls = [measure.contender(function, one, bar.passes) for one in inputs]
             calls[0]()
             self.machine.wait()
             if bar.graph:
@@ -317,7 +316,7 @@ class Stage:
 
         with fastllm.backend("triton"):
             found, missing = {"ours": made(bar.case.ours)}, {}
-        for name, function in bars.rivals(bar).items():
+        for name, function in bars.rivals_of(bar).items():
             try:
                 found[name] = made(function())
             except Exception as problem:  # a rival may fail in any way; it is then a missing column that says why
@@ -337,7 +336,7 @@ class Stage:
         """Every change of a launch against the launch that there is."""
         dtype, rows = torch.bfloat16, []
         with fastllm.backend("triton"):
-            call = run.contender(case.ours, case, passes, dtype, self.machine.device)
+            call = measure.contender(case.ours, case.inputs(dtype, self.machine.device), passes)
         for change in tunable.changes:
             try:
                 with fastllm.backend("triton"):
@@ -402,9 +401,9 @@ def warm_up(job) -> tuple[str, str]:
     n, device, who = job
     bar = bars.BARS[n]
     try:
-        function = bar.case.ours if who == "ours" else bars.rivals(bar)["compile"]()
+        function = bar.case.ours if who == "ours" else bars.rivals_of(bar)["compile"]()
         with fastllm.backend("triton"):
-            run.contender(function, bar.case, bar.passes, bar.dtype, device)()
+            measure.contender(function, bar.case.inputs(bar.dtype, device), bar.passes)()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ import torch
 
 import fastllm
 from fastllm import text, verify
-from fastllm.bench import run, subjects, tasks, timing
+from fastllm.bench import store, subjects, tasks, timing
 
 TASKS = {"encoder": ("encode",), "decoder": ("prefill", "decode", "train")}
 RIVALS = ("eager", "sdpa", "compile", "onnxruntime")
@@ -133,7 +133,7 @@ def measure_model(options, rows):
 
 def measure_all(options) -> dict:
     """A report; an interrupt keeps what is done."""
-    report = {"environment": run.environment(), "options": {k: v for k, v in vars(options).items() if k != "run"}}
+    report = {"environment": store.environment(), "options": {k: v for k, v in vars(options).items() if k != "run"}}
     report |= {"interrupted": False, "runs": {}}
     before = torch.get_float32_matmul_precision()
     try:

@@ -1,4 +1,8 @@
-"""`make readme`: what the README says in tables is taken from the code and from report/demo.json, never typed."""
+"""`make readme`, `make readme-figures`: what the README says in tables and figures is generated, never typed.
+
+The support matrix comes from the code, the demo's tables from report/demo.json, and the figures and the table of speeds
+from the reports that are committed under bench/results, one folder per machine.
+"""
 
 import json
 import re
@@ -7,6 +11,7 @@ from pathlib import Path
 from fastllm import info
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def fill(text: str, name: str, block: str) -> str:
@@ -18,18 +23,102 @@ def fill(text: str, name: str, block: str) -> str:
     return filled
 
 
+def markdown(header, rows) -> list[str]:
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
 def demo_block(demo: dict) -> str:
     """Markdown of the tables of report/demo.json: {"machine": ..., "tables": [{"title", "header", "rows"}, ...]}."""
     out = [f"Printed by `make demo` on: {demo['machine']}."]
     for table in demo["tables"]:
-        lines = [table["header"], ["---"] * len(table["header"]), *table["rows"]]
-        out += ["", f"**{table['title']}**", "", *("| " + " | ".join(map(str, line)) + " |" for line in lines)]
+        out += ["", f"**{table['title']}**", "", *markdown(table["header"], table["rows"])]
     return "\n".join(out)
 
 
+def reports(results: Path = RESULTS) -> dict[Path, dict]:
+    """Folder -> what is committed there: {"report": ..., "scaling": ...}, of the schema that this code reads."""
+    from fastllm.bench import store
+
+    found = {}
+    for path in sorted(results.glob("*/*.json")):
+        kept = json.loads(path.read_text())
+        if path.stem in ("report", "scaling") and kept.get("schema") == store.SCHEMA:
+            found.setdefault(path.parent, {})[path.stem] = kept
+    return {folder: kept for folder, kept in found.items() if "report" in kept}
+
+
+def figures(kept: dict) -> dict[str, tuple[str, str]]:
+    """Name -> (alternative text, SVG in the page's colours) of one machine."""
+    from fastllm.bench import plots
+
+    drawn = {}
+    for knobs, run in kept["report"]["runs"].items():
+        rows = [row for row in plots.right(run["rows"], cache="warm") if plots.speed_up(row)]
+        if rows:
+            says = f"{knobs} PyTorch's time over ours"
+            drawn[f"speed-{knobs}"] = (f"{says}, every row a dot, per op", plots.overview(rows, says))
+    for curve in kept.get("scaling", {"curves": []})["curves"]:
+        if (curve["name"], curve["dtype"], curve["pass"]) == ("attention-T", "float32", "both") and curve["points"]:
+            drawn["growth"] = ("time of attention over the sequence length", plots.curve(curve, "ms"))
+            if any(any(point["memory_bytes"].values()) for point in curve["points"]):
+                drawn["memory"] = (
+                    "peak memory of attention over the sequence length",
+                    plots.curve(curve, "memory_bytes"),
+                )
+    return drawn
+
+
+def write_figures(folder: Path, kept: dict):
+    """Each figure twice: light and dark."""
+    from fastllm import drawing
+    from fastllm.bench import store
+
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, (_, drawn) in figures(kept).items():
+        for theme, colours in (("light", drawing.LIGHT), ("dark", drawing.DARK)):
+            store.replace(folder / "figures" / f"{name}-{theme}.svg", drawing.themed(drawn, colours))
+
+
+def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
+    """Markdown of the committed reports: figures in light and dark, and per op the speed-ups, those below 1 too."""
+    from fastllm.bench import page, store
+
+    out = []
+    for folder, kept in found.items():
+        report, place = kept["report"], folder.relative_to(root).as_posix()
+        about = report["environment"]
+        commit = f", commit {about['git']['commit'][:7]}" if about["git"]["commit"] else ""
+        out += [f"Measured by `fastllm bench` on: {store.machine(about)}{commit}; raw samples in `{place}`.", ""]
+        for name, (says, _) in figures(kept).items():
+            base = f"{place}/figures/{name}"
+            out.append(
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{base}-dark.svg">'
+                f'<img alt="{says}" src="{base}-light.svg" width="49%"></picture>'
+            )
+        for knobs, run in report["runs"].items():
+            ops, dtypes = page.by_op(run["rows"])
+            turned = f" ({'; '.join(run['knobs'])})" if run["knobs"] else ""
+            out += [
+                "",
+                f"**{knobs} PyTorch's time over ours{turned}: geometric mean, and from the worst row to the best**",
+                "",
+            ]
+            header = ["op", *dtypes, "rows slower than PyTorch's", "of the floor, median"]
+            rows = [
+                [op["op"], *(f"{mean} ({span})" if span else mean for mean, span in op["cells"])]
+                + [f"{op['losses']} of {op['rows']}", op["floor"]]
+                for op in ops
+            ]
+            out += markdown(header, rows)
+    return "\n".join(out) or "No report is committed yet; `make bench` measures yours."
+
+
 def main():
-    readme, demo = ROOT / "README.md", ROOT / "report" / "demo.json"
+    readme, demo, found = ROOT / "README.md", ROOT / "report" / "demo.json", reports()
+    for folder, kept in found.items():
+        write_figures(folder, kept)
     text = fill(readme.read_text(), "matrix", info.matrix())
+    text = fill(text, "bench", bench_block(found))
     if demo.exists():
         text = fill(text, "demo", demo_block(json.loads(demo.read_text())))
     readme.write_text(text)

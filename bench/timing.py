@@ -2,16 +2,21 @@
 
 import contextlib
 import gc
+import itertools
 import math
 import os
+import re
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fastllm import tune_allocator
 
+COLD = 5  # calls of a sample at most, where each one finds the caches empty
+UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not say
 BUSY = 0.12  # of the machine; a round in which others take more is measured again (research: ratios drift beyond it)
 
 
@@ -106,12 +111,13 @@ def calls_that_last(block_s: float, function, synchronize=lambda: None) -> int:
     return max(1, round(block_s / least))
 
 
-def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambda: None):
+def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambda: None, evict=None):
     """Seconds per call of each contender, one sample per round: A B C, then C B A, and so on.
 
-    A sample is a block of calls that lasts about block_s. Rounds in which other processes took more than BUSY of the
-    machine are measured again, up to three times as many; if too few stay, all are used. Returns the samples and the
-    share of the machine that others took in each round.
+    A sample is a block of calls that lasts about block_s; with `evict`, a few calls, each of which finds the caches as
+    evict() leaves them. Rounds in which other processes took more than BUSY of the machine are measured again, up to
+    three times as many; if too few stay, all are used. Returns the samples and the share of the machine that others
+    took in each round.
     """
     calls = {name: calls_that_last(block_s, function, synchronize) for name, function in contenders.items()}
     order = list(contenders)
@@ -123,6 +129,9 @@ def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambd
             foreign.share()
             for name in order:
                 function, n = contenders[name], calls[name]
+                if evict:
+                    took[name] = statistics.median(_cold(function, evict, synchronize) for _ in range(min(n, COLD)))
+                    continue
                 if n > 1:
                     function()  # the previous contender's data leave the cache before the clock starts
                     synchronize()
@@ -138,18 +147,62 @@ def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambd
     return {name: [took[name] for took, _ in kept] for name in contenders}, [share for _, share in kept]
 
 
-def copy_of(moved: int, device="cpu"):
+def _cold(function, evict, synchronize) -> float:
+    evict()
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def evictor(device="cpu"):
+    """A call that leaves nothing in the caches but its own memory, twice their size."""
+    memory = torch.ones(2 * last_level_cache(device) // 4, device=device)
+    return lambda: memory.add_(1.0)
+
+
+def last_level_cache(device="cpu") -> int:
+    """Bytes of the largest cache."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        if size := re.fullmatch(r"(\d+)([KM])", path.read_text().strip()):
+            found.append(int(size[1]) << {"K": 10, "M": 20}[size[2]])
+    return max(found, default=UNKNOWN_CACHE)
+
+
+def in_turn(calls):
+    """A call that makes the next of the calls."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def copy_of(moved: int, device="cpu", sets=1):
     """A call that copies, so that `moved` bytes are read and written in all: what the memory allows at this size."""
-    source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+
+    def one():
+        source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return in_turn([one() for _ in range(sets)])
+
+
+def read_of(moved: int, device="cpu", sets=1):
+    """A call that reads `moved` bytes and writes next to nothing."""
+    return in_turn([torch.ones(max(1, moved // 4), device=device).sum for _ in range(sets)])
 
 
 def ceilings(device="cpu", seconds=0.3) -> dict:
-    """What this machine can do, measured now: copy bandwidth from memory, rates of matrix products and of plain FMA."""
+    """What this machine can do, measured now: bandwidth of memory, rates of matrix products and of plain FMA."""
     from fastllm import dispatch
 
-    found = {"copy_gb_per_s": (256 << 20) / _best(copy_of(256 << 20, device), seconds) / 1e9}
+    found = {
+        f"{name}_gb_per_s": (256 << 20) / _best(call(256 << 20, device), seconds) / 1e9
+        for name, call in (("copy", copy_of), ("read", read_of))
+    }
     before = torch.get_float32_matmul_precision()
     n = 2048
     try:

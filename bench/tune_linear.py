@@ -6,7 +6,6 @@ other in one process. The grid begins where a product takes ten times as long as
 """
 
 import json
-import re
 import statistics
 import time
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 import fastllm
 from fastllm import text
-from fastllm.bench import timing
+from fastllm.bench import store, timing
 from fastllm.ops import _tuned
 from fastllm.ops.linear import linear_bwd, linear_fwd
 
@@ -70,14 +69,9 @@ def main() -> int:
     measured = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "linear": linear()}
     table = json.loads(_tuned.PATH.read_text()) | {_tuned.key(): measured}
     rows = json.dumps(dict(sorted(table.items())), indent=1)
-    _tuned.PATH.write_text(compact(rows) + "\n")
+    store.replace(_tuned.PATH, store.compact(rows) + "\n")
     print(f"wrote {_tuned.key()} to {_tuned.PATH}")
     for name in _tuned.PASSES:
         flat = torch.tensor(measured["linear"][name]).flatten()
         print(f"{name:<8} ours over PyTorch's {flat.min():.2f} to {flat.max():.2f}, median {flat.median():.2f}")
     return 0
-
-
-def compact(rows: str) -> str:
-    """JSON with the innermost lists on one line."""
-    return re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", rows)

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 
 
 def table(header, rows) -> str:
@@ -35,15 +36,39 @@ def show(header, rows, title="", file=None):
     print(*filter(None, [title, table(header, rows)]), sep="\n", file=file)
 
 
-def progress(items, what, name=str, file=None):
-    """Yield the items, with a line that says which one is under way where somebody looks."""
+def progress(items, what, name=str, file=None, seconds=None):
+    """Yield the items, with a line that says which one is under way where somebody looks.
+
+    `seconds` guesses how long an item takes: the line then says how long it will be, corrected by what the items so
+    far took, and where nobody looks (a log) there is such a line every minute.
+    """
     items, file = list(items), file or sys.stderr
+    guesses = [seconds(item) for item in items] if seconds else []
+    start = said = time.monotonic()
+    if seconds and items:
+        print(f"{what}: {len(items)} steps, about {duration(sum(guesses))}", file=file, flush=True)
     for n, item in enumerate(items):
+        left = ""
+        if seconds:
+            passed, done = time.monotonic() - start, sum(guesses[:n])
+            left = f", {duration(sum(guesses[n:]) * (passed / done if n > 2 and done else 1.0))} left"
+        line = f"{what} {n + 1}/{len(items)}{left}: {name(item)}"
         if file.isatty():
-            print(f"\r\033[K{what} {n + 1}/{len(items)}: {name(item)}", end="", file=file, flush=True)
+            print(f"\r\033[K{line}", end="", file=file, flush=True)
+        elif seconds and time.monotonic() - said > 60:
+            said = time.monotonic()
+            print(line, file=file, flush=True)
         yield item
     if file.isatty():
         print("\r\033[K", end="", file=file, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def some_of(choices):

@@ -4,7 +4,7 @@ This file is the home of the project's one tolerance; tests/check.py asserts wha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -98,8 +98,32 @@ class Row:
         return f"FAIL: {self.accuracy.problem}" if self.accuracy.problem else "pass"
 
 
+@dataclass
+class Examination:
+    """One case in one dtype: its rows, and what it takes to hold other functions to the same truth."""
+
+    rows: list[Row]
+    case: object
+    inputs: list = field(default_factory=list)
+    grads: list | None = None
+    truth: list = field(default_factory=list)
+
+    def error_of(self, function, backward=True) -> float:
+        """The largest norm of an error over the norm of the truth, of the outputs and gradients of `function`."""
+        outputs, grads = forward_backward(function, self.inputs, self.grads if backward else None)
+        return max(
+            float((self.case.part(x.detach()).double() - y).norm() / (y.norm() or 1.0))
+            for x, y in zip(outputs + grads, self.truth, strict=False)
+        )
+
+
 def check(case, dtype, device="cpu", seed=0) -> list[Row]:
-    """Run one case of bench/cases in `dtype`, backward too where it has that, and hold the rule for every result.
+    """Run one case of bench/cases in `dtype`, backward too where it has that, and hold the rule for every result."""
+    return examine(case, dtype, device, seed).rows
+
+
+def examine(case, dtype, device="cpu", seed=0) -> Examination:
+    """`check`, with the truth kept.
 
     Kernels run on the whole input; the fp64 truth and PyTorch's own answer are taken on `case.part` of it.
     """
@@ -116,17 +140,20 @@ def check(case, dtype, device="cpu", seed=0) -> list[Row]:
         got = forward_backward(case.ours, inputs, grads)
     except Exception as error:  # whatever it is, it is this case's result, and the others are still worth having
         kernel = calls[-1].kernel if calls else "none"
-        return [Row(*about, "call", kernel, "", Accuracy(problem=f"{type(error).__name__}: {error}"))]
-    inputs, grads = [case.part(x) for x in inputs], grads and [case.part(g) for g in grads]
-    peer = forward_backward(case.peer or case.torch, inputs, grads)
-    truth = forward_backward(case.naive, inputs, grads, torch.float64)
+        return Examination(
+            [Row(*about, "call", kernel, "", Accuracy(problem=f"{type(error).__name__}: {error}"))], case
+        )
+    part, part_grads = [case.part(x) for x in inputs], grads and [case.part(g) for g in grads]
+    peer = forward_backward(case.peer or case.torch, part, part_grads)
+    truth = forward_backward(case.naive, part, part_grads, torch.float64)
     names = [*case.outputs, *(f"d{name}" for name in case.shapes if grads)]
     kernel = calls[-1].kernel if calls else "none"
     fallback = calls[-1].reason if calls else ""
-    return [
+    rows = [
         Row(*about, name, kernel, fallback, accuracy(case.part(a), b, c))
         for name, a, b, c in zip(names, got[0] + got[1], peer[0] + peer[1], truth[0] + truth[1], strict=True)
     ]
+    return Examination(rows, case, inputs, grads, [x.detach() for x in truth[0] + truth[1]])
 
 
 def run(ops=None, dtypes=DTYPES, device="cpu", cases=None) -> list[Row]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllm import cli
-from fastllm.bench import cases, run, timing
+from fastllm.bench import cases, measure, run, show, store, timing
 
 TINY = [
     cases.attention(1, 2, 8, 16, Hkv=1, causal=True),
@@ -24,6 +24,7 @@ def options(*arguments):
     parser = argparse.ArgumentParser()
     run.configure(parser)
     made = parser.parse_args(["--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", *arguments])
+    run.complete(made)
     return made
 
 
@@ -31,7 +32,11 @@ def options(*arguments):
 def tiny(monkeypatch):
     monkeypatch.setattr(cases, "BENCH", TINY)
     monkeypatch.setattr(cases, "QUICK", TINY[1:2])
-    monkeypatch.setattr(timing, "ceilings", lambda device: {"copy_gb_per_s": 30.0, "mm_float32_gflop_per_s": 200.0})
+    monkeypatch.setattr(
+        timing,
+        "ceilings",
+        lambda device: {"copy_gb_per_s": 30.0, "read_gb_per_s": 33.0, "mm_float32_gflop_per_s": 200.0},
+    )
 
 
 @pytest.mark.parametrize("case", cases.BENCH + cases.VERIFY, ids=str)
@@ -71,6 +76,14 @@ def test_attention_costs_are_the_textbook_ones():
     assert full.flops["backward"] == 2.5 * full.flops["forward"]
     assert causal.flops["forward"] == 4 * 2 * 4 * (64 * 65 // 2) * 32
     assert full.bytes("forward", torch.bfloat16) == 4 * 2 * 4 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize("case", cases.BENCH, ids=str)
+def test_what_is_written_is_part_of_what_is_moved(case):
+    for passes in case.flops:
+        assert 0 <= case.written(passes, torch.bfloat16) <= 1
+    assert cases.kvcache(1, 32, 8, 4096, 128).written("forward", torch.float32) < 0.01
+    assert cases.softmax(8, 16).written("forward", torch.float32) == 0.5
 
 
 def test_spread_and_ratios():
@@ -149,10 +162,27 @@ def test_foreign_share_is_a_share():
     assert 0.0 <= foreign.share() <= 1.0
 
 
+def test_cold_calls_find_the_caches_emptied(monkeypatch):
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
+    done = []
+    samples, _ = timing.interleave({"a": lambda: done.append("a")}, 2, 1.0, evict=lambda: done.append("evict"))
+    calls = "".join(done).replace("evict", "e")
+    assert calls.lstrip("a") == "ea" * (2 * timing.COLD) and len(samples["a"]) == 2
+    assert timing.last_level_cache() >= 1 << 16
+    evict = timing.evictor()
+    assert evict().nbytes >= 2 * timing.last_level_cache()
+
+
+def test_inputs_are_taken_in_turn():
+    turn = timing.in_turn([lambda: 1, lambda: 2])
+    assert [turn() for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert timing.read_of(4000, sets=2)() == 1000 and timing.copy_of(4000)().nbytes == 2000
+
+
 def test_ceilings_are_measured(monkeypatch):
     monkeypatch.setattr(timing, "_best", lambda function, seconds: 1e-3)
     found = timing.ceilings()
-    assert found["copy_gb_per_s"] == pytest.approx((256 << 20) / 1e-3 / 1e9)
+    assert found["copy_gb_per_s"] == found["read_gb_per_s"] == pytest.approx((256 << 20) / 1e-3 / 1e9)
     assert {"mm_float32_highest_gflop_per_s", "mm_float32_medium_gflop_per_s", "mm_bfloat16_gflop_per_s"} <= set(found)
     rates = {
         "copy_gb_per_s": 900,
@@ -168,7 +198,7 @@ def test_ceilings_are_measured(monkeypatch):
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_contenders_do_the_pass_they_are_asked_for(case, passes):
     leaves = case.inputs(torch.float32)
-    made = run.contender(case.ours, case, passes, torch.float32, "cpu")
+    made = measure.contender(case.ours, leaves, passes)
     for _ in range(2):  # a backward pass can be taken again
         got = made()
     if passes == "forward":
@@ -179,18 +209,23 @@ def test_contenders_do_the_pass_they_are_asked_for(case, passes):
 
 
 def test_a_whole_run(tiny, tmp_path, capsys):
-    assert cli.main(["bench", "--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    arguments = ["bench", "--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", "--cache", "warm,cold"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    report = store.load(tmp_path / "report.json")
     rows = report["runs"]["stock"]["rows"]
-    assert [(row["op"], row["pass"]) for row in rows] == [(case.op, p) for case in TINY for p in cases.PASSES]
+    wanted = [(case.op, p, cache) for case in TINY for p in cases.PASSES for cache in run.CACHES]
+    assert [(row["op"], row["pass"], row["cache"]) for row in rows] == wanted
     for row in rows:
         assert len(row["samples_s"]["ours"]) == len(row["samples_s"]["ours again"]) == len(row["foreign"]) >= 2
-        assert set(row["ratio"]) == {"torch", "naive"} and row["noise"] >= 0
+        names = {"torch", "naive"} | ({"sdpa-flash", "sdpa-math"} if row["op"] == "attention" else set())
+        assert set(row["ratio"]) == names == set(row["errors"]) - {"ours"} and row["noise"] >= 0
         assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
-        assert row["error"] < 1e-5 and row["torch_error"] < 1e-5
-    assert {"versions", "cpu", "git", "date", "affinity"} <= set(report["environment"])
+        assert max(row["errors"].values()) < 1e-5 and min(row["errors"].values()) >= 0
+        assert row["floor_ms"] > 0 and row["sets"] == 2
+        assert not row["memory_bytes"] or set(row["memory_bytes"]) == names | {"ours"}
+    assert {"versions", "cpu", "git", "date", "affinity"} <= set(report["environment"]) and not report["interrupted"]
     out = capsys.readouterr().out
-    assert "vs torch" in out and "ceilings: copy_gb_per_s 30" in out and out.count("attention") == 3
+    assert "vs torch" in out and "ceilings: copy_gb_per_s 30" in out and out.count("attention") == 6
 
 
 def test_quick_and_named_ops(tiny):
@@ -205,7 +240,7 @@ def test_a_wrong_result_is_never_timed(tiny, monkeypatch, capsys):
     monkeypatch.setattr(cases, "BENCH", [wrong, TINY[1]])
     timed = []
     monkeypatch.setattr(timing, "interleave", lambda contenders, *rest: timed.append(contenders) or _fake(contenders))
-    monkeypatch.setattr(run.verify, "check", _never_a_fallback(run.verify.check))
+    monkeypatch.setattr(measure.verify, "examine", _never_a_fallback(measure.verify.examine))
     assert cli.main(["bench", "--dtype", "float32", "--passes", "forward", "--rounds", "2"]) == 1
     assert len(timed) == 1  # the right one
     assert "WRONG, so not timed: softmax" in capsys.readouterr().out
@@ -215,9 +250,15 @@ def _fake(contenders):
     return {name: [1.0, 1.0] for name in contenders}, [0.0, 0.0]
 
 
-def _never_a_fallback(check):
+def _never_a_fallback(examine):
     """Holds the rule even where the extension is missing and the results are plain PyTorch's."""
-    return lambda *args: [dataclasses.replace(row, fallback="") for row in check(*args)]
+
+    def call(*args):
+        found = examine(*args)
+        found.rows = [dataclasses.replace(row, fallback="") for row in found.rows]
+        return found
+
+    return call
 
 
 def test_a_rival_that_fails_is_a_named_missing_column(tiny, monkeypatch, capsys):
@@ -230,22 +271,31 @@ def test_a_rival_that_fails_is_a_named_missing_column(tiny, monkeypatch, capsys)
     report = run.run(options("--passes", "forward"))
     (row,) = report["runs"]["stock"]["rows"]
     assert row["missing"] == {"naive": "NotImplementedError: not on this machine"} and set(row["ratio"]) == {"torch"}
-    run.show(report)
+    show.report(report)
     assert "missing naive: NotImplementedError: not on this machine" in capsys.readouterr().out
 
 
-def test_an_interrupt_keeps_what_is_done(tiny, monkeypatch):
-    measured, measure = [], run.measure
+def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(tiny, monkeypatch, tmp_path):
+    once, again = options("--passes", "forward", "--out", str(tmp_path)), ["--out", str(tmp_path), "--resume"]
+    measured, rows = [], measure.Measured.rows
 
-    def interrupted(*args):
-        if measured:
+    def interrupted(self, wanted):
+        measured.append(self.case)
+        if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append(1)
-        return measure(*args)
+        return rows(self, wanted)
 
-    monkeypatch.setattr(run, "measure", interrupted)
-    report = run.run(options("--passes", "forward"))
+    monkeypatch.setattr(measure.Measured, "rows", interrupted)
+    report = run.run(once)
     assert report["interrupted"] and len(report["runs"]["stock"]["rows"]) == 1
+    kept = store.load(tmp_path / "report.json")  # written when the row was done, not at the end
+    assert kept["interrupted"] and len(kept["runs"]["stock"]["rows"]) == 1
+    with pytest.raises(ValueError, match=r"another options \(rounds\)"):
+        run.run(options("--passes", "forward", *again, "--rounds", "3"))
+    report = run.run(options("--passes", "forward", *again))
+    assert not report["interrupted"] and len(report["resumed"]) == 1
+    assert [row["op"] for row in report["runs"]["stock"]["rows"]] == [case.op for case in TINY]
+    assert measured == [TINY[0], *TINY[1:2], *TINY[1:]]  # the first is not measured twice
 
 
 def test_tuned_comes_after_stock_and_precision_is_restored(tiny, monkeypatch):

@@ -1,5 +1,6 @@
 """What a case is: one call of an op at one size, its cost, and who can do it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,6 +34,13 @@ class Case:
 
     def bytes(self, passes: str, dtype) -> int:
         return self.values[passes] * dtype.itemsize + self.fixed_bytes * (2 if passes == "both" else 1)
+
+    def written(self, passes: str, dtype) -> float:
+        """The share of `bytes` that is written, not read: outputs forward, gradients backward."""
+        inputs = sum(math.prod(shape) for shape in self.shapes.values())
+        forward = max(0, self.values["forward"] - inputs)
+        number = {"forward": forward, "backward": inputs, "both": forward + inputs}[passes]
+        return min(1.0, number * dtype.itemsize / self.bytes(passes, dtype))
 
     def __str__(self):
         return f"{self.op} {self.name}"
