@@ -28,6 +28,15 @@ def options(*arguments):
     return made
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a machine that others use too, threads that wait for each other cost more than these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(cases, "BENCH", TINY)

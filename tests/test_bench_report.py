@@ -246,6 +246,13 @@ def test_a_rival_that_would_take_too_long_or_too_much_is_left_out():
     assert growth.too_much("naive", [last], options) == "as before"
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def two_curves(monkeypatch):
     """Two curves of tiny sizes."""
@@ -255,6 +262,7 @@ def two_curves(monkeypatch):
         growth.Curve("threads", "threads", "softmax", "of PyTorch", lambda n: cases.softmax(8, 8), None, ("forward",)),
     ]
     monkeypatch.setattr(growth, "CURVES", tiny)
+    torch.set_num_threads(1)
     monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)  # a busy machine would be measured three times
 
 
