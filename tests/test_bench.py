@@ -217,12 +217,13 @@ def test_contenders_do_the_pass_they_are_asked_for(case, passes):
         assert [g.shape for g in got] == [x.shape for x in leaves]
 
 
-def test_a_whole_run(tiny, tmp_path, capsys):
+def test_a_whole_run(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cases, "BENCH", TINY[:2])
     arguments = ["bench", "--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", "--cache", "warm,cold"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
     report = store.load(tmp_path / "report.json")
     rows = report["runs"]["stock"]["rows"]
-    wanted = [(case.op, p, cache) for case in TINY for p in cases.PASSES for cache in run.CACHES]
+    wanted = [(case.op, p, cache) for case in TINY[:2] for p in cases.PASSES for cache in run.CACHES]
     assert [(row["op"], row["pass"], row["cache"]) for row in rows] == wanted
     for row in rows:
         assert len(row["samples_s"]["ours"]) == len(row["samples_s"]["ours again"]) == len(row["foreign"]) >= 2
