@@ -82,6 +82,20 @@ def peak_bytes(call) -> int:
     return most
 
 
+def by_op(explanation) -> list[tuple]:
+    """`fastllm.explain` of a call, all shapes of an op in one line, what takes longest first."""
+    groups = {}
+    for call in explanation.calls:
+        key = call.op, call.kernel, call.reason or "-"
+        n, seconds = groups.get(key, (0, 0.0))
+        groups[key] = n + 1, seconds + call.seconds
+    found = [(op, n, kernel, seconds, why) for (op, kernel, why), (n, seconds) in groups.items()]
+    found.append(("elsewhere", "-", "PyTorch", explanation.elsewhere, "-"))
+    whole = explanation.seconds or 1.0
+    found.sort(key=lambda line: -line[3])
+    return [(op, n, kernel, f"{1e3 * s:.1f}", f"{s / whole:.0%}", why) for op, n, kernel, s, why in found]
+
+
 def measure(work, models, exact, options) -> dict:
     with torch.set_grad_enabled(work.task == "train"):
         calls, missing = calls_of(work, models)
@@ -90,7 +104,7 @@ def measure(work, models, exact, options) -> dict:
         row |= {"missing": missing, "wrong": wrong}
         if wrong:
             return row
-        row["explained"] = str(fastllm.explain(calls["fastllm"]))
+        row["explained"] = by_op(fastllm.explain(calls["fastllm"]))
         row["peak_bytes"] = {name: peak_bytes(call) for name, call in calls.items() if name != "onnxruntime"}
         again = {"fastllm again": calls["fastllm"]}
         samples, foreign = timing.interleave({**calls, **again}, options.rounds, options.block_ms / 1e3)
@@ -179,7 +193,8 @@ def show(report):
             print(f"noise {row['noise']:.1%}; others took {max(row['foreign']):.0%} of the machine at most")
             for name, why in row["missing"].items():
                 print(f"missing {name}: {why}")
-            print(f"\nwhere fastllm's time goes:\n{row['explained']}\n")
+            text.show(("op", "calls", "kernel", "ms", "time", "why"), row["explained"], "where fastllm's time goes")
+            print()
     print(
         "faster by: their time over fastllm's, median (p20-p80) of paired rounds. noise: fastllm against itself; a"
         " difference below it is a tie.\nerror: norm of the difference from fp64, over the norm of that. peak: what"
