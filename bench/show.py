@@ -89,8 +89,9 @@ def write_page(folder: Path):
     """report.html from the json files that the folder has."""
     try:
         from fastllm.bench import page
+
+        page.write(folder)
     except ModuleNotFoundError as lacking:
         print(f"no report.html: {lacking} (pip install 'fastllm-kernels[bench]')")
         return
-    page.write(folder)
     print(f"wrote {folder / 'report.html'}")

@@ -214,18 +214,19 @@ def add_arguments(subparsers):
     parser.add_argument("ops", nargs="*", metavar="op", help="attention, layer_norm, ... (default: every op)")
     parser.add_argument("--dtype", type=some_of(DTYPES), default=DTYPES, help=f"default {','.join(DTYPES)}")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--full", action="store_true", help="the bench's sizes too, those of real models; minutes")
     parser.add_argument("--all", action="store_true", help="show every case, not only the worst of each op and result")
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
-    from fastllm.bench.cases import VERIFY
+    from fastllm.bench.cases import BENCH, VERIFY
     from fastllm.text import show
 
     known = sorted({case.op for case in VERIFY})
     if unknown := sorted(set(args.ops) - set(known)):
         raise ValueError(f"verify: unknown op {', '.join(unknown)}; there are {', '.join(known)}")
-    rows = run(args.ops, args.dtype, args.device)
+    rows = run(args.ops, args.dtype, args.device, VERIFY + BENCH if args.full else VERIFY)
     show(HEADER, [cells(row) for row in (rows if args.all else worst(rows))])
     print(summary(rows))
     return int(any(row.verdict.startswith("FAIL") for row in rows))
