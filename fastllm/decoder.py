@@ -297,6 +297,8 @@ def _gpt_neox(model) -> Description:
     def qkv(module):
         """Its rows are [head][query, key, value][D]; taken apart, for queries of all heads come first here."""
         whole = _linear(module)
+        if whole.packed:  # in panels of 16 rows, which heads need not begin with
+            whole = replace(whole, weight=whole.weight.dequantize())
         weights = whole.weight.view(H, 3, D, -1).unbind(1)
         biases = [None] * 3 if whole.bias is None else whole.bias.view(H, 3, D).unbind(1)
         flat = zip(weights, biases, strict=True)

@@ -111,19 +111,20 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """Rows of a weight in 8 or 4 bits: torch.nn.Embedding for inference, of a `QuantizedWeight` that a head may share.
 
-    tokens of any shape to [..., D] in `dtype`.
+    tokens of any shape to [..., D] in `dtype`, times `scale`.
     """
 
-    def __init__(self, weight, dtype=torch.float32):
+    def __init__(self, weight, dtype=torch.float32, scale=1.0):
         super().__init__()
-        self.sizes, self.dtype = (weight.shape, weight.bits, weight.group_size), dtype
+        self.sizes, self.dtype, self.scale = (weight.shape, weight.bits, weight.group_size), dtype, scale
         for name in ("codes", "scales", "offsets"):
             self.register_buffer(name, getattr(weight, name))
 
     weight = QuantizedLinear.weight
 
     def forward(self, tokens):
-        return self.weight.rows(tokens.flatten(), self.dtype).unflatten(0, tokens.shape)
+        rows = self.weight.rows(tokens.flatten(), self.dtype).unflatten(0, tokens.shape)
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 class Linear(nn.Linear):

@@ -215,7 +215,8 @@ class Session:
     def step(self, tokens, slots=None):
         """Logits [n, V] in fp32 behind one more token [n] of the sequences in `slots` [n], without them in all.
 
-        The next step overwrites them. Each row is the same bit for bit whatever the others are.
+        The next step overwrites them. Each row is the same bit for bit whatever the others are, but for packed weights
+        on the portable kernels, where the last bit depends on how many rows there are.
         """
         slots = self.all if slots is None else slots.contiguous()
         tokens, lengths, logits = tokens.contiguous(), self.lengths[slots], self.logits[: len(slots)]

@@ -15,6 +15,7 @@ from torch import nn
 import fastllm
 from fastllm.llm import require
 from fastllm.llm.files import atomic, atomic_folder
+from fastllm.llm.packed import unfilled
 from fastllm.llm.tokens import Tokenizer
 from fastllm.model import Config, Transformer
 
@@ -146,14 +147,21 @@ def _load_ours(folder, config, task, accelerate) -> Loaded:
     try:
         fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config["model"].items()}
         model = Transformer(Config(**fields), accelerate)
+        if "packing" in meta:
+            unfilled(model, meta["packing"])
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"load_model: {folder}/config.json describes no model of this version: {error}") from None
+    fill(model, folder)
+    return Loaded(model.eval(), Tokenizer.load(folder), meta, folder)
+
+
+def fill(model, folder):
+    """Load the tensors of a folder, which are those of the model without its ties. Raises ValueError for others."""
     state = read_tensors(folder / "model.safetensors")
     wanted = without_ties(model.state_dict())
     if wrong := [n for n in wanted if n not in state or state[n].shape != wanted[n].shape] or state.keys() - wanted:
         raise ValueError(f"load_model: {folder}/model.safetensors does not fit its config.json, see {sorted(wrong)[0]}")
     model.load_state_dict(state, strict=False)
-    return Loaded(model.eval(), Tokenizer.load(folder), meta, folder)
 
 
 def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
@@ -164,6 +172,8 @@ def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
             raise ValueError(f"load_model: task must be one of {', '.join(AUTO_CLASSES)}, got {task!r}")
         name = AUTO_CLASSES[task][0]
     model_class = getattr(transformers, name, transformers.AutoModel)
+    if packing := config.get("fastllm", {}).get("packing"):
+        return _load_packed(folder, config, task, accelerate, packing)
     try:
         model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
@@ -179,3 +189,24 @@ def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
     kind = task or next((kind for kind, ends in endings if type(model).__name__.endswith(ends)), "encoder")
     meta = dict(task=kind) | config.get("fastllm", {}) | dict(new=sorted(info["missing_keys"]))
     return Loaded(model.eval(), tokenizer, meta, folder)
+
+
+def _load_packed(folder, config, task, accelerate, packing) -> Loaded:
+    """What `fastllm quantize` made of a model of transformers."""
+    transformers = require("transformers")
+    meta = config["fastllm"]
+    if task not in (None, meta.get("task")):
+        raise ValueError(f"load_model: {folder} holds a packed model for {meta.get('task')}, one for {task} is needed")
+    try:
+        kind = transformers.CONFIG_MAPPING[meta["model_type"]]
+        given = config | dict(model_type=meta["model_type"])
+        model = getattr(transformers, config["architectures"][0])(kind.from_dict(given))
+        unfilled(model, packing)
+    except (KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"load_model: {folder}/config.json describes no model of this version: {error}") from None
+    fill(model, folder)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if accelerate:
+        fastllm.accelerate(model)
+    return Loaded(model.eval(), Tokenizer.load(folder), meta, folder)

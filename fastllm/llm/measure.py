@@ -1,0 +1,101 @@
+"""Size, speed and quality of a model before and after it was made smaller."""
+
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastllm.llm.sessions import generates, is_encoder_decoder, positions_of, session_of
+from fastllm.text import show
+
+CONTEXT, MOST_TOKENS = 512, 1 << 15  # of a window of text, and of all windows
+PROMPT, STEPS = 32, 48  # of what speed is measured on
+
+
+def size_of(model) -> int:
+    """Bytes of its parameters and packed weights, each once."""
+    kept = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
+    return sum(kept.values())
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, text: str) -> float:
+    """Of a text, over windows side by side, MOST_TOKENS at most, spread over all of it."""
+    tokens = torch.tensor(tokenizer.encode(text))
+    context = min(CONTEXT, positions_of(model))
+    if len(tokens) < 2:
+        raise ValueError(f"perplexity: a text of {len(tokens)} tokens has nothing to predict")
+    starts = list(range(0, len(tokens) - 1, context))
+    starts = starts[:: math.ceil(len(starts) * context / MOST_TOKENS)]
+    total, count = 0.0, 0
+    for start in starts:
+        part = tokens[start : start + context + 1]
+        logits = model(part[None, :-1])
+        logits = getattr(logits, "logits", logits)[0].float()
+        total += float(F.cross_entropy(logits, part[1:], reduction="sum"))
+        count += len(part) - 1
+    return math.exp(total / count)
+
+
+class Steps:
+    """One sequence of a model, token after token at the same place in its cache."""
+
+    def __init__(self, model):
+        self.session, _ = session_of(model, "model", 1, PROMPT + STEPS)
+        self.prompt = torch.arange(5, 5 + PROMPT) % 5 + 5
+
+    def seconds(self) -> float:
+        """The median of STEPS tokens."""
+        slot, taken = torch.tensor([0]), []
+        self.session.clear(0)
+        self.session.prefill([self.prompt], slot)
+        for n in range(STEPS):
+            began = time.perf_counter()
+            self.session.step(self.prompt[n % PROMPT : n % PROMPT + 1], slot)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+
+def compare(before, after, text=None) -> dict:
+    """{"before": {...}, "after": {...}}: bytes; tokens_per_s, measured in turn; perplexity of a text.
+
+    The last two are of models that continue a text. Raises ValueError for an empty text.
+    """
+    both = {"before": before, "after": after}
+    found = {name: dict(bytes=size_of(loaded.model)) for name, loaded in both.items()}
+    speaks = all(generates(loaded.model) and not is_encoder_decoder(loaded.model) for loaded in both.values())
+    if not speaks:
+        return found
+    steps, samples = {name: Steps(loaded.model) for name, loaded in both.items()}, {name: [] for name in both}
+    for _ in range(3):
+        for name, one in steps.items():
+            samples[name].append(one.seconds())
+    for name, loaded in both.items():
+        found[name]["tokens_per_s"] = 1 / statistics.median(samples[name])
+        if text is not None:
+            found[name]["perplexity"] = perplexity(loaded.model, loaded.tokenizer, text)
+    return found
+
+
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path} is not UTF-8: {problem.reason} at byte {problem.start}") from None
+
+
+def show_comparison(found: dict, out):
+    """A table, and where the model is."""
+    if not found:
+        return
+    before, after = found["before"], found["after"]
+    rows = [("size, MB", f"{before['bytes'] / 1e6:.2f}", f"{after['bytes'] / 1e6:.2f}")]
+    for key, name in (("tokens_per_s", "tokens/s"), ("perplexity", "perplexity")):
+        if key in before:
+            rows.append((name, f"{before[key]:,.2f}", f"{after[key]:,.2f}"))
+    ratios = [after[key] / before[key] for key in ("bytes", "tokens_per_s", "perplexity") if key in before]
+    show(("", "before", "after", "ratio"), [(*row, f"{r:.2f}x") for row, r in zip(rows, ratios, strict=True)])
+    print(f"written: {out}")
