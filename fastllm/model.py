@@ -36,7 +36,8 @@ class Config:
     classes > 0 gives an encoder a classification head (mean over what is not padding), with per_token one for every
     position; masked_lm gives it one over the vocabulary for every position. dropout is that of the paper, on the
     embeddings and on what every block adds; attention_dropout is the one on attention probabilities.
-    scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables.
+    scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables. head_dim
+    is d_model / heads unless it is given.
     Raises ValueError for a name that is not offered and for sizes that do not fit together.
     """
 
@@ -59,6 +60,7 @@ class Config:
     scale_embedding: bool = True
     window: tuple[int, int] | None = None
     max_len: int = 2048
+    head_dim: int | None = None
 
     def __post_init__(self):
         for name, offered in (("kind", KINDS), ("norm", NORMS), ("positions", POSITIONS), ("activation", ACTIVATIONS)):
@@ -67,9 +69,9 @@ class Config:
         for name in ("vocab", "d_model", "heads", "layers", "d_ff", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Config: {name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.heads or self.heads % (self.kv_heads or self.heads):
+        if (self.head_dim is None and self.d_model % self.heads) or self.heads % (self.kv_heads or self.heads):
             raise ValueError(
-                "Config: heads must divide d_model, and kv_heads divide heads, "
+                "Config: heads must divide d_model where there is no head_dim, and kv_heads divide heads, "
                 f"got d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}"
             )
         if (self.classes or self.masked_lm) and self.kind != "encoder":
@@ -188,7 +190,7 @@ class Block(nn.Module):
 
     def __init__(self, config, parts, causal, cross, rotary):
         super().__init__()
-        sizes = dict(d_model=config.d_model, heads=config.heads, kv_heads=config.kv_heads)
+        sizes = dict(d_model=config.d_model, heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
         sizes["dropout"] = config.attention_dropout
         self.attention_norm = parts.norm(config)
         self.attention = parts.attention(**sizes, causal=causal, window=config.window, rotary=rotary)
@@ -269,7 +271,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab, config.d_model)
         rotary = None
         if config.positions == "rotary":
-            rotary = parts.rotary(config.d_model // config.heads, config.max_len)
+            rotary = parts.rotary(config.head_dim or config.d_model // config.heads, config.max_len)
         elif config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(config.max_len, config.d_model))
         else:

@@ -1,0 +1,161 @@
+"""`fastllm prune`: a smaller model that computes what the whole one does without the parts that went."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+pytest.importorskip("jinja2", reason="jinja2 is not installed")
+
+from check import assert_as_accurate
+
+from fastllm import cli
+from fastllm.llm import generate, prune
+from fastllm.llm.checkpoint import load_model, save_model
+from fastllm.llm.tokens import Tokenizer
+from fastllm.model import Config, Transformer
+
+TOKENS = Tokenizer.bytes()
+SIZES = dict(vocab=TOKENS.size, d_model=64, heads=8, kv_heads=4, layers=4, d_ff=256, max_len=200, dropout=0.0)
+OURS = {
+    "modern": dict(norm="rmsnorm", positions="rotary", activation="swiglu", tie_embeddings=False),
+    "tied": dict(positions="learned", activation="gelu", kv_heads=None),
+    "encoder": dict(kind="encoder", classes=3),
+}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    if name in OURS:
+        return randomised(Transformer(Config(**SIZES | OURS[name])).eval())
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(vocab_size=TOKENS.size, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    sizes |= dict(num_attention_heads=8, max_position_embeddings=200)
+    if name == "GPT2":
+        config = transformers.GPT2Config(vocab_size=TOKENS.size, n_embd=64, n_layer=4, n_head=8, n_positions=200)
+        return randomised(transformers.GPT2LMHeadModel(config).eval())
+    prefix = f"{name}Text" if name == "Gemma3" else name
+    more = dict(num_key_value_heads=4, head_dim=16) if name != "Bert" else {}
+    kind = "BertForSequenceClassification" if name == "Bert" else f"{name}ForCausalLM"
+    return randomised(getattr(transformers, kind)(getattr(transformers, f"{prefix}Config")(**sizes, **more)).eval())
+
+
+def randomised(model):
+    """So that biases and norms matter too."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def without(model, shares, tokens):
+    """The whole model, with nothing coming from the parts that went."""
+    family, model = prune.family_of(model), copy.deepcopy(model)
+    of_heads, of_channels, of_layers = prune.importances(model, tokens)
+    layers, gone = model.get_submodule(family.layers), []
+    best = of_layers.argsort(descending=True)
+    for n, layer in enumerate(layers):
+        parts = [(family.feed_columns, of_channels[n], prune.suited(shares["channels"], of_channels.shape[1]))]
+        if family.query and shares.get("heads", 1) < 1:
+            parts.append((family.out, of_heads[n], round(shares["heads"] * of_heads.shape[1])))
+        for name, importance, count in parts:
+            module = layer.get_submodule(name)
+            weight = module.weight.data.t() if type(module).__name__ == "Conv1D" else module.weight.data
+            least = importance.argsort()[: len(importance) - count]
+            size = weight.shape[1] // len(importance)
+            for i in least.tolist():
+                weight[:, i * size : (i + 1) * size] = 0
+        if n not in best[: round(shares["layers"] * len(layers))]:
+            gone.append(n)
+    for n in reversed(gone):
+        del layers[n]
+    for n, layer in enumerate(layers):  # Hugging Face's layers know their number
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = n
+    if hasattr(model.config, "num_hidden_layers"):
+        model.config.num_hidden_layers = len(layers)
+    return model
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        found = model(tokens)
+    return getattr(found, "logits", found)
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["by size", "by gradients"])
+@pytest.mark.parametrize("name", [*OURS, "Llama", "Qwen2", "Gemma3", "GPT2", "Bert"])
+def test_what_is_left_computes_what_the_whole_does_without_the_rest(name, calibrated):
+    model = model_of(name)
+    tokens = torch.randint(5, TOKENS.size, (2, 12)) if calibrated else None
+    shares = dict(channels=0.5, layers=0.5) | ({} if name in ("GPT2", "Bert") else dict(heads=0.5))
+    before = copy.deepcopy(model.state_dict())
+    small, x = prune.prune_model(model, tokens=tokens, **shares), torch.randint(5, TOKENS.size, (2, 20))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    peer = without(model, shares, tokens)
+    assert_as_accurate(logits_of(small, x).half(), logits_of(peer, x).half(), logits_of(peer.double(), x), name)
+    inner = [parameter for key, parameter in small.named_parameters() if ".0." in key and parameter.ndim == 2]
+    whole = [parameter for key, parameter in model.named_parameters() if ".0." in key and parameter.ndim == 2]
+    assert sum(p.numel() for p in inner) <= (0.5 if "heads" in shares else 0.72) * sum(p.numel() for p in whole)
+    count = len(small.get_submodule(prune.family_of(small).layers))
+    assert count == 2
+
+
+def test_the_gradient_finds_what_matters():
+    """A channel that does nothing goes although its weights are the largest."""
+    model = model_of("modern")
+    feed = model.decoder.blocks[0].feed_forward
+    with torch.no_grad():
+        feed.up.weight[7] *= 100
+        feed.down.weight[:, 7] = 0
+    tokens = torch.randint(5, TOKENS.size, (4, 16))
+    _, by_size, _ = prune.importances(model)
+    _, by_gradient, _ = prune.importances(model, tokens)
+    assert by_size[0].argmax() == 7 and by_gradient[0].argmin() == 7
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "count"),
+    [(1.0, 100, 100), (0.5, 1024, 512), (0.3, 1000, 320), (0.01, 512, 64), (0.6, 80, 48), (0.5, 40, 20)],
+)
+def test_sizes_that_suit_the_kernels(share, width, count):
+    assert prune.suited(share, width) == count
+
+
+@pytest.mark.parametrize("name", ["modern", "Llama"])
+def test_folders_are_read_and_generate(name, tmp_path, capsys):
+    save_model(tmp_path / "m", model_of(name), TOKENS)
+    (tmp_path / "text.txt").write_text("some text, some more of it\n" * 20)
+    text = str(tmp_path / "text.txt")
+    shares = ["--heads", "0.5", "--channels", "0.5", "--layers", "0.75"]
+    assert cli.main(["prune", str(tmp_path / "m"), *shares, "--calibrate", text, "--text", text]) == 0
+    told = capsys.readouterr().out
+    for word in ("size, MB", "tokens/s", "perplexity", f"written: {tmp_path / 'm-pruned'}"):
+        assert word in told
+    sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("m", "m-pruned")]
+    assert sizes[1] < 0.7 * sizes[0]
+    found = load_model(tmp_path / "m-pruned")
+    assert len(found.model.get_submodule(prune.family_of(found.model).layers)) == 3
+    assert len(generate.run(found, ["ab"], max_tokens=8)[0]["tokens"]) > 0
+
+
+def test_bad_input(tmp_path, capsys):
+    save_model(tmp_path / "m", model_of("modern"), TOKENS)
+    for arguments, why in (
+        ([], "nothing would go"),
+        (["--heads", "0"], "heads must be in (0, 1]"),
+        (["--channels", "1.5", "--layers", "0.5"], "channels must be in (0, 1]"),
+        (["--layers", "0.5", "--text", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        assert cli.main(["prune", str(tmp_path / "m"), *arguments]) == 2
+        told = capsys.readouterr().err
+        assert why in told and told.count("\n") == 1
+    assert not (tmp_path / "m-pruned").exists()
+    with pytest.raises(ValueError, match="the config of GPT2LMHeadModel cannot say that there are fewer heads"):
+        prune.prune_model(model_of("GPT2"), heads=0.5)
+    with pytest.raises(ValueError, match="Linear is none of Transformer"):
+        prune.prune_model(torch.nn.Linear(3, 3), layers=0.5)
