@@ -4,6 +4,8 @@ VENV   ?= .venv
 BENCH  ?= --quick
 TESTS  ?= tests
 GPU    ?= --stage check
+# Processes that share the tests. Kernels use all cores in each of them, so more do not help.
+WORKERS ?= 2
 # pip prefers the CPU wheel (2.13.0+cpu) to the index's own, which brings gigabytes of CUDA; an index that cannot be
 # reached costs a second. With a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -42,10 +44,10 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test: build ## the fast tests: CPU only, under 15 minutes on 2 cores
-	$(BIN)/python -m pytest $(TESTS) -m "not slow"
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) -m "not slow"
 
 test-all: build ## the slow tests too
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS)
 
 # A build of its own beside the installed one; `pytest` alone does not put the folder it is called in before it.
 SANITIZED := build/sanitized

@@ -234,8 +234,14 @@ def _choose(op, x, unsupported, optional=False):
         name = "reference"
     if _recorder is not None:
         call = Call(op, name, _kernel(name), tuple(x.shape), _name(x.dtype), reason)
-        _recorder.chosen(call, sys._getframe(2))  # of the public function, which called `choose`
+        _recorder.chosen(call, _public_frame(op, sys._getframe(2)))
     return name
+
+
+def _public_frame(op, frame):
+    """The frame of the public function `op`, which called `choose` itself or through a helper whose frame is given."""
+    outer = frame.f_back
+    return outer if outer is not None and outer.f_code.co_name == op else frame
 
 
 def _kernel(backend):

@@ -87,6 +87,15 @@ def test_explanation_of_a_training_step():
     assert len({call.kernel for call in told.calls}) == 1 and all(call.shape == (3, 8) for call in told.calls)
 
 
+@needs_extension
+def test_a_product_is_a_forward_call():
+    """Its choice of a kernel is made by a helper, which returns before the product runs."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+    with fastllm.backend("cpu"):
+        told = fastllm.explain(lambda: fastllm.linear(x, weight).sum().backward())
+    assert [call.op for call in told.calls] == ["linear", "linear backward"]
+
+
 def test_explanation_leaves_a_profiler_alone():
     seen = []
 

@@ -263,7 +263,7 @@ def test_attention_dropout_is_off_in_eval():
         (fnn.GeGLU(8, 24), lambda x: F.gelu(x, approximate="tanh")),
         (fnn.GeGLU(8, 24, approximate="none"), F.gelu),
     ],
-    ids=str,
+    ids=["silu", "silu bias", "gelu tanh", "gelu"],
 )
 def test_gated_feed_forward(module, activation):
     names = list(module.state_dict())
