@@ -141,17 +141,21 @@ class _OverProcesses(torch.autograd.Function):
         world, V = torch.distributed.get_world_size(group), logits.shape[-1]
         labels = labels - torch.distributed.get_rank(group) * V  # as this process counts
         ignored = labels == ignore_index - torch.distributed.get_rank(group) * V
-        lse = log_sum_exp(logits)
-        everyones = [torch.empty_like(lse) for _ in range(world)]
-        torch.distributed.all_gather(everyones, lse, group=group)
+        largest = logits.amax(-1, keepdim=True).float()
+        # In fp64, since what is lost of a log-sum-exp is lost of all probabilities of its row.
+        part = largest[:, 0].double() + (logits - largest).exp_().sum(-1).double().log()
+        everyones = [torch.empty_like(part) for _ in range(world)]
+        torch.distributed.all_gather(everyones, part, group=group)
         lse = torch.stack(everyones).logsumexp(0)
+        share = (largest[:, 0].double() - lse).exp().float()
+        lse = lse.float()
         mine = (labels >= 0) & (labels < V) & ~ignored
         picked = logits.gather(-1, labels.clamp(0, V - 1)[:, None])[:, 0].float().where(mine, 0.0)
         found = (1 - smoothing) * picked + smoothing / (world * V) * logits.sum(-1, dtype=torch.float32)
         torch.distributed.all_reduce(found, group=group)
         z_losses = (z * lse.square()).masked_fill(ignored, 0.0)
         losses = (lse - found).masked_fill(ignored, 0.0) + z_losses
-        ctx.save_for_backward(logits, labels, lse, mine, ignored)
+        ctx.save_for_backward(logits, labels, largest, share, lse, mine, ignored)
         ctx.smoothing, ctx.z, ctx.classes = smoothing, z, world * V
         ctx.mark_non_differentiable(z_losses)
         return losses, z_losses
@@ -159,8 +163,9 @@ class _OverProcesses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlosses, _):
-        logits, labels, lse, mine, ignored = ctx.saved_tensors
-        grad = (logits.float() - lse[:, None]).exp_() * (1 + 2 * ctx.z * lse[:, None]) - ctx.smoothing / ctx.classes
+        logits, labels, largest, share, lse, mine, ignored = ctx.saved_tensors
+        share = share * (1 + 2 * ctx.z * lse)
+        grad = (logits - largest).exp_().mul_(share[:, None]).sub_(ctx.smoothing / ctx.classes)
         at = labels.clamp(0, logits.shape[-1] - 1)[:, None]
         grad.scatter_add_(-1, at, -(1 - ctx.smoothing) * mine[:, None].float())
         grad *= dlosses.masked_fill(ignored, 0.0)[:, None]
