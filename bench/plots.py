@@ -209,10 +209,10 @@ def memory(rows, dtype) -> str | None:
     """Peak memory of a call beyond its inputs, of the largest case of each op."""
     rows = right(rows, dtype=dtype)
     chosen = largest_of_each_op(rows, "both") or largest_of_each_op(rows, "forward")
-    if not chosen:
+    sizes = [size for row in chosen for size in row["memory_bytes"].values() if size]
+    if not sizes:  # nobody took a page more, or there is nothing to show
         return None
     made, axis = figure(WIDTH, 0.8 + 0.5 * len(chosen))
-    sizes = [size for row in chosen for size in row["memory_bytes"].values() if size]
     axis.set_xscale("log")
     axis.set_xlim(min(sizes) / 2e6, max(sizes) * 1.6 / 1e6)
     for n, row in enumerate(chosen):

@@ -177,7 +177,7 @@ def test_the_emulator_finds(tmp_path, body, what):
 
 def on_gpu(dtype=torch.bfloat16):
     """All that the choice of a backend looks at in a tensor on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda", 0), shape=(4, 8), dtype=dtype)
+    return SimpleNamespace(device=torch.device("cuda", 0), is_cpu=False, shape=(4, 8), dtype=dtype)
 
 
 @pytest.fixture

@@ -310,7 +310,7 @@ def ring_attention(
         mask = check_mask(OP, mask, q, (B, 1, 1, S)).expand(B, 1, 1, S).to(torch.uint8).contiguous()
     head_tensors(OP, q, B, H, alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    backend = choose("attention", q, _kernels_lack(q, v, dropout_p))
+    backend = choose("attention", q, lambda backend: _kernels_lack(backend, q, v, dropout_p))
     ring = _Ring(shards, backend, alibi_slopes, seed, options)
     k, v = k.contiguous(), v.contiguous()  # as they are sent
     if wants_gradient(q, k, v, sink):
