@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastllm
 import fastllm.nn
+from fastllm.sampling import sample
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
 NORMS = ("layernorm", "rmsnorm")
@@ -386,7 +387,9 @@ class Transformer(nn.Module):
         try:
             for _ in range(count):
                 x = self.decode(fresh, context=context, context_mask=source_mask, caches=caches)
-                chosen = choose_token(self.head(x[:, -1]), temperature, top_k, generator)
+                logits = self.head(x[:, -1])
+                greedy = temperature <= 0
+                chosen = logits.argmax(-1) if greedy else sample(logits, temperature, top_k, generator=generator)
                 if stop is not None:
                     chosen = chosen.masked_fill(done, stop)
                     done = done | (chosen == stop)
@@ -405,14 +408,3 @@ def pool(x, mask):
         return x.mean(1)
     kept = mask.unsqueeze(-1).to(x.dtype)
     return (x * kept).sum(1) / kept.sum(1).clamp(min=1)
-
-
-def choose_token(logits, temperature, top_k, generator):
-    """[B] from logits [B, V]."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -40,7 +40,7 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/sampling.py": set(),
     "fastllm/beam.py": {"sampling"},
     "fastllm/generation.py": OPS | {"beam", "decoder", "sampling", "session"},
-    "fastllm/model.py": MODELS,
+    "fastllm/model.py": MODELS | {"sampling"},
     "fastllm/hub.py": OPS,
     "fastllm/__init__.py": {"allocator", "compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},
     "fastllm/__main__.py": {"cli"},

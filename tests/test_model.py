@@ -11,7 +11,8 @@ from check import assert_as_accurate
 import fastllm
 from fastllm import dispatch
 from fastllm.llm.meter import LiveBytes
-from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer, choose_token
+from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer
+from fastllm.sampling import sample
 
 SMALL = dict(vocab=41, d_model=32, heads=4, kv_heads=2, layers=2, d_ff=48, max_len=64, dropout=0.0)
 
@@ -128,12 +129,12 @@ def test_generation_with_and_without_a_cache(kind, positions):
 
 def test_sampling():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
-    assert choose_token(logits[:1], 0.0, None, None).tolist() == [3]
-    drawn = choose_token(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    drawn = sample(logits, 1.0, 2, generator=torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {2, 3}
     model = make()
     start = torch.randint(41, (2, 3))
     made = [model.generate(start, 8, temperature=1.0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(model.generate(start, 8, temperature=1.0, top_k=1), model.generate(start, 8))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
