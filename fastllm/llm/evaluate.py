@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import fastllm
-from fastllm import info
+from fastllm import drawing, info
 from fastllm.llm import report, require, rows
 from fastllm.llm.checkpoint import load_model
 from fastllm.llm.files import atomic
@@ -101,7 +101,7 @@ def html(result) -> str:
     tables = dict(scores=dict(title="On the whole file", header=["score", "value"], rows=numbers), examples=None)
     confusion = None
     if "classes" in scores:
-        confusion = report.svg(confusion_figure(scores), "confusion")
+        confusion = drawing.svg(confusion_figure(scores), "confusion")
         header = ["class", "precision", "recall", "F1", "rows"]
         each = [[name, *map(shown, found.values())] for name, found in scores["classes"].items()]
         tables["classes"] = dict(title="Class by class", header=header, rows=each)
@@ -116,13 +116,13 @@ def html(result) -> str:
     return report.render("evaluate.html", result=result, title=title, facts=facts, confusion=confusion, tables=tables)
 
 
-def confusion_figure(scores, colours=(report.INK, report.OURS)):
+def confusion_figure(scores, colours=(drawing.INK, drawing.OURS)):
     """The confusion matrix as fields whose depth is their share of the row."""
     ink, colour = colours
     classes, counts = list(scores["classes"]), scores["confusion"]
     size = len(classes)
     inches = min(14.0, max(3.6, 1.4 + 0.42 * size))
-    made, axis = report.figure(inches + 0.6, inches)
+    made, axis = drawing.figure(inches + 0.6, inches)
     for t, row in enumerate(counts):
         for p, count in enumerate(row):
             share = count / sum(row) if sum(row) else 0.0

@@ -1,14 +1,11 @@
 """The demo's result as tables, plots and one self-contained HTML page."""
 
-import io
 import math
 from pathlib import Path
 
+from fastllm.drawing import INK, NAIVE, OURS, figure, svg
 from fastllm.llm import require
 
-# Placeholders that the SVG text is searched for: the page's style sheet gives them their colours, light or dark.
-INK, MUTED, GRID, NAIVE, OURS = "#010203", "#010204", "#010205", "#010206", "#010207"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", NAIVE: "var(--naive)", OURS: "var(--ours)"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 TASKS = (("classifier", "classifier"), ("language", "language model"))
 
@@ -111,61 +108,15 @@ def summary(result) -> list[str]:
     return lines
 
 
-def figure(width, height, rows=1, ratios=None):
-    """An empty figure in the page's style; sizes in inches of 72 CSS pixels."""
-    require("matplotlib").use("svg")
-    plt = require("matplotlib.pyplot", "matplotlib")
-    style = {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-    }
-    with plt.rc_context(style):
-        heights = {"height_ratios": ratios} if ratios else None
-        made, axes = plt.subplots(
-            rows, 1, figsize=(width, height), sharex=rows > 1, gridspec_kw=heights, layout="constrained"
-        )
-    made.patch.set_alpha(0)
-    for axis in axes if rows > 1 else [axes]:
-        axis.patch.set_alpha(0)
-    return made, axes
-
-
-def svg(made, name) -> str:
-    """The figure as inline SVG whose colours are the page's."""
-    plt = require("matplotlib.pyplot", "matplotlib")
-    buffer = io.StringIO()
-    # One salt per figure: element names are hashes, and two figures in one page must not share them.
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        made.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(made)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    return text
-
-
 def loss_plot(found, name) -> str:
     """Both losses over the steps, and below them how far they are apart."""
-    made, (top, bottom) = figure(5.2, 3.6, rows=2, ratios=[3, 1])
+    made, (top, bottom) = figure(5.2, 3.6, 2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     (first, a), (second, b) = found["loss"].items()
     steps = range(1, len(a) + 1)
     top.plot(steps, a, color=NAIVE, linewidth=4, alpha=0.55, label=first, solid_capstyle="round")
     top.plot(steps, b, color=OURS, linewidth=1.2, label=second)
     top.set_ylabel("training loss")
-    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, labelcolor=INK, frameon=False)
+    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     apart = [(n, abs(x - y)) for n, x, y in zip(steps, a, b, strict=True) if x != y]  # 0 has no logarithm
     bottom.set_yscale("log")
     bottom.plot([n for n, _ in apart], [d for _, d in apart], "o", color=OURS, markersize=2.5)
@@ -207,7 +158,7 @@ def speed_plot(result) -> str:
     axis.set_xlim(0, axis.get_xlim()[1] * 1.35)
     axis.grid(False, axis="y")
     axis.set_xlabel("training speed, naive PyTorch = 1")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, labelcolor=INK, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return svg(made, "speed")
 
 
@@ -229,7 +180,7 @@ def error_plot(result) -> str:
     axis.set_yticks(range(len(rows)), [f"{row['op']} {SHORT[row['dtype']]} {row['result']}" for row in rows], color=INK)
     axis.grid(False, axis="y")
     axis.set_xlabel("norm of the error over norm of the fp64 truth")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, labelcolor=INK, frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return svg(made, "error")
 
 
@@ -249,7 +200,7 @@ def training_plot(found, name) -> str:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
-    axis.legend(loc="upper right", labelcolor=INK, frameon=False)
+    axis.legend(loc="upper right")
     return svg(made, f"training {name}")
 
 
@@ -267,6 +218,7 @@ def render(template, **values) -> str:
 
 def html(result) -> str:
     """The page. Everything is in it: no script, no font, no picture is fetched."""
+    require("matplotlib")
     plots = dict(speed=speed_plot(result), error=error_plot(result))
     for key, _ in TASKS:
         plots[key] = loss_plot(result[key], key)
