@@ -7,7 +7,7 @@ import torch
 
 from fastllm.bench.rivals import RIVALS
 from fastllm.bench.timing import peak_gflop_per_s
-from fastllm.drawing import BAD, CARD, GRID, INK, MUTED, NAIVE, OURS, SERIES, figure, svg
+from fastllm.drawing import BAD, CARD, GRID, INK, LEGEND, MUTED, NAIVE, OURS, SERIES, figure, svg
 
 WIDTH = 5.4  # inches: two fit beside each other on a wide page, one on a telephone
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -26,15 +26,6 @@ MARKERS = {  # rival -> marker, colour; PyTorch's own kernel is the bar
     "liger": ("d", SERIES[3]),
 }
 PAPER = dict(facecolor=CARD, edgecolor="none", pad=0.5)  # behind a text that a line would cross
-LEGEND = dict(
-    frameon=False,
-    labelcolor=INK,
-    loc="lower left",
-    bbox_to_anchor=(0.0, 1.0),
-    borderaxespad=0.3,
-    handletextpad=0.4,
-    columnspacing=1.2,
-)
 
 
 def right(rows, **wanted) -> list[dict]:

@@ -36,9 +36,16 @@ STYLE = {
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
 }
+LEGEND = dict(  # above the axes
+    frameon=False,
+    labelcolor=INK,
+    loc="lower left",
+    bbox_to_anchor=(0.0, 1.0),
+    borderaxespad=0.3,
+    handletextpad=0.4,
+    columnspacing=1.2,
+)
 
 
 def figure(width, height, rows=1, columns=1, **more):

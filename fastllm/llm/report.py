@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from fastllm.drawing import INK, NAIVE, OURS, figure, svg
+from fastllm.drawing import INK, LEGEND, NAIVE, OURS, figure, svg
 from fastllm.llm import require
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -92,7 +92,8 @@ def summary(result) -> list[str]:
     passed, failed, plain = counted(result["verify"])
     lines = [f"{passed} results of the kernels are as accurate as PyTorch's, {failed} are not."]
     if plain:
-        lines[0] += f" {plain} ran on plain PyTorch: {result['verify'][-1]['fallback']}."
+        reasons = dict.fromkeys(row["fallback"] for row in result["verify"] if row["fallback"])
+        lines[0] += f" {plain} ran on plain PyTorch: {'; '.join(reasons)}."
     for key, name in TASKS:
         found, trained = result[key], result[f"{key}_training"]["history"]
         ratio = found["ratio"]["median"]
@@ -116,7 +117,7 @@ def loss_plot(found, name) -> str:
     top.plot(steps, a, color=NAIVE, linewidth=4, alpha=0.55, label=first, solid_capstyle="round")
     top.plot(steps, b, color=OURS, linewidth=1.2, label=second)
     top.set_ylabel("training loss")
-    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    top.legend(ncols=2, **LEGEND)
     apart = [(n, abs(x - y)) for n, x, y in zip(steps, a, b, strict=True) if x != y]  # 0 has no logarithm
     bottom.set_yscale("log")
     bottom.plot([n for n, _ in apart], [d for _, d in apart], "o", color=OURS, markersize=2.5)
@@ -158,7 +159,7 @@ def speed_plot(result) -> str:
     axis.set_xlim(0, axis.get_xlim()[1] * 1.35)
     axis.grid(False, axis="y")
     axis.set_xlabel("training speed, naive PyTorch = 1")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axis.legend(ncols=2, **LEGEND)
     return svg(made, "speed")
 
 
@@ -177,10 +178,11 @@ def error_plot(result) -> str:
         axis.barh([n + offset for n in range(len(rows))], widths, 0.34, color=colour, label=label)
     axis.set_xscale("log")
     axis.set_xlim(left=left)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.set_yticks(range(len(rows)), [f"{row['op']} {SHORT[row['dtype']]} {row['result']}" for row in rows], color=INK)
     axis.grid(False, axis="y")
-    axis.set_xlabel("norm of the error over norm of the fp64 truth")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axis.set_xlabel("relative error against fp64")
+    axis.legend(ncols=2, **LEGEND | dict(loc="lower right", bbox_to_anchor=(1.0, 1.0)))
     return svg(made, "error")
 
 
@@ -200,7 +202,7 @@ def training_plot(found, name) -> str:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
-    axis.legend(loc="upper right")
+    axis.legend(ncols=2, **LEGEND)
     return svg(made, f"training {name}")
 
 
