@@ -232,6 +232,43 @@ def test_dropout_rate_and_seeds():
     assert not torch.equal(one, two)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 1), (33, 1), (1, 200), (9, 70), (65, 150)])
+def test_a_single_key_has_no_gradient_of_scores(cpu_backend, T, S, dtype):
+    """Its probability is 1 whatever its score: exactly 0 comes back, as from PyTorch's materialised softmax."""
+    inputs, do = tensors(H=8, Hkv=4, T=T, S=S, D=64)
+    mask = torch.zeros(T, S, dtype=torch.bool)
+    mask[torch.arange(T), torch.randint(S, (T,))] = True
+    bias = torch.randn(T, S)
+    leaves = [x.to(dtype) for x in (*inputs, bias)]
+    _, (dq, dk, dv, dbias) = run(
+        lambda q, k, v, bias: fastllm.attention(q, k, v, mask=mask, bias=bias), leaves, [do.to(dtype)]
+    )
+    assert not dq.any() and not dk.any() and not dbias.any()
+    assert torch.isfinite(dv).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keys", [2, 3, None])
+@pytest.mark.parametrize("T, S, D", [(1, 130, 128), (4, 33, 64), (9, 97, 80), (33, 47, 128), (70, 12, 64)])
+def test_few_queries_or_keys(cpu_backend, T, S, D, keys, dtype):
+    """Where little is summed, the order of every sum shows. Heads enough that errors are statistics, not a lottery."""
+    shape = dict(B=4, H=8, Hkv=4, T=T, S=S, D=D)
+    options = dict(mask=torch.rand(T, S).argsort(-1) < keys) if keys else {}
+    check(shape, dtype, "cpu", **options)
+    inputs, do = tensors(**shape)
+    of = arguments(**options)
+
+    def ours(q, k, v, bias):
+        return fastllm.attention(q, k, v, bias=bias, return_lse=True, **options)
+
+    def exact(q, k, v, bias):
+        return reference.attention(q, k, v, bias=bias, **of(q, k))
+
+    grads = [do, torch.randn(do.shape[:3])]
+    compare(ours, exact, exact, [*inputs, torch.randn(1, 8, T, S)], grads, dtype)
+
+
 def test_row_that_sees_nothing(backend):
     (q, k, v), do = tensors(device=backend, T=20, S=12)
     mask = torch.ones(20, 12, dtype=torch.bool, device=backend)

@@ -105,8 +105,8 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       int64_t ends[kVectors], first;  // of the keys that a vector of queries has scores for
       for (int64_t k = 0, end; k < keys; k = end) {
         end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-        product<Start::kZero, V>(end - k, vectors - first, key.at(k, 0), w.q + first * V::L, kQueries,
-                                 Blocks::words(a.D), w.s + k * kQueries + first * V::L, kQueries);
+        Blocks::product_along_d(a, end - k, vectors - first, key.at(k, 0), w.q + first * V::L, Blocks::words(a.D),
+                                w.s + k * kQueries + first * V::L);
         if (!plain) scores.finish(w.s, k0, k, end, first);
         for (int64_t v = k == 0 ? 0 : first; v < vectors; ++v) ends[v] = v < first ? 0 : end;
       }

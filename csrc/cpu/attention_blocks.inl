@@ -91,6 +91,18 @@ struct AttentionBlocks {
     }
   }
 
+  // c[k][q] = sum over d. A long chain of additions has larger errors than the few sums that PyTorch's product of a
+  // matrix and a vector adds up; where queries or keys are few, and time is not spent here, it is cut.
+  static void product_along_d(const Attention& a, int64_t rows, int64_t vectors, Broadcast<W> left, const W* right,
+                              int64_t words, T* c) {
+    constexpr int64_t kFew = 16, kPiece = 16;
+    const int64_t n = a.T <= kFew || a.S <= kFew ? clamp(words, 0, kPiece) : words;
+    product<Start::kZero, V>(rows, vectors, left, right, kQueries, n, c, kQueries);
+    for (int64_t d = n; d < words; d += n)
+      product<Start::kAdd, V>(rows, vectors, left.at(0, d), right + d * kQueries, kQueries, clamp(words - d, 0, n), c,
+                              kQueries);
+  }
+
   // x rows [0, n) of D = transposed src[d][q] * factor[q].
   static void unpack_transposed(const T* src, const T* factor, int64_t n, int64_t D, S* x, int64_t row, int64_t step) {
     for (int64_t q = 0; q < n; q += V::L)

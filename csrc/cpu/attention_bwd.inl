@@ -21,7 +21,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
-    T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *mask, *bias, *keep, *slope;
+    T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *delta_low, *dlse, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
@@ -38,6 +38,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       lse = arena.take<T>(rows);
       lse_low = arena.take<T>(rows);
       delta = arena.take<T>(rows);
+      delta_low = arena.take<T>(rows);
+      dlse = arena.take<T>(a.dlse ? rows : 0);
       q = arena.take<W>(rows * Dw);
       grad_o = arena.take<W>(rows * Dvw);
       q_rows = arena.take<W>(rows / kPer * D);
@@ -70,9 +72,75 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     }
   }
 
-  // How many words along d are summed at a time. A long chain of additions has larger errors than the few sums that
-  // PyTorch's product of a matrix and a vector adds up; where queries are few, and time is not spent here, it is cut.
-  static int64_t piece(const Attention& a, int64_t words) { return a.T <= V::L && words > 16 ? 16 : words; }
+  // p = exp(score - lse) of one vector of queries, from row q of the head on.
+  struct Probability {
+    V scale, shift, low;
+    Probability(const Workspace& w, int64_t q, T c)
+        : scale(V::set(c)), shift(V::set(0) - V::load(w.lse + q)), low(V::load(w.lse_low + q)) {}
+    V operator()(const T* score) const { return exp_fma(V::load(score), scale, shift, low); }
+  };
+  static void keep_lse(const Workspace& w, int64_t q, double lse) {
+    w.lse[q] = T(lse);
+    w.lse_low[q] = T(lse - T(lse));
+  }
+
+  static void keep_delta(const Workspace& w, int64_t q, double delta) {
+    w.delta[q] = T(delta);
+    w.delta_low[q] = T(delta - T(delta));
+  }
+
+  // delta = sum(o * do) is not the sum of p * dp that it stands for: o and dp were rounded apart from each other. Where
+  // a query sees few keys that is most of dscore's error (of a single key, all of it: it is 0), and where scores are
+  // few PyTorch sums p * dp. There it is summed here too, and with it p, which is then divided by its own sum.
+  static constexpr int64_t kFewQueries = 16, kShort = 512, kFewKeys = 16;
+  static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t) {
+    const Range range = visible_keys(a, t, 1);
+    if (!a.mask.data) return range.begin < range.end && range.end - range.begin <= kFewKeys;
+    const uint8_t* mask = (const uint8_t*)a.mask.data + b * a.mask.b + h * a.mask.h + t * a.mask.t;
+    int64_t seen = 0;
+    for (int64_t k = range.begin; k < range.end && seen <= kFewKeys; ++k) seen += mask[k * a.mask.s] != 0;
+    return seen > 0 && seen <= kFewKeys;
+  }
+  static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t n) {
+    if (a.T <= kFewQueries && a.S <= kShort) return true;
+    for (int64_t i = 0; i < n; ++i)
+      if (sees_few(a, b, h, t + i)) return true;
+    return false;
+  }
+
+  // delta and lse of the vector of queries from q on, summed over the keys.
+  static void sum_scores(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t q) {
+    const int64_t kv = h / (a.H / a.Hkv), n = clamp(a.T - q, 0, V::L);
+    const ScoreTile<V> scores{a, b, h, q, n, 1, T(a.scale), w.mask, w.bias, w.keep, nullptr};
+    double total[V::L] = {}, delta[V::L] = {};
+    const Range range = visible_keys(a, q, n);
+    for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
+      const int64_t keys = clamp(range.end - k0, 0, kKeys);
+      if (!scores.load(k0, keys)) continue;
+      const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
+      const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
+      const bool plain = scores.plain(k0, keys);
+      tile_scores(a, w, scores, k0, 0, keys, 0, plain, key, value);
+      const Probability probability(w, q, plain ? scores.scale : T(1));
+      for (int64_t k = 0; k < keys; ++k) {
+        T p[V::L], dp[V::L];
+        probability(w.s + k * kQueries).store(p);
+        (a.dropout_p > 0 ? V::load(w.dp + k * kQueries) * V::load(w.keep + k * kQueries) : V::load(w.dp + k * kQueries))
+            .store(dp);
+        for (int64_t i = 0; i < V::L; ++i) {
+          total[i] += p[i];
+          delta[i] += double(p[i]) * double(dp[i]);
+        }
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double lse = a.lse[b * a.lse_b + h * a.lse_h + q + i];
+      if (lse == -INFINITY) continue;
+      if (a.sink) total[i] += ::exp(double(((const T*)a.sink)[h]) - lse);
+      keep_delta(w, q + i, delta[i] / total[i]);
+      keep_lse(w, q + i, lse + log(total[i]));
+    }
+  }
 
   static void prepare_queries(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
     const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
@@ -85,43 +153,46 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
       const int64_t at = b * a.lse_b + h * a.lse_h + q0;
       const double* lse = a.lse + at;
-      const double* dlse = a.dlse ? a.dlse + at : nullptr;
       for (int64_t i = 0; i < kQueries; ++i) {
-        T delta = 0;
-        if (i < n) {
+        double delta = 0;
+        if (i < n && a.sink) {  // whose gradient may be the sum of all of them: in double
+          for (int64_t d = 0; d < a.Dv; ++d)
+            delta += double(widen(o[i * a.o.t + d * a.o.d])) * double(widen(g[i * a.grad_o.t + d * a.grad_o.d]));
+        } else if (i < n) {
           delta = sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
             return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
                        Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
           });
-          if (dlse) delta -= T(dlse[i]);
         }
-        w.delta[q0 + i] = delta;
+        keep_delta(w, q0 + i, delta);
+        if (a.dlse) w.dlse[q0 + i] = i < n ? T(a.dlse[at + i]) : T(0);
         // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
-        const double l = i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i];
-        w.lse[q0 + i] = T(l);
-        w.lse_low[q0 + i] = T(l - T(l));
+        keep_lse(w, q0 + i, i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i]);
       }
+      for (int64_t i = 0; i < n; i += V::L)
+        if (sees_few(a, b, h, q0 + i, clamp(n - i, 0, V::L))) sum_scores(a, w, b, h, q0 + i);
     }
   }
 
   // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score
   // that bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
   static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors, T scale,
-                              const T* keep, int64_t q0) {
+                              const T* keep, bool has_dlse, int64_t q0) {
     for (int64_t v = first; v < vectors; ++v) {
       const int64_t q = q0 + v * V::L;
-      const V c = V::set(scale), shift = V::set(0) - V::load(w.lse + q), low = V::load(w.lse_low + q);
-      const V delta = V::load(w.delta + q);
+      const Probability probability(w, q, scale);
+      const V delta = V::load(w.delta + q), dlse = has_dlse ? V::load(w.dlse + q) : V::set(0);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t place = k * kQueries + v * V::L;
-        const V p = exp_fma(V::load(w.s + place), c, shift, low);
+        const V p = probability(w.s + place);
         V dp = V::load(w.dp + place), kept = p;
         if (keep) {
           dp = dp * V::load(keep + place);
           kept = p * V::load(keep + place);
         }
         kept.store(w.s + place);
-        (p * (dp - delta)).store(w.dp + place);
+        const V less = dp - delta;  // dlse apart: it may be much smaller than both
+        (p * (has_dlse ? less + dlse : less)).store(w.dp + place);
       }
     }
   }
@@ -181,14 +252,15 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       }
   }
 
-  // c[k][q] = sum over d.
-  static void product_along_d(const Attention& a, int64_t rows, int64_t vectors, Broadcast<W> left, const W* right,
-                              int64_t words, T* c) {
-    const int64_t n = piece(a, words);
-    product<Start::kZero, V>(rows, vectors, left, right, kQueries, n, c, kQueries);
-    for (int64_t d = n; d < words; d += n)
-      product<Start::kAdd, V>(rows, vectors, left.at(0, d), right + d * kQueries, kQueries, clamp(words - d, 0, n), c,
-                              kQueries);
+  // Scores and dp of the keys k0 + [begin, end) and the vectors from `first`.
+  static void tile_scores(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0, int64_t begin,
+                          int64_t end, int64_t first, bool plain, Broadcast<W> key, Broadcast<W> value) {
+    const int64_t block = scores.q0 / kQueries * kQueries, skip = scores.q0 - block + first * V::L;
+    const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv), at = begin * kQueries + first * V::L;
+    const W *q = w.q + block * Dw + skip, *grad_o = w.grad_o + block * Dvw + skip;
+    Blocks::product_along_d(a, end - begin, scores.vectors - first, key.at(begin, 0), q, Dw, w.s + at);
+    Blocks::product_along_d(a, end - begin, scores.vectors - first, value.at(begin, 0), grad_o, Dvw, w.dp + at);
+    if (!plain) scores.finish(w.s, k0, begin, end, first);
   }
 
   static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
@@ -200,12 +272,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     int64_t first;
     for (int64_t k = 0, end; k < keys; k = end) {
       end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-      const int64_t run = end - k, columns = vectors - first, skip = first * V::L, at = k * kQueries + skip;
-      const W *q = w.q + q0 * Blocks::words(a.D) + skip, *grad_o = w.grad_o + q0 * Blocks::words(a.Dv) + skip;
-      product_along_d(a, run, columns, key.at(k, 0), q, Blocks::words(a.D), w.s + at);
-      product_along_d(a, run, columns, value.at(k, 0), grad_o, Blocks::words(a.Dv), w.dp + at);
-      if (!plain) scores.finish(w.s, k0, k, end, first);
-      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, q0);
+      const int64_t run = end - k, columns = vectors - first, skip = first * V::L;
+      tile_scores(a, w, scores, k0, k, end, first, plain, key, value);
+      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
+                      a.dlse, q0);
       if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first);
       if (a.dbias.data && a.dbias.type == kFloat) add_bias_gradient<T>(a, w.dp, scores, k0, k, end, first);
       if (a.softcap > 0) cap_gradients(w, k, end, first, vectors);
@@ -247,7 +317,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
       prepare_queries(a, w, b, h);
-      if (a.sink && part == 0) sink_gradient(a, b, h);
+      if (a.sink && part == 0) sink_gradient(a, w, b, h);
       memset(w.dq, 0, blocks(a) * kQueries * a.D * sizeof(T));
       for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
         const int64_t keys = clamp(end - k0, 0, kKeys);
@@ -271,15 +341,13 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
   // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries
   // into one number. In double: rounding delta would be its largest error.
-  static void sink_gradient(const Attention& a, int64_t b, int64_t h) {
+  static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
     const double sink = ((const T*)a.sink)[h];
     const int64_t at = b * a.lse_b + h * a.lse_h;
     double total = 0;
     for (int64_t i = 0; i < a.T; ++i) {
-      const S *o = Blocks::row(a.o, b, h, i), *g = Blocks::row(a.grad_o, b, h, i);
-      double delta = a.dlse ? -a.dlse[at + i] : 0;
-      for (int64_t d = 0; d < a.Dv; ++d) delta += double(widen(o[d * a.o.d])) * double(widen(g[d * a.grad_o.d]));
-      total -= ::exp(sink - a.lse[at + i]) * delta;
+      const double delta = double(w.delta[i]) + w.delta_low[i], lse = double(w.lse[i]) + w.lse_low[i];
+      total += (a.lse[at + i] == -INFINITY ? 0 : ::exp(sink - lse)) * ((a.dlse ? a.dlse[at + i] : 0) - delta);
     }
     ((T*)a.dsink_partial)[b * a.H + h] = T(total);
   }
