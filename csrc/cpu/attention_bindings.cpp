@@ -18,6 +18,9 @@ MaybeTensor flat_dlse(const char* op, const MaybeTensor& dlse, const Tensor& lse
   return torch::stable::contiguous(*dlse);
 }
 
+// Whether some scores are never computed, so that nobody writes their bias's gradient.
+bool bias_skips(const Attention& a) { return a.mask.data || a.left >= 0 || a.right >= 0; }
+
 // The sink's gradient: the sum over batch entries of dsink_partial [n, H].
 Tensor sum_sink(const char* op, const Attention& a, Type t, int64_t n, const Tensor& sink) {
   const Tensor dsink = empty({a.H}, sink.scalar_type());
@@ -91,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const bool shared = bias->numel() < a.B * a.H * a.T * a.S;
     const ScalarType sum_type = shared ? ScalarType::Double : compute;
     dbias_sum = empty(shape_of(*bias), sum_type);
-    torch::stable::zero_(dbias_sum);
+    a.dbias_adds = shared || bias_skips(a);
+    if (a.dbias_adds) torch::stable::zero_(dbias_sum);
     a.dbias = broadcast(dbias_sum, a, op, "bias", sum_type == ScalarType::Double ? kDouble : kFloat);
   }
   Tensor dsink_partial = none_like(q);

@@ -204,7 +204,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       }
   }
 
-  // dbias += d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all
+  // dbias (+)= d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all
   // sums into an element of dbias, so their order is fixed. A is T, or double where many scores are summed into one
   // element.
   template <class A>
@@ -223,13 +223,13 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
           A* p = to + (q + i) * x.t + k * x.s;
           if constexpr (sizeof(A) == sizeof(T)) {
             if (x.s == 1) {
-              store(r[i] + load<V>(p, n), p, n);
+              store(a.dbias_adds ? r[i] + load<V>(p, n) : r[i], p, n);
               continue;
             }
           }
           T lanes[V::L];
           r[i].store(lanes);
-          for (int64_t j = 0; j < n; ++j) p[j * x.s] += lanes[j];
+          for (int64_t j = 0; j < n; ++j) p[j * x.s] = a.dbias_adds ? p[j * x.s] + lanes[j] : lanes[j];
         }
       }
     }

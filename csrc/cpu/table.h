@@ -139,7 +139,8 @@ struct Attention {
   const double* dlse;        // [B, H, T]; may be null
   int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
   void* dq_partial;          // [B, H, chunks, T, D] in the compute type
-  Scores dbias;              // like bias, zeroed; kDouble, or kFloat (the compute type); data may be null
+  Scores dbias;              // like bias; kDouble, or kFloat (the compute type); data may be null
+  bool dbias_adds;           // to zeros; or else every element is written, once
   void* dsink_partial;       // [B, H] in the compute type; null without a sink
 };
 
