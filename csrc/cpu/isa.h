@@ -16,6 +16,14 @@
 #define NOINLINE
 #endif
 
+// Of a lambda that a loop and its remainder both call: left to itself, the compiler may make a function of it, and then
+// what it captures, sums above all, goes through memory.
+#if defined(__GNUC__)
+#define INLINED __attribute__((always_inline))
+#else
+#define INLINED
+#endif
+
 // Asks for a cache line ahead of its use; harmless past the end of memory.
 #if defined(__GNUC__)
 #define PREFETCH(address) __builtin_prefetch(address)

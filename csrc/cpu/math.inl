@@ -108,17 +108,24 @@ inline V inside(V x, int64_t n) {
   return n == V::L ? x : select_lt(V::iota(), V::set(typename V::T(n)), x, V::set(0));
 }
 
-// A sum over a row: f(s, i, n) adds the terms at [i, i + n) to s. Four independent chains: faster, and rounding errors
-// grow four times slower.
+// kSums sums over a row: f(s, i, n) adds the terms at [i, i + n) to s[0], s[1], ... Four independent chains: faster,
+// and rounding errors grow four times slower.
+template <class V, int kSums, class F>
+inline void sums_over(int64_t D, typename V::T* totals, F f) {
+  V s[4][kSums];
+  UNROLLED for (int u = 0; u < 4; ++u) UNROLLED for (int k = 0; k < kSums; ++k) s[u][k] = V::set(0);
+  int64_t i = 0;
+  for (; i + 4 * V::L <= D; i += 4 * V::L) UNROLLED for (int u = 0; u < 4; ++u) f(s[u], i + u * V::L, int64_t(V::L));
+  for (; i + V::L <= D; i += V::L) f(s[0], i, int64_t(V::L));
+  if (i < D) f(s[1], i, D - i);
+  UNROLLED for (int k = 0; k < kSums; ++k) totals[k] = sum((s[0][k] + s[1][k]) + (s[2][k] + s[3][k]));
+}
+// One sum: f(s, i, n) is s with the terms at [i, i + n).
 template <class V, class F>
 inline typename V::T sum_over(int64_t D, F f) {
-  V s[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
-  int64_t i = 0;
-  for (; i + 4 * V::L <= D; i += 4 * V::L)
-    for (int u = 0; u < 4; ++u) s[u] = f(s[u], i + u * V::L, V::L);
-  for (; i + V::L <= D; i += V::L) s[0] = f(s[0], i, V::L);
-  if (i < D) s[1] = f(s[1], i, D - i);
-  return sum((s[0] + s[1]) + (s[2] + s[3]));
+  typename V::T total;
+  sums_over<V, 1>(D, &total, [&](V* s, int64_t i, int64_t n) { *s = f(*s, i, n); });
+  return total;
 }
 
 // The largest of f(i, n) over a row. A NaN may be lost: sums over the same row keep it.

@@ -27,151 +27,163 @@ inline void for_kept(const Norm& a, int64_t row, F f) {
 // h of one row: x itself, or the sum with the residual, rounded to the storage type as the next block will see it.
 template <class V, class S>
 inline const S* residual_sum(const Norm& a, int64_t row) {
-  const S* x = (const S*)a.x + row * a.D;
+  const int64_t D = a.D;
+  const S* x = (const S*)a.x + row * D;
   if (!a.h) return x;
-  const S* residual = (const S*)a.residual + (a.residual ? row * a.D : 0);
-  S* h = (S*)a.h + row * a.D;
+  const S* residual = a.residual ? (const S*)a.residual + row * D : nullptr;
+  S* h = (S*)a.h + row * D;
   if (a.dropout_p > 0)
     for_kept<V>(a, row, [&](int64_t i, int64_t n, V keep) {
       const V v = load<V>(x + i, n) * keep;
-      store(a.residual ? v + load<V>(residual + i, n) : v, h + i, n);
+      store(residual ? v + load<V>(residual + i, n) : v, h + i, n);
     });
   else
-    for_vectors<V>(a.D, [&](int64_t i, int64_t n) { store(load<V>(x + i, n) + load<V>(residual + i, n), h + i, n); });
+    for_vectors<V>(D, [&](int64_t i, int64_t n) { store(load<V>(x + i, n) + load<V>(residual + i, n), h + i, n); });
   return h;
 }
 
-// While a row is written, what the next one reads is fetched: a row is too short for the CPU to see a stream.
-template <class S>
-inline void prefetch_next_row(const Norm& a, int64_t row, int64_t i) {
-  PREFETCH((const S*)a.x + (row + 1) * a.D + i);
-  if (a.residual) PREFETCH((const S*)a.residual + (row + 1) * a.D + i);
-}
-
-template <class V, class S>
-void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+template <class V, class S, bool kCentred>
+void norm_fwd(const Norm& a, int64_t begin, int64_t end) {
   using T = typename V::T;
   const int64_t D = a.D;
   const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
+  const bool stream = a.stream;
+  const V offset = V::set(T(a.weight_offset));
   for (int64_t row = begin; row < end; ++row) {
     const S* h = residual_sum<V, S>(a, row);
-    T mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + load<V>(h + i, n); }) / T(D);
-
-    // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large. The mean is rounded: what
-    // is left of it in the centred row corrects both.
-    const V rounded = V::set(mean);
-    V left[2] = {V::set(0), V::set(0)};
-    int turn = 0;
-    T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
-      const V d = inside(load<V>(h + i, n) - rounded, n);
-      left[turn] = left[turn] + d;
-      turn ^= 1;
-      return fma(d, d, s);
-    });
-    const T correction = sum(left[0] + left[1]) / T(D);
-    squares -= correction * correction * T(D);
-    if (squares < 0) squares = 0;  // a constant row far from 0, where the two differ by rounding alone
-    mean += correction;
-    const V mu = V::set(mean);
+    T mean = 0, squares;
+    if (kCentred) {
+      mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + load<V>(h + i, n); }) / T(D);
+      // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large. The mean is rounded:
+      // what is left of it in the centred row corrects both.
+      const V rounded = V::set(mean);
+      T sums[2];  // of the squares, of what is left
+      sums_over<V, 2>(D, sums, [&](V* s, int64_t i, int64_t n) {
+        const V d = inside(load<V>(h + i, n) - rounded, n);
+        s[0] = fma(d, d, s[0]);
+        s[1] = s[1] + d;
+      });
+      const T correction = sums[1] / T(D);
+      squares = sums[0] - correction * correction * T(D);
+      if (squares < 0) squares = 0;  // a constant row far from 0, where the two differ by rounding alone
+      mean += correction;
+    } else {
+      squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
+        const V x = load<V>(h + i, n);
+        return fma(x, x, s);
+      });
+    }
     const T rstd = T(1) / T(::sqrt(double(squares / T(D)) + a.eps));
     if (a.mean) ((T*)a.mean)[row] = mean;
     if (a.rstd) ((T*)a.rstd)[row] = rstd;
 
+    // While a row is written, what the next one reads is fetched: a row is too short for the CPU to see a stream. What
+    // `a` points to is named here, as the compiler would read it anew after every store.
+    const S* next = (const S*)a.x + (row + 1) * D;
+    const S* next_residual = a.residual ? (const S*)a.residual + (row + 1) * D : nullptr;
     S* y = (S*)a.y + row * D;
-    const V r = V::set(rstd);
+    const V mu = V::set(mean), r = V::set(rstd);
     for_vectors<V>(D, [&](int64_t i, int64_t n) {
-      prefetch_next_row<S>(a, row, i);
-      V v = (load<V>(h + i, n) - mu) * r;
-      if (weight) v = v * load<V>(weight + i, n);
+      PREFETCH(next + i);
+      if (next_residual) PREFETCH(next_residual + i);
+      const V x = load<V>(h + i, n);
+      V v = kCentred ? (x - mu) * r : x * r;
+      if (weight) v = v * (kCentred ? load<V>(weight + i, n) : load<V>(weight + i, n) + offset);
       if (bias) v = v + load<V>(bias + i, n);
-      store_output(a.stream, v, y + i, n);
+      store_output(stream, v, y + i, n);
     });
   }
   if (a.stream) STREAM_FENCE();
 }
-
+template <class V, class S>
+void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+  norm_fwd<V, S, true>(a, begin, end);
+}
 template <class V, class S>
 void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+  norm_fwd<V, S, false>(a, begin, end);
+}
+
+// Gradients of kRows rows from `row` on: with g = dy * weight and xhat = (h - mean) * rstd,
+//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm
+// (this is the residual's gradient; x's has dropout's factor), and the sums dweight += dy * xhat, dbias += dy, which
+// may be null. Weights and sums are loaded, and stored, once for all the rows.
+template <class V, class S, bool kCentred, int kRows>
+void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename V::T* dbias) {
   using T = typename V::T;
   const int64_t D = a.D;
   const T* weight = (const T*)a.weight;
-  const V offset = V::set(T(a.weight_offset));
-  for (int64_t row = begin; row < end; ++row) {
-    const S* h = residual_sum<V, S>(a, row);
-    const T squares = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
-      const V x = load<V>(h + i, n);
-      return fma(x, x, s);
-    });
-    const T rstd = T(1) / T(::sqrt(double(squares / T(D)) + a.eps));
-    if (a.rstd) ((T*)a.rstd)[row] = rstd;
-
-    S* y = (S*)a.y + row * D;
-    const V r = V::set(rstd);
-    for_vectors<V>(D, [&](int64_t i, int64_t n) {
-      prefetch_next_row<S>(a, row, i);
-      V v = load<V>(h + i, n) * r;
-      if (weight) v = v * (load<V>(weight + i, n) + offset);
-      store_output(a.stream, v, y + i, n);
-    });
+  const V offset = V::set(T(a.weight_offset)), zero = V::set(0);
+  const S *h = (const S*)a.h + row * D, *dy = (const S*)a.dy + row * D;
+  T rstd[kRows];
+  V mu[kRows], r[kRows], sum_g[kRows], sum_gx[kRows];
+  UNROLLED for (int k = 0; k < kRows; ++k) {
+    rstd[k] = ((const T*)a.rstd)[row + k];
+    mu[k] = V::set(kCentred ? ((const T*)a.mean)[row + k] : T(0)), r[k] = V::set(rstd[k]);
+    sum_g[k] = sum_gx[k] = zero;
   }
-  if (a.stream) STREAM_FENCE();
+  auto weights = [&](int64_t i, int64_t n) INLINED {
+    return weight ? kCentred ? load<V>(weight + i, n) : load<V>(weight + i, n) + offset : zero;
+  };
+  for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
+    const V w = weights(i, n);
+    V dw = dweight ? load<V>(dweight + i, n) : zero, db = dbias ? load<V>(dbias + i, n) : zero;
+    UNROLLED for (int k = 0; k < kRows; ++k) {
+      const V d = load<V>(dy + k * D + i, n), v = load<V>(h + k * D + i, n), x = (kCentred ? v - mu[k] : v) * r[k];
+      const V g = weight ? d * w : d;
+      if (kCentred) sum_g[k] = sum_g[k] + g;
+      sum_gx[k] = fma(g, x, sum_gx[k]);
+      dw = fma(d, x, dw);
+      db = db + d;
+    }
+    if (dweight) store(dw, dweight + i, n);
+    if (dbias) store(db, dbias + i, n);
+  });
+
+  // dx = (g - mean(g) - (h - mean) * rstd * mean(g * xhat)) * rstd: differences first, which are exactly 0 in rows
+  // of 1.
+  V slope[kRows], mean_g[kRows];
+  UNROLLED for (int k = 0; k < kRows; ++k) {
+    slope[k] = V::set(-rstd[k] * (sum(sum_gx[k]) / T(D)));
+    mean_g[k] = V::set(kCentred ? sum(sum_g[k]) / T(D) : T(0));
+  }
+  S *dx = (S*)a.dx + row * D, *dresidual = (S*)a.dresidual + (a.dresidual ? row * D : 0);
+  const S* dh = a.dh ? (const S*)a.dh + row * D : nullptr;
+  auto gradient = [&](int k, V w, int64_t i, int64_t n) INLINED {
+    const int64_t at = k * D + i;
+    PREFETCH(h + kRows * D + at);
+    PREFETCH(dy + kRows * D + at);
+    const V g = weight ? load<V>(dy + at, n) * w : load<V>(dy + at, n), v = load<V>(h + at, n);
+    const V d = (kCentred ? fma(v - mu[k], slope[k], g - mean_g[k]) : fma(v, slope[k], g)) * r[k];
+    return dh ? d + load<V>(dh + at, n) : d;
+  };
+  const bool stream = a.stream;
+  if (a.dropout_p > 0)
+    for (int k = 0; k < kRows; ++k)
+      for_kept<V>(a, row + k, [&](int64_t i, int64_t n, V keep) {
+        const V d = gradient(k, weights(i, n), i, n);
+        if (dresidual) store(d, dresidual + k * D + i, n);
+        store(d * keep, dx + k * D + i, n);
+      });
+  else
+    for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
+      const V w = weights(i, n);
+      UNROLLED for (int k = 0; k < kRows; ++k) store_output(stream, gradient(k, w, i, n), dx + k * D + i, n);
+    });
 }
 
-// Gradients of rows [begin, end): with g = dy * weight and xhat = (h - mean) * rstd,
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm (this is the residual's
-//   gradient;
-// x's has dropout's factor),
-// and the sums dweight += dy * xhat, dbias += dy into the partial sums of this stripe of rows.
+// Rows [begin, end), the sums of which are the partial sums of this stripe of rows.
 template <class V, class S, bool kCentred>
 void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
   using T = typename V::T;
-  const int64_t D = a.D;
-  const T* weight = (const T*)a.weight;
-  const V offset = V::set(T(a.weight_offset));
-  T* dweight = a.dweight ? (T*)a.dweight + stripe * D : nullptr;
-  T* dbias = a.dbias ? (T*)a.dbias + stripe * D : nullptr;
-  if (dweight) memset(dweight, 0, D * sizeof(T));
-  if (dbias) memset(dbias, 0, D * sizeof(T));
-
-  for (int64_t row = begin; row < end; ++row) {
-    const S *h = (const S*)a.h + row * D, *dy = (const S*)a.dy + row * D;
-    const V mu = V::set(kCentred ? ((const T*)a.mean)[row] : T(0)), r = V::set(((const T*)a.rstd)[row]);
-    auto g = [&](int64_t i, int64_t n) {
-      const V d = load<V>(dy + i, n);
-      return weight ? d * (load<V>(weight + i, n) + offset) : d;
-    };
-    V sum_g = V::set(0), sum_gx[2] = {V::set(0), V::set(0)};
-    int turn = 0;
-    for_vectors<V>(D, [&](int64_t i, int64_t n) {
-      const V d = load<V>(dy + i, n), x = (load<V>(h + i, n) - mu) * r, gi = g(i, n);
-      if (kCentred) sum_g = sum_g + gi;
-      sum_gx[turn] = fma(gi, x, sum_gx[turn]);
-      turn ^= 1;
-      if (dweight) store(fma(d, x, load<V>(dweight + i, n)), dweight + i, n);
-      if (dbias) store(d + load<V>(dbias + i, n), dbias + i, n);
-    });
-    const V mean_g = V::set(sum(sum_g) / T(D)), mean_gx = V::set(sum(sum_gx[0] + sum_gx[1]) / T(D));
-
-    S *dx = (S*)a.dx + row * D, *dresidual = (S*)a.dresidual + (a.dresidual ? row * D : 0);
-    const S* dh_row = (const S*)a.dh + (a.dh ? row * D : 0);
-    auto gradient = [&](int64_t i, int64_t n) {
-      PREFETCH(h + D + i);
-      PREFETCH(dy + D + i);
-      const V x = (load<V>(h + i, n) - mu) * r;
-      V d = g(i, n) - x * mean_gx;
-      if (kCentred) d = d - mean_g;
-      d = d * r;
-      return a.dh ? d + load<V>(dh_row + i, n) : d;
-    };
-    if (a.dropout_p > 0)
-      for_kept<V>(a, row, [&](int64_t i, int64_t n, V keep) {
-        const V d = gradient(i, n);
-        if (a.dresidual) store(d, dresidual + i, n);
-        store(d * keep, dx + i, n);
-      });
-    else
-      for_vectors<V>(D, [&](int64_t i, int64_t n) { store_output(a.stream, gradient(i, n), dx + i, n); });
-  }
+  constexpr int kRows = 2;
+  T* dweight = a.dweight ? (T*)a.dweight + stripe * a.D : nullptr;
+  T* dbias = a.dbias ? (T*)a.dbias + stripe * a.D : nullptr;
+  if (dweight) memset(dweight, 0, a.D * sizeof(T));
+  if (dbias) memset(dbias, 0, a.D * sizeof(T));
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) norm_bwd_rows<V, S, kCentred, kRows>(a, row, dweight, dbias);
+  for (; row < end; ++row) norm_bwd_rows<V, S, kCentred, 1>(a, row, dweight, dbias);
   if (a.stream) STREAM_FENCE();
 }
 template <class V, class S>

@@ -44,6 +44,9 @@ struct Vec {
   }
 
   __m256i narrow16(const half*) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#if defined(__AVX512BF16__)  // the same but for numbers below 2^-126, which become 0
+  __m256i narrow16(const bf16*) const { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
   __m256i narrow16(const bf16*) const {  // round to nearest even; a NaN stays one
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -51,6 +54,7 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
   }
+#endif
   // Past the caches, to a vector's boundary.
   void stream(float* p) const { _mm512_stream_ps(p, v); }
   template <class S>
