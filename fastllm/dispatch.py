@@ -301,7 +301,7 @@ class Op:
     def _run(self, backend, *args):
         if backend == "cuda":
             return self.cuda(*args)
-        if backend == "triton" and not args[0].is_cuda:
+        if backend == "triton" and not (args[0][0] if isinstance(args[0], list) else args[0]).is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)
 

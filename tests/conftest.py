@@ -75,6 +75,12 @@ def cpu_backend(request):
     yield from use_backend(request.param)
 
 
+@pytest.fixture(params=BACKENDS[:-1])
+def own_backend(request):
+    """`backend`, for what CPU and Triton have kernels for and CUDA C++ has not."""
+    yield from use_backend(request.param)
+
+
 def use_backend(name):
     name, _, isa = name.partition("-")
     if name == "cpu":

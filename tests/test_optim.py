@@ -1,4 +1,4 @@
-"""AdamW: parameters and moments after some steps, every instruction set, against fp64 and beside torch's own."""
+"""AdamW: parameters and moments after some steps, on every backend, against fp64 and beside torch's own."""
 
 import copy
 
@@ -18,30 +18,30 @@ OPTIONS = {
     "amsgrad": dict(amsgrad=True, betas=(0.5, 0.9)),
     "maximize": dict(maximize=True, eps=1e-4, weight_decay=0.1),
 }
-needs_extension = pytest.mark.skipif(adamw_step is None, reason="the C++ extension is not built")
+needs_extension = pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
 
 
 def numbers(dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for shape in SHAPES]
 
 
-def trained(optimizer, values, gradients, dtype, **options):
+def trained(optimizer, values, gradients, dtype, device="cpu", **options):
     """Parameters and moments after a step per list of gradients; a parameter whose gradient is None stays."""
-    params = [torch.nn.Parameter(x.to(dtype, copy=True)) for x in values]
+    params = [torch.nn.Parameter(x.to(device, dtype, copy=True)) for x in values]
     made = optimizer(params, **options)
     for step in gradients:
         for p, g in zip(params, step, strict=True):
-            p.grad = None if g is None else g.to(dtype)
+            p.grad = None if g is None else g.to(device, dtype)
         made.step()
     moments = [made.state[p][name] for p in params for name in ("exp_avg", "exp_avg_sq") if p in made.state]
-    return [p.detach() for p in params], moments
+    return [p.detach().cpu() for p in params], [x.cpu() for x in moments]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_steps(cpu_backend, name, dtype):
+def test_steps(own_backend, name, dtype):
     values, gradients = numbers(dtype), [numbers(dtype) for _ in range(5)]
-    got, moments = trained(AdamW, values, gradients, dtype, **OPTIONS[name])
+    got, moments = trained(AdamW, values, gradients, dtype, own_backend, **OPTIONS[name])
     peer, peer_moments = trained(torch.optim.AdamW, values, gradients, dtype, **OPTIONS[name])
     truth, true_moments = trained(torch.optim.AdamW, values, gradients, torch.float64, **OPTIONS[name])
     for x, y, z in zip(got, peer, truth, strict=True):
@@ -49,6 +49,36 @@ def test_steps(cpu_backend, name, dtype):
     for x, y, z in zip(moments, peer_moments, true_moments, strict=True):
         assert x.dtype == torch.float32
         assert_as_accurate(x, y.float(), z, "moment")
+
+
+@pytest.mark.parametrize("own_backend", ["triton"], indirect=True)
+def test_no_byte_outside_of_a_tensor_is_touched(own_backend):
+    """The Triton kernel is given addresses, so its guards are here: NaN round all that it reads, and kept there."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16]
+    sizes = [5, 4096, 2049, 2047]  # one short of, at and past blocks
+    shifts = [1, 0, 3, 2]  # elements: two of the four are not aligned to 16 bytes
+
+    def guarded(values, shift):
+        whole = torch.full((len(values) + 64,), torch.nan, dtype=values.dtype, device=own_backend)
+        inside = whole[16 + shift : 16 + shift + len(values)]
+        inside.copy_(values)
+        return whole, inside
+
+    everything, plain = [], []
+    for dtype, size, shift in zip(dtypes, sizes, shifts, strict=True):
+        p, grad = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+        plain.append([p, grad, torch.randn(size), torch.rand(size)])
+        everything.append([guarded(x, shift) for x in plain[-1]])
+    lists = [[group[n][1] for group in everything] for n in range(4)]
+    options = 1e-2, 0.9, 0.99, 1e-8, 0.1, False
+    adamw_step("triton", *lists, [], [torch.tensor(3.0) for _ in dtypes], *options)
+    for group, (p, grad, m, v) in zip(everything, plain, strict=True):
+        for whole, inside in group:
+            assert whole.isnan().sum() == 64 and not inside.isnan().any()
+        alone = [x.to(own_backend, copy=True) for x in (p, grad, m, v)]
+        adamw_step("triton", *([x] for x in alone), [], [torch.tensor(3.0)], *options)
+        assert all(torch.equal(inside, x) for (_, inside), x in zip(group, alone, strict=True))
+        assert not torch.equal(group[0][1].cpu(), p) and torch.equal(group[1][1].cpu(), grad)
 
 
 @needs_extension
@@ -161,7 +191,7 @@ def test_what_runs_is_explained():
     p = torch.nn.Parameter(torch.randn(4))
     p.grad = torch.randn(4)
     (call,) = fastllm.explain(AdamW([p]).step).calls
-    assert call.op == "adamw" and call.backend == ("reference" if adamw_step is None else "cpu")
+    assert call.op == "adamw" and call.backend == ("reference" if dispatch.extension is None else "cpu")
     (call,) = fastllm.explain(AdamW([p], foreach=True).step).calls
     assert call.backend == "reference" and "foreach" in call.reason
     q = torch.nn.Parameter(torch.randn(4, 6).T)
@@ -198,7 +228,7 @@ def test_bad_lists_are_refused():
     numbers = 1e-3, 0.9, 0.999, 1e-8, 0.0, False
     for given in (([x], [x], [x], [], [], [x]), ([x], [x], [wide], [x], [], [torch.zeros(())])):
         with pytest.raises(RuntimeError, match="adamw_step"):
-            adamw_step(*given, *numbers)
+            adamw_step("cpu", *given, *numbers)
 
 
 @needs_extension
@@ -207,7 +237,7 @@ def test_opcheck():
         x = torch.randn(6)
         return [x], [torch.randn(6)], [torch.zeros(6)], [torch.zeros(6)], [], [torch.tensor(0.0)]
 
-    torch.library.opcheck(adamw_step, (*given(), 1e-3, 0.9, 0.999, 1e-8, 0.01, False))
+    torch.library.opcheck(adamw_step.dispatched, (*given(), 1e-3, 0.9, 0.999, 1e-8, 0.01, False))
 
 
 @needs_extension

@@ -187,6 +187,15 @@ def rope_calls(torch, rope):
                 rope.rope_fwd(q, q, elements, elements, None, None, 0, False, True, False)
 
 
+def adamw_calls(torch, adamw):
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.empty(1000, dtype=dtype, device="meta")
+        moment = torch.empty(1000, device="meta")
+        for top in ([], [moment]):
+            step = torch.ones(())
+            adamw.adamw_step([p], [p], [moment], [moment], top, [step], 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
+
+
 CALLS = {
     "attention": attention_calls,
     "varlen": varlen_calls,
@@ -196,6 +205,7 @@ CALLS = {
     "cross_entropy": cross_entropy_calls,
     "activation": activation_calls,
     "rope": rope_calls,
+    "adamw": adamw_calls,
 }
 
 
