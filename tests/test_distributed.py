@@ -221,9 +221,10 @@ def test_bad_input_is_told_once(text, tmp_path):
     errors = start([*TORCHRUN, "2", "-m", "fastllm", *pretrain(text, tmp_path / "run", batch=3)]).communicate()[1]
     told = [line for line in errors.splitlines() if line.startswith("fastllm: error:")]
     assert told == [
-        "fastllm: error: distributed: a batch of shape [3, 16] has no rows to share among 2 ranks equally: "
+        "fastllm: error: distributed: a batch of 3 rows cannot be shared among 2 ranks equally: "
         "--batch, or else --accumulate, must be a multiple of 2"
     ]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

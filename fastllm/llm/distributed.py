@@ -124,9 +124,13 @@ def _speaks_for_all(store) -> bool:
         return True
 
 
-def add_parallel_arguments(parser):
-    """How a training command is spread over the processes that started it."""
+def add_mode_argument(parser):
     parser.add_argument(
         "--parallel", choices=MODES, default="ddp", help="under torchrun: a whole model per process, or a slice of it"
     )
+
+
+def add_parallel_arguments(parser):
+    """How a training command is spread over the processes that started it."""
+    add_mode_argument(parser)
     parser.add_argument("--sequence-ranks", type=int, default=1, help="processes that share each sequence, default 1")

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import fastllm
+from fastllm.llm import distributed, rows
 from fastllm.llm import lora as adapters
-from fastllm.llm import rows
 from fastllm.llm.checkpoint import Loaded, load_model, read_json, resolve, save_model
 from fastllm.llm.files import atomic
+from fastllm.llm.ranks import Ranks
 from fastllm.llm.runs import Run, add_run_arguments, point
 from fastllm.llm.tasks import TASKS
 from fastllm.llm.tasks.base import is_ours, real_tokens
@@ -50,6 +51,7 @@ def run(
     naive=False,
     resume=False,
     fresh=False,
+    ranks=None,
 ) -> dict:
     """Fine-tune the model in a folder, of ours or of Hugging Face, on the files train, valid and test of another.
 
@@ -60,9 +62,12 @@ def run(
 
     Writes a run folder (see `runs.Run`): `best` is the model of the lowest validation loss, with LoRA merged into its
     weights and beside it `adapter`, in peft's format; result.json is what is returned: scores on test, history.
+    Several processes (`distributed.start`) take the steps of one; the first of them writes.
     Raises ValueError, before anything is written, for data or a model that does not fit.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "seconds")}
+    settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh", "seconds", "ranks")}
+    ranks = ranks or Ranks()
+    ranks.check(batch, accumulate)
     name, out = _task_name(task), Path(out or f"runs/finetune-{task}")
     kind, path = TASKS[name], {s: rows.find(data, s, TASKS[name].extensions) for s in ("train", "valid", "test")}
     torch.manual_seed(seed)
@@ -77,6 +82,8 @@ def run(
     meta = dict(loaded.meta, task=name, max_len=max_len, base=str(model), new=None)
     meta = {k: v for k, v in meta.items() if v is not None}
     if lora:
+        if getattr(ranks, "mode", "ddp") == "fsdp":
+            raise ValueError("finetune: with --lora little is trained, and --parallel fsdp does not merge it: take ddp")
         head = heads(loaded.model) if kind.headed else ()
         options = dict(alpha=alpha, dropout=lora_dropout, targets=targets, keep=head)
         adapters.adapt(loaded.model, lora, **options)
@@ -103,7 +110,8 @@ def run(
     )
     settings |= dict(model=str(model), data=str(data))
     rates = groups(loaded.model, weight_decay, layer_decay)
-    with Run(out, settings, resume=resume, fresh=fresh, free=("data",)) as folder:
+    options = dict(resume=resume, fresh=fresh, free=("data",))
+    with distributed.shared(ranks, lambda: Run(out, settings, **options)) as folder:
         history = train(
             loaded.model,
             batches,
@@ -115,19 +123,24 @@ def run(
             run=folder,
             tokenizer=loaded.tokenizer,
             meta=meta,
+            ranks=ranks,
             groups=rates,
             what=f"finetune {task}",
         )
         if lora:
-            adapters.save_adapter(out / "adapter", loaded.model, base=model, task=name)
+            if ranks.first:
+                adapters.save_adapter(out / "adapter", loaded.model, base=model, task=name)
             plain = adapters.merge(loaded.model)
-            del meta["lora"]
-            save_model(out / "merged", plain, loaded.tokenizer, **meta)
-            point(out / "best", "merged")
-        test = made.scores(loaded.model, made.rows(path["test"]), batch)
-    result = dict(task=name, settings=settings, recipe=asdict(recipe), trained=trained, history=history, test=test)
-    with atomic(out / "result.json") as file:
-        json.dump(result, file)
+            if ranks.first:
+                del meta["lora"]
+                save_model(out / "merged", plain, loaded.tokenizer, **meta)
+                point(out / "best", "merged")
+        with ranks.evaluating(loaded.model):
+            test = made.scores(loaded.model, made.rows(path["test"]), batch)
+        result = dict(task=name, settings=settings, recipe=asdict(recipe), trained=trained, history=history, test=test)
+        if ranks.first:
+            with atomic(out / "result.json") as file:
+                json.dump(result, file)
     return result
 
 
@@ -286,17 +299,19 @@ def add_arguments(subparsers):
         given = "" if default is None else f"(default: {default})"
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning} {given}".strip())
     add_run_arguments(parser)
+    distributed.add_mode_argument(parser)
     parser.add_argument("--naive", action="store_true", help="plain PyTorch instead of the kernels")
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
-    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
-    result = run(**options)
-    show_scores(result["test"])
-    history, out = result["history"], args.out or f"runs/finetune-{args.task}"
-    print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
-    print(f"the model: {out}/best" + f"; its adapter: {out}/adapter" * bool(args.lora))
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback", "parallel")}
+    with distributed.start(args.parallel) as ranks:
+        result = run(**options, ranks=ranks)
+        show_scores(result["test"])
+        history, out = result["history"], args.out or f"runs/finetune-{args.task}"
+        print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
+        print(f"the model: {out}/best" + f"; its adapter: {out}/adapter" * bool(args.lora))
     return 0
 
 

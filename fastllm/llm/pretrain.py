@@ -47,6 +47,7 @@ def run(
     parts = {name: {key: chosen[key] for key in keys} for name, keys in settings.SECTIONS.items()}
     own = {key: parts["training"].pop(key) for key in ("batch", "label_smoothing", "keep", "tensorboard")}
     recipe = Recipe(**parts["training"])
+    ranks.check(own["batch"], recipe.accumulate)
     tokens = ranks.first and shards.tokenized(data, chosen["tokenizer"], chosen["vocab"])
     folder = ranks.tell(tokens)  # the others wait until it is there
     chosen["fingerprint"] = shards.read_meta(folder)["fingerprint"]

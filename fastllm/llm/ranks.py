@@ -9,11 +9,20 @@ import contextlib
 import dataclasses
 import warnings
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fastllm.nn import Shards, sequence_parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """What a rank computes and nobody counts, for every rank must take part: a batch has fewer rows than shares."""
+
+    batch: Any
 
 
 class Ranks:
@@ -26,8 +35,12 @@ class Ranks:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
+    def check(self, batch: int, accumulate: int):
+        """Raises ValueError where batches of so many rows cannot be shared equally."""
+
     def batches(self, batches, step: int, accumulate: int) -> list:
-        """What this rank computes of a step, which all ranks together take `accumulate` batches for."""
+        """What this rank computes of a step, which all ranks together take `accumulate` batches for; where there is
+        nothing left for it, a `StandIn`."""
         return [batches[n] for n in range(step * accumulate, (step + 1) * accumulate)]
 
     def sums(self, *numbers) -> list[float]:
@@ -95,11 +108,18 @@ class Processes(Ranks):
         self.sequence_ranks, self.shares = sequence_ranks, self.ranks // sequence_ranks
         self.sequence = None if shards is None else SequenceHooks(shards)
 
+    def check(self, batch: int, accumulate: int):
+        if batch % self.shares and accumulate % self.shares:
+            raise ValueError(
+                f"distributed: a batch of {batch} rows cannot be shared among {self.shares} ranks equally: "
+                f"--batch, or else --accumulate, must be a multiple of {self.shares}"
+            )
+
     def batches(self, batches, step: int, accumulate: int) -> list:
         first, share = step * accumulate, self.rank // self.sequence_ranks
         if accumulate % self.shares == 0:
             return [batches[first + n] for n in range(share, accumulate, self.shares)]
-        return [rows(batches[first + n], share, self.shares) for n in range(accumulate)]
+        return [part_of(batches[first + n], share, self.shares) for n in range(accumulate)]
 
     def sums(self, *numbers) -> list[float]:
         total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
@@ -193,14 +213,25 @@ class Processes(Ranks):
         set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
+def part_of(batch, share: int, shares: int):
+    """A share of the rows of a batch, the first ones being larger where they cannot be equal; or a `StandIn`."""
+    count = len(next(tensors(batch)))
+    return rows(batch, share, shares) if count > share else StandIn(rows(batch, 0, count))
+
+
+def tensors(batch):
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif dataclasses.is_dataclass(batch):
+        yield from tensors([getattr(batch, f.name) for f in dataclasses.fields(batch)])
+    elif isinstance(batch, (dict, tuple, list)):
+        for x in batch.values() if isinstance(batch, dict) else batch:
+            yield from tensors(x)
+
+
 def rows(batch, share: int, shares: int):
     """A share of a batch's rows: of a tensor, or of each tensor in a dataclass, tuple, list or dict."""
     if isinstance(batch, torch.Tensor):
-        if batch.ndim == 0 or len(batch) % shares:
-            raise ValueError(
-                f"distributed: a batch of shape {list(batch.shape)} has no rows to share among {shares} ranks equally: "
-                f"--batch, or else --accumulate, must be a multiple of {shares}"
-            )
         return batch.tensor_split(shares)[share]
     if dataclasses.is_dataclass(batch):
         fields = {f.name: rows(getattr(batch, f.name), share, shares) for f in dataclasses.fields(batch)}

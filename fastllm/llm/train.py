@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fastllm.llm import meter, require
-from fastllm.llm.ranks import Ranks
+from fastllm.llm.ranks import Ranks, StandIn
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -112,13 +112,13 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr_at(self.taken) * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        weights = [self.weight_of(batch) for batch in batches]
+        weights = [counted(self.weight_of, batch) for batch in batches]
         total, loss = ranks.sums(sum(weights))[0], 0.0
         for n, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             torch.manual_seed(ranks.seed(recipe.seed, self.taken * len(batches) + n))
             with ranks.accumulating(self.wrapped, more=n + 1 < len(batches)):
                 with autocast(self.model, recipe.precision), self.measuring() as memory:
-                    part = self.loss_of(self.wrapped, batch)
+                    part = self.loss_of(self.wrapped, batch.batch if isinstance(batch, StandIn) else batch)
                     if memory is not None:
                         self.activations = memory.live
                 (part * ranks.weight(weight, total)).backward()
@@ -133,6 +133,10 @@ class Stepper:
         if not self.measure or self.activations is not None or self.ranks.ranks > 1:
             return contextlib.nullcontext()
         return meter.LiveBytes([*self.model.parameters(), *self.model.buffers()])
+
+
+def counted(count_of, batch):
+    return 0 if isinstance(batch, StandIn) else count_of(batch)
 
 
 def autocast(model, precision: str):
@@ -221,7 +225,7 @@ class Trainer:
         seconds = self.ranks.tell(time.perf_counter() - before)  # all stop at the same step
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.what}: the loss is {loss} at step {taken + 1}; try a lower learning rate")
-        tokens = self.ranks.sums(sum(map(self.tokens_in, batches)))[0]
+        tokens = self.ranks.sums(sum(counted(self.tokens_in, batch) for batch in batches))[0]
         for name, value in (("loss", loss), ("seconds", seconds), ("tokens", tokens)):
             history[name].append(value)
         self.log(loss=loss, tokens=tokens, seconds=seconds, lr=recipe.lr_at(taken), norm=self.stepper.norm)

@@ -2,6 +2,8 @@
 
 import itertools
 
+import torch
+
 from fastllm.llm.batches import Epochs, bucketed, pad
 from fastllm.model import Transformer
 
@@ -98,8 +100,13 @@ def real_tokens(batch) -> int:
     return batch["tokens"].numel() if batch["mask"] is None else int(batch["mask"].sum())
 
 
+def bare(model):
+    """The model itself, of one that is spread over processes."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
 def is_ours(model) -> bool:
-    return isinstance(model, Transformer)
+    return isinstance(bare(model), Transformer)
 
 
 def logits_of(model, batch):
@@ -107,6 +114,6 @@ def logits_of(model, batch):
     if is_ours(model):
         return model(batch["tokens"], batch["mask"])
     given = dict(input_ids=batch["tokens"], attention_mask=batch["mask"])
-    if batch.get("types") is not None and getattr(model.config, "type_vocab_size", 0) > 1:
+    if batch.get("types") is not None and getattr(bare(model).config, "type_vocab_size", 0) > 1:
         given["token_type_ids"] = batch["types"]
     return model(**given)

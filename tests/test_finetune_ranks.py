@@ -1,0 +1,113 @@
+"""Fine-tuning on several ranks: the steps of one process, one that is killed, and another number on resuming."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks as processes
+import torch
+from check import assert_as_accurate
+from conftest import tiny_corpus
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+pytest.importorskip("sacrebleu")
+pytest.importorskip("rouge_score")
+
+from fastllm.llm import distributed, finetune
+from fastllm.llm.checkpoint import load_model, save_model
+from fastllm.llm.tokens import Tokenizer
+from fastllm.model import Config, Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = dict(d_model=16, heads=2, layers=2, d_ff=32, dropout=0.0, max_len=64)
+# 33 rows in batches of 8: the last batch of each pass has one row for two ranks.
+ROWS, OPTIONS = 33, dict(batch=8, epochs=2, optimizer="sgd", lr=0.05, evaluations=1, patience=0, max_len=48)
+TASKS = {"classification": ("encoder", {}), "language": ("decoder", {}), "seq2seq": ("encoder-decoder", {})}
+TASKS |= {"classification, lora": ("encoder", dict(lora=2, optimizer="adamw", lr=1e-2, accumulate=2))}
+TASKS |= {
+    "classification, bert": ("bert", {}),
+    "classification, fsdp": ("encoder", {}),
+    "seq2seq, fsdp": TASKS["seq2seq"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models and data of every task."""
+    folder = tmp_path_factory.mktemp("ranks")
+    corpus = tiny_corpus(n=ROWS)
+    tokenizer = Tokenizer.train_words([text for text, _ in corpus["train"]], 100)
+    for kind in ("encoder", "decoder", "encoder-decoder"):
+        torch.manual_seed(0)
+        save_model(folder / kind, Transformer(Config(vocab=tokenizer.size, kind=kind, **SIZES)), tokenizer)
+    for name, columns in (
+        ("classification", "text\tlabel"),
+        ("language", "prompt\tresponse"),
+        ("seq2seq", "source\ttarget"),
+    ):
+        (folder / name).mkdir()
+        for split, table in corpus.items():
+            lines = "".join(f"{text}\t{label}\n" for text, label in table)
+            (folder / name / f"{split}.tsv").write_text(f"{columns}\n{lines}")
+    return folder
+
+
+def bert(folder):
+    transformers = pytest.importorskip("transformers")
+    if not (folder / "bert").exists():
+        tokenizer = Tokenizer.load(folder / "encoder")
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=64)
+        torch.manual_seed(0)
+        save_model(
+            folder / "bert",
+            transformers.BertModel(transformers.BertConfig(vocab_size=tokenizer.size, **sizes)),
+            tokenizer,
+        )
+
+
+def one_rank(folder, name, out, more, mode="ddp"):
+    model, options = TASKS[name]
+    task = name.partition(",")[0]
+    with distributed.start(mode) as ranks:
+        finetune.run(task, folder / model, folder / task, out, **OPTIONS | options | more, ranks=ranks)
+
+
+def outcome(out):
+    found = json.loads((out / "result.json").read_text())
+    history, state = found["history"], load_model(out).model.state_dict()
+    return dict(
+        losses=torch.tensor(history["loss"], dtype=torch.float64),
+        evaluations=torch.tensor([e["loss"] for e in history["evaluations"]] + [found["test"]["loss"]]).double(),
+        parameters=torch.cat([state[key].flatten().double() for key in sorted(state)]),
+    ), history["tokens"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_two_ranks_take_the_steps_of_one(folder, name, monkeypatch):
+    if "bert" in name:
+        bert(folder)
+    one_rank(folder, name, folder / f"one {name}", {})
+    mode = "fsdp" if "fsdp" in name else "ddp"
+    processes.run_launched(one_rank, 2, folder, name, folder / f"two {name}", {}, mode)
+    prepare = finetune.prepare
+
+    def exact(*args, **options):
+        loaded = prepare(*args, **options)
+        loaded.model.double()
+        return loaded
+
+    monkeypatch.setattr(finetune, "prepare", exact)
+    one_rank(folder, name, folder / f"exact {name}", {})
+    (two, tokens), (one, expected), (truth, _) = (outcome(folder / f"{n} {name}") for n in ("two", "one", "exact"))
+    assert tokens == expected
+    for key, value in two.items():
+        assert_as_accurate(value.float(), one[key].float(), truth[key], f"{name}: {key}")
