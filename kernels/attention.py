@@ -473,7 +473,7 @@ def attention_fwd(q, k, v, mask, bias, alibi_slopes, sink, seed, scale, softcap,
 
 def attention_bwd(
     do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, left, right, dropout_p,
-    bias_grad,
+    bias_grad, partial,
 ):  # fmt: skip
     """dq, dk, dv in the memory order of q, k, v; dbias and dsink, empty where they are not wanted."""
     window = _window(q, k, q_offset, left, right)

@@ -381,4 +381,4 @@ def test_opcheck(layout):
     torch.library.opcheck(ops.attention_fwd.dispatched, (q, k, v, mask, *options))
     o, lse = ops.attention_fwd.dispatched(q, k, v, mask, *options)
     torch.library.opcheck(ops.attention_plain, (q, k, v, 0.3, 2, 5, 0))
-    torch.library.opcheck(ops.attention_bwd.dispatched, (do, lse, q, k, v, o, lse, mask, *options, False))
+    torch.library.opcheck(ops.attention_bwd.dispatched, (do, lse, q, k, v, o, lse, mask, *options, False, False))

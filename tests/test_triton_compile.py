@@ -76,7 +76,7 @@ def attention_calls(torch, attention):
         mask, bias = (meta(B, 1, T, S, dtype="bool"), meta(1, H, T, S)) if kind == "pairs" else (None, None)
         options = mask, bias, *attention_options(kind, H, meta)
         attention.attention_fwd(q, k, v, *options)
-        attention.attention_bwd(q, lse, q, k, v, q, lse, *options, True)
+        attention.attention_bwd(q, lse, q, k, v, q, lse, *options, True, False)
 
 
 def varlen_calls(torch, varlen):

@@ -70,7 +70,7 @@ Tensor attention_plain(Tensor q, Tensor k, Tensor v, double scale, int64_t q_off
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
-    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad) {
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad, bool partial) {
   const char* op = "attention_bwd";
   Problem problem(
       op, q, k, v,
@@ -85,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   a.lse_b = a.H * a.T, a.lse_h = a.T;
   const MaybeTensor dlse_flat = flat_dlse(op, dlse, lse);
   if (dlse_flat) a.dlse = (const double*)dlse_flat->data_ptr();
+  a.partial_keys = partial;
   const Tensor dq = new_heads(q, a.D), dk = new_heads(k, a.D), dv = new_heads(v, a.Dv);
   a.dq = heads(dq, op, "dq", t), a.dk = heads(dk, op, "dk", t), a.dv = heads(dv, op, "dv", t);
 

@@ -91,7 +91,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
   // delta = sum(o * do) is not the sum of p * dp that it stands for: o and dp were rounded apart from each other. Where
   // a query sees few keys that is most of dscore's error (of a single key, all of it: it is 0), and where scores are
-  // few PyTorch sums p * dp. There it is summed here too, and with it p, which is then divided by its own sum.
+  // few PyTorch sums p * dp. There it is summed here too, and with it p, which is then divided by its own sum. Of some
+  // of the keys neither sum is known.
   static constexpr int64_t kFewQueries = 16, kShort = 512, kFewKeys = 16;
   static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t) {
     const Range range = visible_keys(a, t, 1);
@@ -102,6 +103,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     return seen > 0 && seen <= kFewKeys;
   }
   static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t n) {
+    if (a.partial_keys) return false;
     if (a.T <= kFewQueries && a.S <= kShort) return true;
     for (int64_t i = 0; i < n; ++i)
       if (sees_few(a, b, h, t + i)) return true;

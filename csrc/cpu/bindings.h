@@ -65,7 +65,7 @@ Tensor attention_plain(Tensor q, Tensor k, Tensor v, double scale, int64_t q_off
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
-    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad);
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad, bool partial);
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
                                                 MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed,

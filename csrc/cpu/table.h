@@ -137,6 +137,7 @@ struct Attention {
 
   Heads grad_o, dq, dk, dv;  // backward
   const double* dlse;        // [B, H, T]; may be null
+  bool partial_keys;         // k and v are some of the keys that o and lse are of
   int64_t chunks;            // key ranges that are worked on apart from each other; > 1 needs dq_partial
   void* dq_partial;          // [B, H, chunks, T, D] in the compute type
   Scores dbias;              // like bias; kDouble, or kFloat (the compute type); data may be null

@@ -430,7 +430,8 @@ Tensor sum_to_bias(const Tensor& dscores, const Tensor& bias) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_o, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, MaybeTensor mask,
     MaybeTensor bias, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
-    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad) {
+    int64_t q_offset, int64_t window_left, int64_t window_right, double dropout_p, bool bias_grad,
+    bool /*partial: delta comes from o here, so all keys or some are the same*/) {
   AttentionCall call(
       "attention_bwd", q, k, v,
       {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});

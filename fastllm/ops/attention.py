@@ -32,7 +32,7 @@ def _fwd_fake(q, k, v, mask, bias, alibi_slopes, sink, seed, scale, softcap, q_o
 
 
 def _bwd_fake(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sink, *options):
-    bias_grad = bias is not None and options[-1]
+    bias_grad = bias is not None and options[-2]
     return (
         _heads_like(q, q.shape[-1]),
         _heads_like(k, k.shape[-1]),
@@ -53,7 +53,7 @@ attention_fwd = Op(
 )
 attention_bwd = Op(
     f"attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS},"
-    " bool bias_grad)"
+    " bool bias_grad, bool partial)"  # partial: k and v are some of the keys that o and lse are of
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsink)",
     "attention",
     _bwd_fake,
@@ -106,7 +106,7 @@ class _Attention(torch.autograd.Function):
             do = torch.zeros_like(o) if do is None else do
             bias_grad = ctx.needs_input_grad[4]
             dq, dk, dv, dbias, dsink = attention_bwd(
-                ctx.backend, do, dlse, q, k, v, o, lse, *extra, *ctx.options, bias_grad
+                ctx.backend, do, dlse, q, k, v, o, lse, *extra, *ctx.options, bias_grad, False
             )
             dbias = dbias if bias_grad else None
             dsink = None if sink is None else dsink

@@ -154,7 +154,7 @@ class _Ring:
         k, v = k[:, :, block.columns], v[:, :, block.columns]
         if self.backend != "reference":
             extra = mask, None, slopes, None, seed
-            return attention_bwd(self.backend, do, dlse, q, k, v, o, lse, *extra, *options.values(), False)[:3]
+            return attention_bwd(self.backend, do, dlse, q, k, v, o, lse, *extra, *options.values(), False, True)[:3]
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             part, part_lse = reference.attention(*leaves, mask=mask, alibi_slopes=slopes, seed=seed, **options)
