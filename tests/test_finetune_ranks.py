@@ -1,12 +1,6 @@
 """Fine-tuning on several ranks: the steps of one process, one that is killed, and another number on resuming."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest

@@ -8,7 +8,6 @@ its parameters, gradients and optimizer ("fsdp"); either way several processes c
 import contextlib
 import dataclasses
 import warnings
-
 from typing import Any
 
 import torch
