@@ -113,12 +113,31 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
     return "\n".join(out) or "No report is committed yet; `make bench` measures yours."
 
 
+SCORES = {"bits_per_character": "bits per character", "bleu": "BLEU", "rougeL": "ROUGE-L"}
+
+
+def llm_block(kept: dict) -> str:
+    """Markdown of bench/results/llm.json, which `python -m fastllm.bench.llm` writes."""
+    lines = []
+    for name, found in kept["results"].items():
+        ours, beside = found["test"][found["score"]], found["beside"]
+        score = SCORES.get(found["score"], found["score"])
+        timed = found.get("time")
+        speed = f"{timed['ratios'][0]:.2f} to {timed['ratios'][-1]:.2f}" if timed else "not measured"
+        lines.append(
+            [f"`{name}`: {found['title']}", score, f"{ours:.4g}", f"{beside['value']:.4g}", beside["name"], speed]
+        )
+    header = ["", "on test", "ours", "beside", "which is", "time a step, plain PyTorch's over ours"]
+    return "\n".join(markdown(header, lines))
+
+
 def main():
     readme, demo, found = ROOT / "README.md", ROOT / "report" / "demo.json", reports()
     for folder, kept in found.items():
         write_figures(folder, kept)
     text = fill(readme.read_text(), "matrix", info.matrix())
     text = fill(text, "bench", bench_block(found))
+    text = fill(text, "llm", llm_block(json.loads((RESULTS / "llm.json").read_text())))
     if demo.exists():
         text = fill(text, "demo", demo_block(json.loads(demo.read_text())))
     readme.write_text(text)

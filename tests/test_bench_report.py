@@ -3,6 +3,7 @@
 import copy
 import csv
 import io
+import json
 import math
 import re
 import subprocess
@@ -364,6 +365,8 @@ def test_the_readme_says_what_the_committed_reports_say():
     written = (readme.ROOT / "README.md").read_text()
     found = readme.reports()
     assert readme.fill(written, "bench", readme.bench_block(found)) == written
+    trained = json.loads((readme.RESULTS / "llm.json").read_text())
+    assert readme.fill(written, "llm", readme.llm_block(trained)) == written
     for folder, kept in found.items():
         for name in readme.figures(kept):
             assert (folder / f"figures/{name}-light.svg").exists() and (folder / f"figures/{name}-dark.svg").exists()
