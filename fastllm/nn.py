@@ -330,6 +330,11 @@ class KeyValues:
         self.k, self.v = k, v
         return k, v
 
+    def cut(self, count):
+        """Keep the first `count` positions only."""
+        if self.k is not None:
+            self.k, self.v = self.k[:, :, :count], self.v[:, :, :count]
+
 
 class Attention(nn.Module):
     """o = out(attention(query(x), key(c), value(c))) with c = context, or x itself: projection, attention, projection.

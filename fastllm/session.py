@@ -135,6 +135,11 @@ class Session:
         """The sequence of this slot is over; another may start there."""
         self.lengths[slot] = 0
 
+    def keep(self, slot, count) -> int:
+        """Of the sequence in this slot the first `count` tokens stay, for another to go on from. Returns `count`."""
+        self.lengths[slot] = count
+        return count
+
     def copy(self, sources, targets, since=0):
         """The sequences in the slots `sources` [n] also in `targets` [n], which have the first `since` tokens already.
 

@@ -1,5 +1,6 @@
 """Continuous batching: whoever else is there, an answer is the same; slots are given back; bad requests are refused."""
 
+import contextlib
 import threading
 import time
 import warnings
@@ -73,6 +74,86 @@ def test_greedy_answers_are_those_of_generate():
             answer.text()
             wanted = fastllm.generate(model, torch.tensor([prompt]), max_new_tokens=10)
             assert answer.tokens == wanted[0, len(prompt) :].tolist()
+
+
+def turns(engine, count=4, length=90):
+    """The requests of a conversation, each with the answer before it and something new, and their answers."""
+    random, said = torch.Generator().manual_seed(1), []
+    for n in range(count):
+        said += torch.randint(5, TOKENS.size, (length + n,), generator=random).tolist()
+        answer = engine.submit(Request(list(said), 15, ignore_eos=True))
+        answer.text()
+        yield answer
+        said += answer.tokens
+
+
+def counting(engine, monkeypatch):
+    """A list that gets the number of tokens of each piece that the model reads."""
+    read, prefill = [], engine.session.prefill
+    monkeypatch.setattr(engine.session, "prefill", lambda p, s: read.append(len(p[0])) or prefill(p, s))
+    return read
+
+
+@pytest.mark.parametrize("own", [pytest.param(False, marks=needs_kernels), True], ids=["decoder", "own forward"])
+def test_a_conversation_goes_on_where_it_was_with_the_same_answers(own, monkeypatch):
+    model = model_of()
+    with fastllm.backend("reference") if own else contextlib.nullcontext():
+        with Engine(model, TOKENS, slots=2) as engine:
+            wanted = [answer.tokens for answer in turns(engine)]
+            assert engine.totals.reused == 0
+        with Engine(model, TOKENS, slots=2, reuse=True) as engine:
+            assert bool(engine.reason) == own
+            read = counting(engine, monkeypatch)
+            found = list(turns(engine))
+    assert [answer.tokens for answer in found] == wanted
+    # The last token of an answer was chosen and not read: the next turn reads it before what is new.
+    assert read == [90, 92, 93, 94]
+    assert [answer.reused for answer in found] == [0, 104, 210, 317]
+    assert (engine.totals.read, engine.totals.reused) == (sum(read), 104 + 210 + 317)
+    assert engine.totals.generated == 60 and engine.totals.finished == {"length": 4} and engine.tokens_per_s > 0
+
+
+@needs_kernels
+def test_a_slot_is_left_to_the_conversation_that_may_come_back(monkeypatch):
+    with Engine(model_of(), TOKENS, slots=2, reuse=True) as engine:
+        read = counting(engine, monkeypatch)
+
+        def ask(prompt):
+            answer = engine.submit(Request(list(prompt), 2, ignore_eos=True))
+            answer.text()
+            return [*prompt, *answer.tokens]
+
+        first = ask(range(10, 50))
+        second = ask([*range(10, 14), *range(60, 100)])  # four tokens alike are not half of a conversation
+        ask([*first, 7])
+        ask([*second, 7])
+        assert read == [40, 44, 2, 2]
+        ask([*range(200, 230)])  # in the slot that was left first
+        ask([*second, 8])
+        ask([*first, 8])
+        assert read[4:] == [30, 1, 43]
+        same = [*range(100, 120)]
+        assert ask(same) == ask(same) and read[-1] == 1  # the last token is read for its logits
+
+
+@needs_kernels
+def test_what_was_cut_short_is_reused_and_what_failed_is_not(monkeypatch):
+    prompt = TOKENS.encode("a" * 30)
+    with Engine(model_of(), TOKENS, slots=1) as engine:
+        wanted = engine.submit(Request(prompt + TOKENS.encode("b"), 20, ignore_eos=True)).text()
+    with Engine(model_of(), TOKENS, slots=1, reuse=True) as engine:
+        endless = engine.submit(Request(prompt, ignore_eos=True))
+        next(iter(endless))
+        endless.cancel()
+        answer = engine.submit(Request(prompt + TOKENS.encode("b"), 20, ignore_eos=True))
+        assert answer.text() == wanted and answer.reused == 30
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.session, "step", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.submit(Request(prompt, 20, ignore_eos=True)).text()
+        answer = engine.submit(Request(prompt + TOKENS.encode("b"), 20, ignore_eos=True))
+        assert answer.text() == wanted and answer.reused == 0
+        assert engine.totals.finished == {"cancelled": 1, "length": 2, "error": 1}
 
 
 @needs_kernels

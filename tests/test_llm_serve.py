@@ -1,17 +1,11 @@
-"""The server: OpenAI's protocol, what is refused and why, slots that come back, and the page in a real browser."""
+"""The server: OpenAI's protocol, what is refused and why, what it counts, and slots that come back."""
 
 import asyncio
 import contextlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
 
 import pytest
-import torch
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -21,33 +15,12 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("httpx", reason="httpx is not installed")
 
 import httpx
+from chat_models import CHATML, TOKENS, model_of
 
-from fastllm import cli
-from fastllm.llm.checkpoint import save_model
 from fastllm.llm.engine import Engine
 from fastllm.llm.prompts import ChatTemplate
 from fastllm.llm.protocol import Limits
 from fastllm.llm.serve import PAGE, build_app, page_policy
-from fastllm.llm.tokens import Tokenizer
-from fastllm.model import Config, Transformer
-
-ROOT = Path(__file__).resolve().parents[1]
-TOKENS = Tokenizer.bytes(special=("<|im_start|>", "<|im_end|>"))
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SIZES = dict(vocab=TOKENS.size, d_model=48, heads=4, layers=2, d_ff=80, max_len=600, dropout=0.0)
-SIZES |= dict(norm="rmsnorm", positions="rotary", activation="swiglu", tie_embeddings=False)
-
-
-def model_of(**changes):
-    torch.manual_seed(0)
-    model = Transformer(Config(**SIZES | changes)).eval()
-    with torch.no_grad():
-        model.head.weight.mul_(3)  # so that tokens vary
-        model.head.weight[TOKENS.eos] = 0  # and none is the end
-    return model
 
 
 class Client(httpx.AsyncClient):
@@ -62,7 +35,7 @@ class Client(httpx.AsyncClient):
 
 @contextlib.contextmanager
 def serving(**options):
-    engine = {name: options.pop(name) for name in ("slots", "queue_size", "positions") if name in options}
+    engine = {name: options.pop(name) for name in ("slots", "queue_size", "positions", "reuse") if name in options}
     with Engine(model_of(), TOKENS, **dict(slots=4) | engine) as running:
         yield running, build_app(running, ChatTemplate(TOKENS, CHATML), "tiny", **options)
 
@@ -97,7 +70,9 @@ def test_answers_whole_and_in_pieces():
         assert text == whole["choices"][0]["message"]["content"] and text
         assert found[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
         prompt = len(ChatTemplate(TOKENS, CHATML).encode(HI))
-        assert whole["usage"] == dict(prompt_tokens=prompt, completion_tokens=12, total_tokens=prompt + 12)
+        read = dict(prompt_tokens=prompt, completion_tokens=12, total_tokens=prompt + 12)
+        assert whole["usage"].pop("tokens_per_s") > 0
+        assert whole["usage"] == read | dict(prompt_tokens_details=dict(cached_tokens=0))
         options = dict(prompt=["ab", TOKENS.encode("cd")], n=2, max_tokens=5, seed=3, temperature=0.5)
         whole = (await client.ask(**options)).json()
         assert [c["index"] for c in whole["choices"]] == [0, 1, 2, 3] and whole["object"] == "text_completion"
@@ -106,7 +81,10 @@ def test_answers_whole_and_in_pieces():
         for n in range(4):
             mine = [c for e in found for c in e["choices"] if c["index"] == n]
             assert "".join(c["text"] for c in mine) == whole["choices"][n]["text"]
-        assert found[-1]["usage"] == whole["usage"] == dict(prompt_tokens=4, completion_tokens=20, total_tokens=24)
+        both = [found[-1]["usage"], whole["usage"]]
+        assert all(usage.pop("tokens_per_s") > 0 for usage in both) and both[0] == both[1]
+        read = dict(prompt_tokens=4, completion_tokens=20, total_tokens=24)
+        assert both[0] == read | dict(prompt_tokens_details=dict(cached_tokens=0))
         assert (await client.ask(prompt="ab")).json()["usage"]["completion_tokens"] == 16  # OpenAI's default
 
     with serving() as (_, app):
@@ -192,6 +170,7 @@ def test_bodies_keys_hosts_and_paths():
         for wrong in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "Bearer sécret".encode()}):
             for call in (
                 client.get("/v1/models", headers=wrong),
+                client.get("/metrics", headers=wrong),
                 client.post("/v1/completions", headers=wrong, json={}),
             ):
                 found = await call
@@ -254,6 +233,50 @@ def test_limits_of_a_request_and_of_the_queue():
         run(app, talk)
 
 
+def numbers_of(text):
+    """Name -> value, of Prometheus's text."""
+    return {name: float(value) for name, value in re.findall(r"^(fastllm_\S+) (\S+)$", text, re.MULTILINE)}
+
+
+def conversation(reuse):
+    """(answers to three turns, lines of the log, /metrics) of one served conversation, whose last turn is streamed."""
+    lines, said = [], [dict(role="user", content="Hi" * 20)]
+
+    async def talk(client):
+        found, path, options = [], "/v1/chat/completions", dict(max_tokens=9, temperature=0)
+        for n in range(3):
+            found.append((await client.ask(path, messages=said, **options)).json())
+            said.append(found[-1]["choices"][0]["message"])
+            said.append(dict(role="user", content=f"And {n}?"))
+        await client.ask(path, messages=said, stream=True, **options)
+        told = await client.get("/metrics")
+        assert told.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return found, lines, told.text
+
+    with serving(reuse=reuse, log=lines.append) as (_, app):
+        return run(app, talk)
+
+
+def test_the_next_turn_reads_what_is_new_and_all_of_it_is_counted():
+    (found, lines, told), (plain, _, _) = conversation(True), conversation(False)
+    assert [one["choices"] for one in found] == [one["choices"] for one in plain]
+    read, reused = (
+        [one["usage"]["prompt_tokens"] for one in found],
+        [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found],
+    )
+    assert reused[0] == 0 and all(b >= a for a, b in zip(read[:-1], reused[1:], strict=True))
+    assert all(one["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 for one in plain)
+    assert len(lines) == 4 and all(line.startswith("chat: ") and "9 written" in line for line in lines)
+    assert f"({reused[2]} of them before)" in lines[2] and re.search(r"[\d.]+ tokens/s, length$", lines[2])
+    counted = {name: float(value) for name, value in re.findall(r"^fastllm_(\S+) (\S+)$", told, re.MULTILINE)}
+    assert counted["generated_tokens_total"] == 36 and counted['answers_total{finish="length"}'] == 4
+    assert counted["prompt_tokens_reused_total"] > sum(reused) and counted["tokens_per_second"] > 0
+    assert counted["prompt_tokens_read_total"] > sum(read) - sum(reused)
+    assert counted["answers_running"] == counted["answers_waiting"] == 0
+    for name in re.findall(r"^(fastllm_[a-z_]+)", told, re.MULTILINE):
+        assert f"# TYPE {name} " in told and f"# HELP {name} " in told
+
+
 def test_a_failing_model_is_said_without_its_secrets(monkeypatch, capsys):
     async def talk(client):
         found = await client.ask(prompt="x")
@@ -278,183 +301,3 @@ def test_the_page_runs_nothing_but_its_own():
         found = run(app, lambda client: client.get("/"))
     assert found.text == page and found.headers["content-security-policy"] == policy
     assert found.headers["x-content-type-options"] == "nosniff"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    slow_enough = dict(d_model=384, d_ff=1024, layers=6, max_len=4000)  # that requests are under way at the same time
-    save_model(path, model_of(**slow_enough), TOKENS)
-    ChatTemplate(TOKENS, CHATML).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    """The address of `fastllm serve` in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "fastllm",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        "--slots",
-        "8",
-        "--queue-size",
-        "1",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    line = process.stdout.readline()
-    assert line.startswith("tiny on http://127.0.0.1:"), line + process.stdout.read()
-    yield line.split()[2].rstrip("/")
-    process.terminate()
-    assert process.wait(20) in (0, -15)
-    assert "Traceback" not in process.stdout.read()
-
-
-def load_of(server):
-    found = httpx.get(f"{server}/health").json()
-    return found["running"], found["waiting"]
-
-
-def wait_until_idle(server):
-    for _ in range(100):
-        if load_of(server) == (0, 0):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"slots are still taken: {load_of(server)}")
-
-
-def test_eight_streams_of_the_openai_client(server):
-    """At once, and each is what it is alone."""
-    openai = pytest.importorskip("openai", reason="openai is not installed")
-
-    async def one(client, n):
-        stream = await client.chat.completions.create(
-            model="tiny",
-            messages=[dict(role="user", content=f"{n} " * (1 + 7 * n))],
-            max_tokens=60,
-            seed=n,
-            stream=True,
-        )
-        text, times = "", []
-        async for chunk in stream:
-            text += chunk.choices[0].delta.content or ""
-            times.append(time.perf_counter())
-        return text, times[1], times[-1]
-
-    async def talk():
-        async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
-            alone = [(await one(client, n))[0] for n in range(8)]
-            together = await asyncio.gather(*(one(client, n) for n in range(8)))
-            assert [text for text, _, _ in together] == alone and len(set(alone)) == 8
-            assert max(first for _, first, _ in together) < min(last for _, _, last in together)  # side by side
-            assert [model.id async for model in await client.models.list()] == ["tiny"]
-            whole = await client.completions.create(model="tiny", prompt="ab", max_tokens=5, seed=1)
-            assert whole.usage.completion_tokens == 5 and whole.choices[0].finish_reason == "length"
-            with pytest.raises(openai.BadRequestError, match="5000 tokens"):
-                await client.completions.create(model="tiny", prompt="x" * 5000)
-            with pytest.raises(openai.NotFoundError, match="does not exist"):
-                await client.completions.create(model="other", prompt="x")
-
-    asyncio.run(talk())
-    wait_until_idle(server)
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(server, stream):
-    body = dict(prompt="x", max_tokens=3000, stream=stream)
-
-    async def talk():
-        async with httpx.AsyncClient() as client:
-            asked = [asyncio.create_task(leave(client)) for _ in range(9)]
-            await asyncio.gather(*asked)
-
-    async def leave(client):
-        request = client.build_request("POST", f"{server}/v1/completions", json=body)
-        with contextlib.suppress(asyncio.TimeoutError):
-            async with asyncio.timeout(0.15):
-                response = await client.send(request, stream=True)
-                await response.aread()
-                raise AssertionError("it ended by itself")
-
-    asyncio.run(talk())
-    wait_until_idle(server)
-
-
-STOP_AT_THE_FIRST_PIECE = """() => {
-    const seen = new MutationObserver(() => {
-        const answers = document.querySelectorAll(".assistant");
-        if (!answers[answers.length - 1].textContent) return;
-        seen.disconnect();
-        document.querySelector("#stop").click();
-    });
-    seen.observe(document.querySelector("#log"), { childList: true, subtree: true, characterData: true });
-    document.querySelector("#send").click();
-}"""
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_the_page_in_a_browser(server, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        faults = []
-        for width, scheme in ((1200, "light"), (380, "dark")):
-            page = browser.new_page(viewport=dict(width=width, height=700), color_scheme=scheme)
-            page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("request", lambda r: faults.append(r.url) if not r.url.startswith(server) else None)
-            page.goto(server)
-            playwright.expect(page.locator("#model")).to_have_text("tiny")
-            page.fill("#text", "<b>Hello</b> <img src=x onerror=alert(1)>")
-            page.keyboard.press("Enter")
-            playwright.expect(page.locator("#stop")).to_be_visible()
-            answer = page.locator(".assistant").first
-            playwright.expect(answer).not_to_be_empty()
-            playwright.expect(page.locator("#send")).to_be_visible(timeout=20_000)
-            assert page.locator(".user").text_content() == "<b>Hello</b> <img src=x onerror=alert(1)>"
-            assert page.locator(".user *").count() == 0 and len(answer.text_content()) > 100
-            page.fill("#text", "Again")
-            page.evaluate(STOP_AT_THE_FIRST_PIECE)
-            playwright.expect(page.locator(".note").last).to_contain_text("stopped")
-            wait_until_idle(server)
-            page.click("summary")
-            page.fill("#max_tokens", "0")
-            page.fill("#text", "Too few")
-            page.click("#send")
-            playwright.expect(page.locator(".error")).to_have_text("max_tokens must be at least 1, got 0")
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            page.screenshot(path=tmp_path / f"{scheme}.png")
-            assert faults == [f for f in faults if "400 (Bad Request)" in f]
-            page.close()
-        browser.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--max-tokens", "0"], "limits must be at least 1"),
-        (["--api-key", ""], "the API key is empty"),
-        (["--slots", "0"], "slots must be at least 1"),
-        (["--positions", "4001"], "positions must be in [2, 4000]"),
-        (["--api-key-file", "nowhere"], "nowhere"),
-    ],
-)
-def test_options_that_do_not_fit(folder, capsys, arguments, why):
-    assert cli.main(["serve", str(folder), "--port", "0", *arguments]) == 2
-    told = capsys.readouterr()
-    assert why in told.err and told.err.count("\n") == 1 and told.out == ""
-
-
-def test_a_port_that_is_taken_and_a_folder_that_is_no_model(server, folder, tmp_path, capsys):
-    port = server.rpartition(":")[2]
-    assert cli.main(["serve", str(folder), "--port", port]) == 2
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
-    assert cli.main(["serve", str(tmp_path), "--port", "0"]) == 2
-    assert "load_model: " in capsys.readouterr().err

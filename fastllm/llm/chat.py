@@ -86,7 +86,8 @@ def run(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     loaded = load_model(model)
     template = ChatTemplate.load(loaded.source, loaded.tokenizer)
-    with Engine(loaded.model, loaded.tokenizer, weights=weights, positions=positions, slots=1) as engine:
+    options = dict(weights=weights, positions=positions, slots=1, reuse=True)
+    with Engine(loaded.model, loaded.tokenizer, **options) as engine:
         talk = Conversation(engine, template, sampling, max_tokens, tuple(stop), system)
         for line in lines:
             command, _, rest = line.strip().partition(" ")

@@ -7,7 +7,9 @@
 
 One thread owns the model. Between two tokens of the batch it takes new requests into free slots and reads at most one
 piece of one prompt, so that a long prompt does not hold up those who are being answered. Pieces have the same borders
-whoever else is there, and rows of a step do not depend on each other: so neither does an answer.
+whoever else is there, and rows of a step do not depend on each other: so neither does an answer. With reuse=True a
+prompt that begins as one before it is not read again up to where they part; then an answer depends, in the rounding of
+keys and values that were made token by token or in other pieces, on what was asked before.
 """
 
 import collections
@@ -21,8 +23,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fastllm import dispatch
+from fastllm.llm.meter import Rate
 from fastllm.llm.sessions import POSITIONS, is_encoder_decoder, positions_of, session_of
 from fastllm.llm.stream import TextStream
+from fastllm.llm.tokens import common
 from fastllm.sampling import Chooser, Sampling
 
 PIECE = 256  # tokens of a prompt that are read at a time
@@ -50,7 +54,8 @@ class Answer:
     """One request under way. Iterating gives pieces of text until it is over; `text()` waits for all of it.
 
     Then finish is "stop", "length", "cancelled" or "error", with the exception in `error`. `tokens` are those chosen so
-    far, the end token among them; `first_s` is the time from submission to the first of them.
+    far, the end token among them; `reused` counts those of the prompt that were not read again. first_s is the time
+    from submission to the first token, seconds that to the end.
     """
 
     def __init__(self, request, room, deliver=None):
@@ -59,10 +64,24 @@ class Answer:
         self.finish: str | None = None
         self.error: Exception | None = None
         self.first_s: float | None = None
+        self.seconds: float | None = None
+        self.reused = 0
         self.most = room if request.max_tokens is None else request.max_tokens
         self.cancelled = threading.Event()
         self._began, self._pieces = time.perf_counter(), queue.SimpleQueue()
         self._deliver = deliver or self._pieces.put
+
+    def end(self, finish, error=None):
+        """Nothing more comes; called once, in the engine's thread."""
+        self.finish, self.error, self.seconds = finish, error, time.perf_counter() - self._began
+        self._deliver(None)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens behind the first, which also waits for a slot and for its prompt; None where there are none."""
+        if self.seconds is None or len(self.tokens) < 2:
+            return None
+        return (len(self.tokens) - 1) / (self.seconds - self.first_s)
 
     def cancel(self):
         """Ends it before the next token; its slot is free then."""
@@ -80,14 +99,26 @@ class Answer:
 
 @dataclass
 class Running:
-    """An answer in a slot. `read` counts the tokens of the prompt that are in the cache."""
+    """An answer in a slot. `read` counts the tokens of the prompt that are in the cache, `seen` those of the answer."""
 
     answer: Answer
     slot: int
     chooser: Chooser
     stream: TextStream
     read: int = 0
+    seen: int = 0
     fresh: int = field(default=-1)  # the token chosen last, that the model has not seen
+
+
+@dataclass
+class Totals:
+    """Of an engine since its start: tokens of prompts that were read, and that did not have to be; tokens chosen;
+    answers by how they ended."""
+
+    read: int = 0
+    reused: int = 0
+    generated: int = 0
+    finished: collections.Counter = field(default_factory=collections.Counter)
 
 
 class Engine:
@@ -95,10 +126,13 @@ class Engine:
 
     `queue_size` more may wait; then `submit` raises Busy. weights are those of `fastllm.generate`; models that the
     compiled decoder does not express run one after the other on their own forward, and a warning says so once.
-    eos are the tokens that end an answer (default: the tokenizer's and the model's).
+    eos are the tokens that end an answer (default: the tokenizer's and the model's). With reuse a request takes a free
+    slot whose last sequence begins as its prompt does, as the turns of a conversation do. `totals` counts.
     """
 
-    def __init__(self, model, tokenizer, *, weights="model", slots=8, positions=None, queue_size=64, eos=None):
+    def __init__(
+        self, model, tokenizer, *, weights="model", slots=8, positions=None, queue_size=64, eos=None, reuse=False
+    ):
         if slots < 1 or queue_size < 0:
             raise ValueError(f"Engine: slots must be at least 1, queue_size at least 0, got {slots}, {queue_size}")
         most = positions_of(model)
@@ -112,9 +146,11 @@ class Engine:
         self.vocabulary = vocabulary_of(model)
         self.whole_prompts = is_encoder_decoder(model)  # an encoder sees all of its source at once
         self.eos = frozenset(end_tokens(model, tokenizer) if eos is None else eos)
-        self.generated = 0  # tokens since the start
+        self.totals, self._rate = Totals(), Rate()
+        self.reuse = reuse and not self.whole_prompts
+        self._held = [[] for _ in range(slots)]  # the tokens whose keys and values a free slot still has
         self._waiting, self._running = collections.deque(), []
-        self._free = list(reversed(range(slots)))
+        self._free = list(range(slots))  # the one that was left first is the first
         self._changed, self._closed, self._threads = threading.Condition(), False, torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="fastllm engine", daemon=True)
         self._thread.start()
@@ -136,6 +172,11 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """(running, waiting)."""
         return len(self._running), len(self._waiting)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Chosen by all answers together, over the last seconds in which there were any."""
+        return self._rate.per_s
 
     def room(self, prompt: int) -> int:
         """Tokens that can follow a prompt of so many."""
@@ -188,17 +229,36 @@ class Engine:
                 for one in list(self._running):
                     self._finish(one, "error", error)
         for answer in [one.answer for one in self._running] + list(self._waiting):
-            answer.finish = "cancelled"
-            answer._deliver(None)
+            answer.end("cancelled")
 
     def _admit(self):
         while self._waiting and self._free:
             answer = self._waiting.popleft()
-            request, slot = answer.request, self._free.pop()
-            self.session.clear(slot)
+            request = answer.request
+            slot, answer.reused = self._slot(request.prompt)
             before = [] if self.whole_prompts else request.prompt
             stream = TextStream(self.tokenizer.decode, request.stop, before, request.strip)
-            self._running.append(Running(answer, slot, Chooser(request.sampling, request.prompt), stream))
+            chooser = Chooser(request.sampling, request.prompt)
+            self._running.append(Running(answer, slot, chooser, stream, read=answer.reused))
+            self.totals.reused += answer.reused
+
+    def _slot(self, prompt):
+        """(a free slot, how many tokens of the prompt it has): the one that has most of them, if that is at least half
+        of what it holds, for another conversation may come back for the rest; else the one that was left first."""
+        best = self._free[0]
+        if self.reuse:
+            shared = {slot: common(self._held[slot], prompt) for slot in self._free}
+            most = max(self._free, key=shared.get)
+            if 2 * shared[most] >= len(self._held[most]):
+                best = most
+        self._free.remove(best)
+        kept = 0
+        if self.reuse:  # the last token is read in any case: its logits are wanted
+            kept = self.session.keep(best, min(common(self._held[best], prompt), len(prompt) - 1))
+        else:
+            self.session.clear(best)
+        self._held[best] = []
+        return best, kept
 
     def _cancel(self):
         for one in [one for one in self._running if one.answer.cancelled.is_set()]:
@@ -208,8 +268,8 @@ class Engine:
             for answer in gone:
                 self._waiting.remove(answer)
         for answer in gone:
-            answer.finish = "cancelled"
-            answer._deliver(None)
+            self.totals.finished["cancelled"] += 1
+            answer.end("cancelled")
 
     def _read_a_piece(self):
         """Of the prompt that has waited longest."""
@@ -223,6 +283,7 @@ class Engine:
             logits = self.session.prefill([piece], torch.tensor([one.slot]))
         except Exception as error:  # of this prompt alone
             return self._finish(one, "error", error)
+        self.totals.read += end - one.read
         one.read = end
         if end == len(prompt):
             self._choose(one, logits[0])
@@ -230,16 +291,19 @@ class Engine:
     def _step(self):
         ready = [one for one in self._running if one.fresh >= 0]
         if ready:
+            began = time.perf_counter()
             tokens = torch.tensor([one.fresh for one in ready])
             logits = self.session.step(tokens, torch.tensor([one.slot for one in ready]))
             for one, row in zip(ready, logits):
+                one.seen += 1
                 self._choose(one, row)
+            self._rate.add(len(ready), time.perf_counter() - began)
 
     def _choose(self, one, logits):
         answer = one.answer
         one.fresh = one.chooser.choose(logits)
         answer.tokens.append(one.fresh)
-        self.generated += 1
+        self.totals.generated += 1
         if answer.first_s is None:
             answer.first_s = time.perf_counter() - answer._began
         ended = one.fresh in self.eos and not answer.request.ignore_eos
@@ -254,10 +318,12 @@ class Engine:
         self._running.remove(one)
         if text := one.stream.end():
             one.answer._deliver(text)
-        one.answer.finish, one.answer.error = why, error
+        if error is None:
+            self._held[one.slot] = one.answer.request.prompt[: one.read] + one.answer.tokens[: one.seen]
+        self.totals.finished[why] += 1
         with self._changed:
             self._free.append(one.slot)
-        one.answer._deliver(None)
+        one.answer.end(why, error)
 
 
 def vocabulary_of(model) -> int:

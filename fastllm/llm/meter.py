@@ -1,5 +1,6 @@
 """What a run says about itself while it goes: a progress line, activation memory, share of the machine's peak."""
 
+import collections
 import contextlib
 import sys
 import time
@@ -10,6 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastllm
+
+
+class Rate:
+    """How fast something went of late: the last `count` times that it was added to."""
+
+    def __init__(self, count=256):
+        self._added = collections.deque(maxlen=count)
+
+    def add(self, things: int, seconds: float):
+        self._added.append((things, seconds))
+
+    @property
+    def per_s(self) -> float:
+        """0 where nothing was added."""
+        things, seconds = (sum(column) for column in zip((0, 0.0), *list(self._added), strict=True))
+        return things / seconds if seconds else 0.0
 
 
 class LiveBytes(TorchDispatchMode):

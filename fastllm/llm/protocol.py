@@ -81,9 +81,30 @@ class Completion:
         return self._frame([dict(index=index, **said, logprobs=None, finish_reason=finish)], True)
 
     def usage(self, answers) -> dict:
-        prompts = {id(answer.request.prompt): len(answer.request.prompt) for answer in answers}  # n share one
-        read, written = sum(prompts.values()), sum(len(answer.tokens) for answer in answers)
-        return dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        """Tokens, of the prompts also those that were not read again (of n answers to one, its first's), and
+        tokens_per_s, not OpenAI's: of the answers together, where any has two tokens."""
+        prompts = {}  # n answers share one
+        for answer in answers:
+            prompts.setdefault(id(answer.request.prompt), answer)
+        read = sum(len(answer.request.prompt) for answer in prompts.values())
+        written = sum(len(answer.tokens) for answer in answers)
+        found = dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        found["prompt_tokens_details"] = dict(cached_tokens=sum(answer.reused for answer in prompts.values()))
+        if rates := [answer.tokens_per_s for answer in answers if answer.tokens_per_s]:
+            found["tokens_per_s"] = round(sum(rates), 1)
+        return found
+
+    def line(self, answers) -> str:
+        """For a log: how much was read and written, how fast, and how it ended."""
+        usage, what = self.usage(answers), "chat" if self.chat else "completion"
+        reused = usage["prompt_tokens_details"]["cached_tokens"]
+        parts = [f"{what}: {usage['prompt_tokens']} tokens read ({reused} of them before)"]
+        parts.append(f"{usage['completion_tokens']} written")
+        if firsts := [answer.first_s for answer in answers if answer.first_s is not None]:
+            parts.append(f"{max(firsts):.2f} s to the first")
+        if "tokens_per_s" in usage:
+            parts.append(f"{usage['tokens_per_s']:,.1f} tokens/s")
+        return ", ".join([*parts, " ".join(dict.fromkeys(answer.finish or "cancelled" for answer in answers))])
 
 
 def read(body, chat: bool, engine: Engine, template: ChatTemplate, name: str, limits: Limits) -> Completion:

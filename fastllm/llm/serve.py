@@ -4,7 +4,8 @@
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="NAME", messages=[{"role": "user", "content": "Hello"}], stream=True)
 
-Concurrent requests share one `Engine`. A client that goes away frees its slot.
+Concurrent requests share one `Engine`. A client that goes away frees its slot. The next turn of a conversation finds
+what its slot has read and written, and only what is new is read.
 """
 
 import asyncio
@@ -27,8 +28,9 @@ PAGE = Path(__file__).with_name("serve.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, origins=()):
-    """The ASGI application over a running Engine: /v1/chat/completions, /v1/completions, /v1/models, /health and /.
+def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, origins=(), log=None):
+    """The ASGI application over a running Engine: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics
+    (Prometheus's text) and /. log(line) is told of each answer that is over.
 
     `hosts` are the names in the Host header that it answers to (None: any): a web page elsewhere whose name resolves to
     this machine is not one of them. `origins` are those of web pages elsewhere that may call it (CORS).
@@ -38,7 +40,7 @@ def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, 
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
-    from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.routing import Route
 
     limits, one_at_a_time = limits or Limits(), threading.Lock()
@@ -85,7 +87,7 @@ def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, 
                 return refused(busy(why))
             leaving = asyncio.create_task(running.cancel_when_gone(request))
             if completion.stream:
-                events = stream(completion, running, leaving)
+                events = stream(completion, running, leaving, log)
                 return StreamingResponse(
                     events,
                     headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
@@ -99,6 +101,7 @@ def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, 
                 return refused(broken(error))
             finally:
                 leaving.cancel()
+                log(completion.line(running.answers))
             return JSONResponse(completion.whole(texts, running.answers))
 
         return endpoint
@@ -120,12 +123,20 @@ def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, 
         running, waiting = engine.load
         return JSONResponse(dict(status="ok", running=running, waiting=waiting, slots=engine.slots))
 
+    async def metrics(request):
+        try:
+            check_key(request)
+        except BadRequest as problem:
+            return refused(problem)
+        return PlainTextResponse(metrics_of(engine), headers={"Content-Type": "text/plain; version=0.0.4"})
+
     async def index(request):
         return HTMLResponse(page, headers=headers)
 
     async def not_there(request, problem):
         return refused(BadRequest(f"{problem.detail}: {request.method} {request.url.path}", status=problem.status_code))
 
+    log = log or (lambda line: None)
     started = int(PAGE.stat().st_mtime)
     middleware = [Middleware(_Guard, hosts=hosts, refused=refused)]
     if origins:
@@ -137,6 +148,7 @@ def build_app(engine, template, name, *, limits=None, api_key=None, hosts=None, 
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", models),
         Route("/health", health),
+        Route("/metrics", metrics),
         Route("/", index),
     ]
     return Starlette(routes=routes, middleware=middleware, exception_handlers={404: not_there, 405: not_there})
@@ -206,7 +218,7 @@ class Running:
             yield index, piece
 
 
-async def stream(completion, running, leaving):
+async def stream(completion, running, leaving, log):
     """Server-sent events."""
 
     def event(data):
@@ -229,6 +241,26 @@ async def stream(completion, running, leaving):
     finally:
         leaving.cancel()
         running.cancel()
+        log(completion.line(running.answers))
+
+
+def metrics_of(engine) -> str:
+    """What an engine counts, as Prometheus reads it."""
+    totals, (running, waiting) = engine.totals, engine.load
+    found = [
+        ("prompt_tokens_read_total", "counter", "tokens of prompts that were read", totals.read),
+        ("prompt_tokens_reused_total", "counter", "tokens of prompts that a slot had already", totals.reused),
+        ("generated_tokens_total", "counter", "tokens of answers", totals.generated),
+        ("tokens_per_second", "gauge", "of all answers together, in the last 256 steps", round(engine.tokens_per_s, 3)),
+        ("answers_running", "gauge", "answers under way", running),
+        ("answers_waiting", "gauge", "requests without a slot", waiting),
+    ]
+    lines = []
+    for name, kind, what, value in found:
+        lines += [f"# HELP fastllm_{name} {what}", f"# TYPE fastllm_{name} {kind}", f"fastllm_{name} {value}"]
+    lines += ["# HELP fastllm_answers_total answers that are over", "# TYPE fastllm_answers_total counter"]
+    lines += [f'fastllm_answers_total{{finish="{why}"}} {n}' for why, n in sorted(dict(totals.finished).items())]
+    return "\n".join(lines) + "\n"
 
 
 def broken(error) -> BadRequest:
@@ -276,8 +308,11 @@ def run(
     max_tokens=None,
     allowed_hosts=(),
     origins=(),
+    reuse=True,
+    quiet=False,
 ):
-    """Serve the model of a folder until SIGINT or SIGTERM. Raises ValueError for options and a folder that do not fit,
+    """Serve the model of a folder until SIGINT or SIGTERM; reuse is the Engine's, and unless quiet each answer that is
+    over gives a line on standard error. Raises ValueError for options and a folder that do not fit,
     OSError for a port that is taken."""
     uvicorn = require("uvicorn", extra="serve")
     from fastllm.llm.checkpoint import load_model
@@ -293,9 +328,11 @@ def run(
     loaded = load_model(model)
     template = ChatTemplate.load(loaded.source, loaded.tokenizer)
     name = name or Path(model).resolve().name
-    options = dict(weights=weights, slots=slots, positions=positions, queue_size=queue_size)
+    options = dict(weights=weights, slots=slots, positions=positions, queue_size=queue_size, reuse=reuse)
+    log = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     with Engine(loaded.model, loaded.tokenizer, **options) as engine:
-        app = build_app(engine, template, name, limits=limits, api_key=api_key, hosts=hosts, origins=origins)
+        access = dict(limits=limits, api_key=api_key, hosts=hosts, origins=origins)
+        app = build_app(engine, template, name, log=log, **access)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
         server = uvicorn.Server(config)
         shown = f"[{host}]" if ":" in host else host
@@ -322,6 +359,8 @@ def add_arguments(subparsers):
     parser.add_argument("--max-tokens", type=int, help="of one answer; default: what there are positions for")
     parser.add_argument("--allowed-host", action="append", default=[], help="answer to this host name too")
     parser.add_argument("--cors-origin", action="append", default=[], help="web pages of this origin may call it")
+    parser.add_argument("--no-reuse", dest="reuse", action="store_false", help="read every prompt from its beginning")
+    parser.add_argument("--quiet", action="store_true", help="no line for each answer on standard error")
     parser.set_defaults(run=main)
 
 
@@ -329,7 +368,9 @@ def main(args) -> int:
     key = args.api_key
     if args.api_key_file:
         key = Path(args.api_key_file).read_text("utf-8").strip()
-    names = "host port name weights slots positions queue_size max_body max_prompt_tokens max_tokens".split()
+    names = (
+        "host port name weights slots positions queue_size max_body max_prompt_tokens max_tokens reuse quiet".split()
+    )
     options = {name: getattr(args, name) for name in names}
     run(args.model, api_key=key, allowed_hosts=args.allowed_host, origins=args.cors_origin, **options)
     return 0

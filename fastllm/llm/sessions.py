@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 
 import torch
 
@@ -75,6 +76,14 @@ class OwnForward:
     def clear(self, slot):
         self.lengths[slot], self.caches[slot], self.contexts[slot] = 0, None, None
 
+    def keep(self, slot, count) -> int:
+        """As `Session.keep`; 0 where the model's own cache cannot be cut back to `count` tokens."""
+        if not cut_back(self.caches[slot], count):
+            self.clear(slot)
+            return 0
+        self.lengths[slot] = count
+        return count
+
     def copy(self, sources, targets, since=0):
         for s, t in zip(sources.tolist(), targets.tolist(), strict=True):
             self.caches[t] = copy.deepcopy(self.caches[s])
@@ -117,3 +126,19 @@ class OwnForward:
         found = self.model(**inputs, past_key_values=self.caches[slot], use_cache=True)
         self.caches[slot] = found.past_key_values
         return found.logits[:, -1].float().cpu()
+
+
+def cut_back(cache, count) -> bool:
+    """Forget all but the first `count` tokens, in a cache of ours or of transformers; False where that cannot be."""
+    if not count or cache is None:
+        return False
+    if isinstance(cache, list):
+        for pair in itertools.chain(*cache):
+            pair.cut(count)
+        return True
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(type(layer).__name__ == "DynamicLayer" for layer in layers):
+        return False  # a window's layer, or a state, has no longer what it would go back to
+    if (more := cache.get_seq_length() - count) > 0:
+        cache.crop(-more)
+    return True

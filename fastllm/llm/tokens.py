@@ -159,6 +159,11 @@ class Tokenizer:
         return cls(backend, SPECIAL)
 
 
+def common(a, b) -> int:
+    """How many tokens a and b begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def byte_alphabet() -> list[str]:
     """The character that stands for each byte in byte-level BPE: itself where it is printable, else one past 255."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}

@@ -8,6 +8,7 @@ from fastllm.llm import rows
 from fastllm.llm.batches import pad
 from fastllm.llm.metrics import Perplexity
 from fastllm.llm.tasks.base import Task, is_ours, padded
+from fastllm.llm.tokens import common
 
 IGNORED = -100
 
@@ -113,11 +114,6 @@ def passages(path, size=1 << 16):
     if not piece or not "".join(piece).strip():  # a later piece begins with a line that is not blank
         raise ValueError(f"{path} has no text")
     yield "".join(piece)
-
-
-def common(a, b) -> int:
-    """How many tokens a and b begin with alike."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def loss_sum(task, model, batch):
