@@ -368,9 +368,8 @@ def main(args) -> int:
     key = args.api_key
     if args.api_key_file:
         key = Path(args.api_key_file).read_text("utf-8").strip()
-    names = (
-        "host port name weights slots positions queue_size max_body max_prompt_tokens max_tokens reuse quiet".split()
-    )
+    names = "host port name weights slots positions queue_size max_body max_prompt_tokens max_tokens".split()
+    names += ["reuse", "quiet"]
     options = {name: getattr(args, name) for name in names}
     run(args.model, api_key=key, allowed_hosts=args.allowed_host, origins=args.cors_origin, **options)
     return 0
