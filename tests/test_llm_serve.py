@@ -6,16 +6,7 @@ import json
 import re
 
 import pytest
-
-pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-pytest.importorskip("jinja2", reason="jinja2 is not installed")
-pytest.importorskip("safetensors", reason="safetensors is not installed")
-pytest.importorskip("starlette", reason="starlette is not installed")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-pytest.importorskip("httpx", reason="httpx is not installed")
-
-import httpx
-from chat_models import CHATML, TOKENS, model_of
+from chat_models import CHATML, TOKENS, httpx, model_of
 
 from fastllm.llm.engine import Engine
 from fastllm.llm.prompts import ChatTemplate

@@ -10,16 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-pytest.importorskip("jinja2", reason="jinja2 is not installed")
-pytest.importorskip("safetensors", reason="safetensors is not installed")
-pytest.importorskip("starlette", reason="starlette is not installed")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-pytest.importorskip("httpx", reason="httpx is not installed")
-
-import httpx
-from chat_models import CHATML, TOKENS, model_of
+from chat_models import CHATML, TOKENS, httpx, model_of
 
 from fastllm import cli
 from fastllm.llm.checkpoint import save_model
