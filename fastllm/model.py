@@ -85,6 +85,8 @@ class Config:
 class NaiveAttention(fastllm.nn.Attention):
     """The same module on the textbook's attention: keys repeated, all scores in memory, softmax, second product."""
 
+    projection = nn.Linear
+
     def attend(self, q, k, v, mask, cu_seqlens=None):
         if cu_seqlens is not None:
             row = torch.arange(q.shape[2], device=q.device)
@@ -109,9 +111,10 @@ class NaiveAttention(fastllm.nn.Attention):
 
 
 class _AddThenNorm:
-    """Adds the residual in one pass over memory and normalises in the next, as PyTorch code does."""
+    """Drops, adds the residual and normalises in a pass over memory each, as PyTorch code does."""
 
-    def forward(self, x, residual=None):
+    def forward(self, x, residual=None, *, dropout_p=0.0):
+        x = F.dropout(x, dropout_p) if dropout_p else x
         h = x if residual is None else x + residual
         y = super().forward(h)
         return y if residual is None else (y, h)
@@ -140,6 +143,10 @@ def naive_swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def naive_activated(layer, x, activation):
+    return getattr(F, activation)(layer(x))
+
+
 @dataclass(frozen=True)
 class Parts:
     """The classes and functions that the switch chooses between."""
@@ -148,22 +155,22 @@ class Parts:
     layernorm: type
     rmsnorm: type
     rotary: type
-    relu: Callable
-    gelu: Callable
+    linear: type
+    activated: Callable
     swiglu: Callable
 
     def norm(self, config):
         return self.layernorm(config.d_model) if config.norm == "layernorm" else self.rmsnorm(config.d_model, eps=1e-6)
 
 
-NAIVE = Parts(NaiveAttention, NaiveLayerNorm, NaiveRMSNorm, NaiveRotary, F.relu, F.gelu, naive_swiglu)
+NAIVE = Parts(NaiveAttention, NaiveLayerNorm, NaiveRMSNorm, NaiveRotary, nn.Linear, naive_activated, naive_swiglu)
 KERNELS = Parts(
     fastllm.nn.Attention,
     fastllm.nn.LayerNorm,
     fastllm.nn.RMSNorm,
     fastllm.nn.Rotary,
-    F.relu,
-    partial(fastllm.bias_gelu, approximate="none"),
+    fastllm.nn.Linear,
+    fastllm.nn.activated,
     fastllm.swiglu,
 )
 
@@ -173,20 +180,22 @@ class FeedForward(nn.Module):
 
     def __init__(self, config, parts):
         super().__init__()
-        self.activation = getattr(parts, config.activation)
-        self.up = nn.Linear(config.d_model, config.d_ff)
-        self.gate = nn.Linear(config.d_model, config.d_ff) if config.activation == "swiglu" else None
-        self.down = nn.Linear(config.d_ff, config.d_model)
+        self.parts, self.activation = parts, config.activation
+        self.up = parts.linear(config.d_model, config.d_ff)
+        self.gate = parts.linear(config.d_model, config.d_ff) if config.activation == "swiglu" else None
+        self.down = parts.linear(config.d_ff, config.d_model)
 
     def forward(self, x):
-        up = (self.up(x),) if self.gate is None else (self.gate(x), self.up(x))
-        return self.down(self.activation(*up))
+        if self.gate is None:
+            return self.down(self.parts.activated(self.up, x, self.activation))
+        return self.down(self.parts.swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
     """One layer: self-attention, cross-attention where `cross`, feed-forward, each on a normed input.
 
-    forward takes and returns (stream, added): the residual stream, and what is still to be added to it (None at first).
+    forward takes and returns (stream, added): the residual stream, and what is still to be added to it (None at first),
+    behind the dropout that the next norm applies too.
     """
 
     def __init__(self, config, parts, causal, cross, rotary):
@@ -200,21 +209,22 @@ class Block(nn.Module):
             self.cross_attention = parts.attention(**sizes)
         self.feed_forward_norm = parts.norm(config)
         self.feed_forward = FeedForward(config, parts)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, stream, added, mask=None, context=None, context_mask=None, cache=(None, None), cu_seqlens=None):
-        x, stream = add_norm(self.attention_norm, stream, added)
-        added = self.dropout(self.attention(x, mask=mask, cache=cache[0], cu_seqlens=cu_seqlens))
+        dropout_p = self.dropout if self.training else 0.0
+        x, stream = add_norm(self.attention_norm, stream, added, dropout_p)
+        added = self.attention(x, mask=mask, cache=cache[0], cu_seqlens=cu_seqlens)
         if context is not None:
-            x, stream = add_norm(self.cross_norm, stream, added)
-            added = self.dropout(self.cross_attention(x, context, mask=context_mask, cache=cache[1]))
-        x, stream = add_norm(self.feed_forward_norm, stream, added)
-        return stream, self.dropout(self.feed_forward(x))
+            x, stream = add_norm(self.cross_norm, stream, added, dropout_p)
+            added = self.cross_attention(x, context, mask=context_mask, cache=cache[1])
+        x, stream = add_norm(self.feed_forward_norm, stream, added, dropout_p)
+        return stream, self.feed_forward(x)
 
 
-def add_norm(norm, stream, added):
-    """(norm(stream + added), stream + added)."""
-    return (norm(stream), stream) if added is None else norm(added, stream)
+def add_norm(norm, stream, added, dropout_p):
+    """(norm(h), h) with h = stream + dropout(added)."""
+    return (norm(stream), stream) if added is None else norm(added, stream, dropout_p=dropout_p)
 
 
 class Stack(nn.Module):
@@ -228,7 +238,7 @@ class Stack(nn.Module):
     def __init__(self, config, parts, *, causal=False, cross=False, rotary=None):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, parts, causal, cross, rotary) for _ in range(config.layers))
-        self.norm = parts.norm(config)
+        self.norm, self.dropout = parts.norm(config), config.dropout
 
     def forward(self, x, mask=None, context=None, context_mask=None, caches=None, cu_seqlens=None):
         stream, added = x, None
@@ -236,7 +246,7 @@ class Stack(nn.Module):
             cache = (None, None) if caches is None else caches[n]
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and self.training else block
             stream, added = run(stream, added, mask, context, context_mask, cache, cu_seqlens)
-        return add_norm(self.norm, stream, added)[0]
+        return add_norm(self.norm, stream, added, self.dropout if self.training else 0.0)[0]
 
 
 def sinusoids(max_len, d_model):
@@ -283,9 +293,9 @@ class Transformer(nn.Module):
         if config.kind != "encoder":
             self.decoder = Stack(config, parts, causal=True, cross=config.kind == "encoder-decoder", rotary=rotary)
         if config.classes:
-            self.head = nn.Linear(config.d_model, config.classes)
+            self.head = parts.linear(config.d_model, config.classes)
         elif config.kind != "encoder" or config.masked_lm:
-            self.head = nn.Linear(config.d_model, config.vocab, bias=False)
+            self.head = parts.linear(config.d_model, config.vocab, bias=False)
         self._initialise()
 
     def _initialise(self):

@@ -14,6 +14,7 @@ from fastllm.ops.ring import Shards, ring_attention
 from fastllm.ops.rope import rope
 from fastllm.ops.varlen import attention_varlen
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
+from fastllm.reference import ACTIVATIONS
 
 __all__ = [
     "Attention",
@@ -130,11 +131,19 @@ class QuantizedEmbedding(nn.Module):
 class Linear(nn.Linear):
     """y = x W^T + bias: torch.nn.Linear, its constructor, initial values and state dict, on `fastllm.linear`.
 
-    x [..., in_features]; dtypes, precision, what is saved and errors are those of `fastllm.linear` (tests/test_nn.py).
+    x [..., in_features]; dtypes, precision, what is saved and errors are those of `fastllm.linear` (tests/test_nn.py),
+    as is forward's activation, which is applied to y.
     """
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, *, activation=None):
+        return linear(x, self.weight, self.bias, activation=activation)
+
+
+def activated(layer, x, activation):
+    """activation(layer(x)), in one pass over memory where `layer` is a `Linear`; another one may have replaced it."""
+    if isinstance(layer, Linear):
+        return layer(x, activation=activation)
+    return ACTIVATIONS[activation](layer(x))
 
 
 class LoRALinear(nn.Module):
@@ -356,6 +365,7 @@ class Attention(nn.Module):
     """
 
     sequence = None
+    projection = Linear  # what another implementation overrides, as it does `attend`
 
     def __init__(
         self,
@@ -381,10 +391,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim or d_model // heads
         self.causal, self.window, self.dropout = causal, window, dropout
         self.rotary = rotary
-        self.query = nn.Linear(d_model, heads * self.head_dim, bias)
-        self.key = nn.Linear(d_model, kv_heads * self.head_dim, bias)
-        self.value = nn.Linear(d_model, kv_heads * self.head_dim, bias)
-        self.out = nn.Linear(heads * self.head_dim, d_model, bias)
+        self.query = self.projection(d_model, heads * self.head_dim, bias)
+        self.key = self.projection(d_model, kv_heads * self.head_dim, bias)
+        self.value = self.projection(d_model, kv_heads * self.head_dim, bias)
+        self.out = self.projection(heads * self.head_dim, d_model, bias)
 
     def extra_repr(self):
         return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, window={self.window}"
@@ -471,9 +481,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model, d_ff, bias=False):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias)
-        self.up = nn.Linear(d_model, d_ff, bias)
-        self.down = nn.Linear(d_ff, d_model, bias)
+        self.gate = Linear(d_model, d_ff, bias)
+        self.up = Linear(d_model, d_ff, bias)
+        self.down = Linear(d_ff, d_model, bias)
 
     def forward(self, x):
         return self.down(swiglu(self.gate(x), self.up(x)))

@@ -182,7 +182,7 @@ def test_overfits_a_tiny_batch():
 
 def test_explain_names_the_ops():
     ops = {call.op for call in fastllm.explain(make(True), torch.randint(41, (1, 4))).calls}
-    assert ops == {"attention", "layer_norm"}
+    assert ops == {"attention", "layer_norm", "linear"}
     assert not fastllm.explain(make(False), torch.randint(41, (1, 4))).calls
 
 

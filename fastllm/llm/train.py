@@ -22,6 +22,7 @@ from torch import nn
 
 from fastllm.llm import meter, require
 from fastllm.llm.ranks import Ranks, StandIn
+from fastllm.optim import AdamW
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -103,7 +104,7 @@ class Stepper:
         groups = [group | dict(params=[now[names[id(p)]] for p in group["params"]]) for group in groups]
         self.optimizer = {
             "adam": lambda: torch.optim.Adam(groups, betas=(0.9, 0.98), fused=True),
-            "adamw": lambda: torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
+            "adamw": lambda: adamw(groups, betas=(0.9, 0.98)),
             "sgd": lambda: torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9),
         }[recipe.optimizer]()
 
@@ -133,6 +134,12 @@ class Stepper:
         if not self.measure or self.activations is not None or self.ranks.ranks > 1:
             return contextlib.nullcontext()
         return meter.LiveBytes([*self.model.parameters(), *self.model.buffers()])
+
+
+def adamw(groups, **options):
+    """Our AdamW, or PyTorch's fused one for parameters of which a rank has slices: they are no ordinary tensors."""
+    whole = all(type(parameter) is nn.Parameter for group in groups for parameter in group["params"])
+    return AdamW(groups, **options) if whole else torch.optim.AdamW(groups, **options, fused=True)
 
 
 def counted(count_of, batch):
