@@ -33,7 +33,7 @@ def works(subject, models, task, options):
         yield tasks.decode(subject, length, models)
     elif task == "train":
         for batch in options.batch or (subject.batch,):
-            yield tasks.train(subject, batch, length, getattr(torch, options.dtype))
+            yield tasks.train(subject, batch, length, getattr(torch, options.dtype), models)
 
 
 def result_of(call):

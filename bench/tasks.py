@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.bench import generation, subjects
+from fastllm.optim import AdamW
 
 
 @dataclass
@@ -156,17 +157,21 @@ def decode(subject, length, models):
     )
 
 
-def train(subject, batch, length, dtype):
-    """A training step: loss, gradients, AdamW. Its rate is 0, so that the weights stay what they are for everyone."""
+def train(subject, batch, length, dtype, models):
+    """A training step: loss, gradients, AdamW, PyTorch's fused one or ours. Its rate is 0, so that the weights stay
+    what they are for everyone."""
     tokens = prompt_of(subject, length + 1, batch)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizers = {}
 
     def call(model):
         parameters = [p for p in model.parameters() if p.requires_grad]
-        which = id(parameters[0])  # contenders share their parameters, so they share the optimiser's memory
+        ours = model is models["fastllm"]
+        which = id(parameters[0]), ours  # contenders share their parameters, so they share the optimiser's memory
         if which not in optimizers:
-            optimizers[which] = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+            options = dict(lr=0.0, weight_decay=0.0)
+            made = AdamW(parameters, **options) if ours else torch.optim.AdamW(parameters, **options, fused=True)
+            optimizers[which] = made
         optimizer = optimizers[which]
         low = parameters[0].dtype == torch.float32 and dtype != torch.float32
 

@@ -11,7 +11,7 @@ from check import assert_as_accurate
 import fastllm
 from fastllm import dispatch
 from fastllm.llm.meter import LiveBytes
-from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer
+from fastllm.model import ACTIVATIONS, KINDS, NORMS, POSITIONS, Config, Transformer, add_norm
 from fastllm.sampling import sample
 
 SMALL = dict(vocab=41, d_model=32, heads=4, kv_heads=2, layers=2, d_ff=48, max_len=64, dropout=0.0)
@@ -264,6 +264,31 @@ def test_checkpointing_changes_nothing_but_memory():
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_dropout_is_on_all_that_blocks_add(accelerated, monkeypatch):
+    """Of what is added, each number is left out or has twice its value; in eval() all are there."""
+    model, seen = make(accelerated, dropout=0.5).train(), []
+
+    def spied(norm, stream, added, dropout_p):
+        found = add_norm(norm, stream, added, dropout_p)
+        if added is not None:
+            seen.append((stream, added, found[1]))
+        return found
+
+    monkeypatch.setattr(fastllm.model, "add_norm", spied)
+    tokens = torch.randint(41, (2, 20))
+    model(tokens)
+    assert len(seen) == 4
+    for stream, added, h in seen:
+        kept = h != stream
+        assert 0.4 < kept.double().mean() < 0.6
+        assert_as_accurate(h, stream + 2 * added * kept, stream.double() + 2 * added.double() * kept)
+    model.eval()
+    model(tokens)
+    for stream, added, h in seen[4:]:
+        assert_as_accurate(h, stream + added, stream.double() + added.double())
 
 
 def test_masked_lm_has_a_head_for_every_position():

@@ -83,6 +83,21 @@ def test_linear_is_torchs(bias):
         compare(call, F.linear, F.linear, inputs, [torch.randn(4, 5, 30)], torch.float32)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_activated_is_one_op_on_our_linear(activation):
+    """Another layer in its place, which knows no activation, is followed by one."""
+    torch.manual_seed(3)
+    ours, theirs, x = fnn.Linear(20, 30), torch.nn.Linear(20, 30), torch.randn(4, 20)
+    theirs.load_state_dict(ours.state_dict())
+    calls = fastllm.explain(fnn.activated, ours, x, activation).calls
+    assert [call.op for call in calls] == ["linear"]
+    with fastllm.backend("cpu"):
+        y = fnn.activated(ours, x, activation)
+    exact = getattr(F, activation)(F.linear(x.double(), ours.weight.double(), ours.bias.double()))
+    assert_as_accurate(y, fnn.activated(theirs, x, activation), exact)
+    assert_as_accurate(fnn.activated(theirs, x, activation), fnn.activated(ours, x, activation), exact)
+
+
 def test_norm_names_the_shape_it_wants():
     for x in (torch.randn(2, 7, 3), torch.randn(7)):
         with pytest.raises(ValueError, match=r"LayerNorm: x must be \[..., 3, 7\]"):
@@ -252,7 +267,7 @@ def test_attention_dropout_is_off_in_eval():
     attention.eval()
     assert torch.equal(attention(x), attention(x))
     calls = fastllm.explain(attention, x).calls
-    assert [call.op for call in calls] == ["attention"]
+    assert [call.op for call in calls] == ["linear"] * 3 + ["attention", "linear"]
 
 
 @pytest.mark.parametrize(
