@@ -88,6 +88,11 @@ def restore(model):
     return model
 
 
+def is_accelerated(model) -> bool:
+    """Whether `accelerate` was called for this very model, and `restore` was not."""
+    return model in _reports
+
+
 @contextlib.contextmanager
 def accelerated(model, **options):
     """`accelerate(model, **options)` inside the `with` block, which gives the report; as it was before after it.

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+import fastllm
 from fastllm.cli import main as cli
 from fastllm.llm.checkpoint import save_model
 from fastllm.llm.meter import LiveBytes
@@ -88,6 +89,53 @@ def test_no_logits_are_kept(kind):
     exact = task.scores(plain.double(), rows, 16, quick=True)["loss"]
     error, peers = abs(got["loss"] - exact), abs(expected["loss"] - exact)
     assert error <= 2 * peers + torch.finfo(torch.float32).eps * exact
+
+
+SEQ2SEQ = {
+    "t5": ("T5", "T5ForConditionalGeneration", dict(d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+    "untied": ("T5", "T5ForConditionalGeneration", dict(d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=False)),
+    "bias": ("Marian", "MarianMTModel", dict(encoder_layers=1, decoder_layers=1, pad_token_id=0)),
+}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_no_logits_are_kept_of_encoder_decoders_of_transformers(name, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    family, cls, sizes = SEQ2SEQ[name]
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=20000, d_model=16, decoder_start_token_id=0) | sizes
+    if family == "Marian":
+        sizes |= {
+            f"{side}_{what}": n
+            for side in ("encoder", "decoder")
+            for what, n in (("attention_heads", 2), ("ffn_dim", 32))
+        }
+    model = getattr(transformers, cls)(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    if family == "Marian":
+        model.final_logits_bias.normal_()
+    task, rows = TASKS["encoder-decoder"](Tokenizer.bytes(), 64), [dict(source="x" * 60, target="yz" * 20)] * 16
+    peer = task.scores(model, rows, 16, quick=True)["loss"]
+    fastllm.accelerate(model)
+    with LiveBytes() as memory:
+        got = task.scores(model, rows, 16, quick=True)
+    assert memory.peak < 4 * got["tokens"] * 20000 / 4
+    exact = task.scores(fastllm.restore(model).double(), rows, 16, quick=True)["loss"]
+    assert abs(got["loss"] - exact) <= 2 * abs(peer - exact) + torch.finfo(torch.float32).eps * exact
+    # One that does more behind its head is asked for its own loss.
+    model.float()
+    forward = type(model).forward
+
+    def capped(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        found.logits = found.logits.tanh()
+        found.loss = found.logits.sum()
+        return found
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    fastllm.accelerate(model)
+    other = TASKS["encoder-decoder"](Tokenizer.bytes(), 64)
+    batch = other.collate(other.encode(rows[0]))
+    assert torch.equal(other.loss_sum(model, batch), other.loss(model, batch) * other.weight(batch))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fine-tuning on several ranks: the steps of one process, one that is killed, and another number on resuming."""
+"""Fine-tuning and evaluation on several ranks: the steps and the scores of one process."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,10 @@ pytest.importorskip("safetensors")
 pytest.importorskip("sklearn")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 
-from fastllm.llm import distributed, finetune
+from fastllm.llm import distributed, evaluate, finetune
 from fastllm.llm.checkpoint import load_model, save_model
 from fastllm.llm.tokens import Tokenizer
 from fastllm.model import Config, Transformer
@@ -105,3 +107,54 @@ def test_two_ranks_take_the_steps_of_one(folder, name, monkeypatch):
     assert tokens == expected
     for key, value in two.items():
         assert_as_accurate(value.float(), one[key].float(), truth[key], f"{name}: {key}")
+
+
+HEADS = {
+    "classification": dict(kind="encoder", classes=2),
+    "language": dict(kind="decoder"),
+    "seq2seq": dict(kind="encoder-decoder"),
+    "questions": dict(kind="encoder", classes=2, per_token=True),
+}
+
+
+def evaluated(folder, name):
+    with distributed.start(cure="nothing was written") as ranks:
+        out = folder / f"evaluated {name} by {ranks.ranks}"
+        return evaluate.run(folder / f"{name} model", folder / name, out=out, batch=4, max_len=48, ranks=ranks)
+
+
+def floats(scores):
+    found = [scores[key] for key in sorted(scores) if isinstance(scores[key], float)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_ranks_score_what_one_does(folder, name, monkeypatch):
+    tokenizer = Tokenizer.load(folder / "encoder")
+    meta = dict(classification=dict(classes=["bad", "good"]), questions=dict(task="question-answering")).get(name, {})
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab=tokenizer.size, **SIZES | HEADS[name]))
+    save_model(folder / f"{name} model", model, tokenizer, **meta)
+    if name == "questions":
+        (folder / name).mkdir()
+        table = [(text, text, text.split()[n % 2]) for n, (text, _) in enumerate(tiny_corpus()["test"])]
+        lines = "".join("\t".join(row) + "\n" for row in table)
+        (folder / name / "test.tsv").write_text(f"question\tcontext\tanswer\n{lines}")
+    processes.run_launched(evaluated, 3, folder, name)
+    result = json.loads((folder / f"evaluated {name} by 3" / "result.json").read_text())
+    several, one = result["scores"], evaluated(folder, name)["scores"]
+    assert result["settings"]["processes"] == 3 and several.keys() == one.keys()
+    for key, value in one.items():
+        if not isinstance(value, float) and key != "examples":
+            assert several[key] == value, key
+    load = evaluate.load_model
+
+    def exact(*args, **options):
+        loaded = load(*args, **options)
+        loaded.model.double()
+        return loaded
+
+    monkeypatch.setattr(evaluate, "load_model", exact)
+    truth = floats(evaluated(folder, name)["scores"])
+    assert_as_accurate(floats(several).float(), floats(one).float(), truth, name)
+    assert len(several.get("examples", [])) == len(one.get("examples", []))

@@ -96,3 +96,40 @@ def test_answers(answer, references, exact, f1):
 def test_nothing_added_is_said(metric):
     with pytest.raises(ValueError, match="added"):
         metric().scores()
+
+
+class Several:
+    """Ranks whose values were gathered beforehand."""
+
+    def __init__(self, others, name):
+        self.others, self.name = others, name
+
+    def gather(self, value):
+        return [value, *(getattr(other, self.name) for other in self.others)]
+
+
+FED = {
+    "confusion": (lambda: metrics.Confusion("ab"), [([0, 1], [1, 1]), ([1], [0]), ([0], [0])]),
+    "mean": (metrics.Mean, [(3.0, 2), (1.0, 1)]),
+    "perplexity": (metrics.Perplexity, [(4.0, 2, 10), (6.0, 5, 20), (1.0, 1, 2)]),
+    "translation": (metrics.Translation, [("a cat sat on it", "the cat sat on it")] * 2 + [("no", "yes we can do")]),
+    "rouge": (metrics.Rouge, [("a cat sat", "the cat sat"), ("no", "yes")]),
+    "answers": (metrics.Answers, [("red", ["red"]), ("a cat", ["cat sat"])]),
+}
+
+
+@pytest.mark.parametrize("make, fed", FED.values(), ids=FED)
+@pytest.mark.parametrize("first", [0, 1])
+def test_shares_of_the_rows_add_up(make, fed, first):
+    """Also where one of them has none."""
+    whole, parts = make(), [make(), make(), make()]
+    for n, row in enumerate(fed):
+        whole.add(*row)
+        parts[1 + (n + first) % 2].add(*row)
+    for name in parts[0].sums:
+        merged = Several(parts[1:], name)
+        one = make()
+        setattr(one, name, getattr(parts[0], name))
+        one.sums = (name,)
+        setattr(parts[0], name, getattr(one.over(merged), name))
+    assert parts[0].scores() == whole.scores()

@@ -50,11 +50,17 @@ def shared(ranks: Ranks, open_run):
 
 
 @contextlib.contextmanager
-def start(mode: str = "ddp", sequence_ranks: int = 1, sharding: str = "zigzag"):
+def start(
+    mode: str = "ddp",
+    sequence_ranks: int = 1,
+    sharding: str = "zigzag",
+    cure="--resume continues from the last checkpoint",
+):
     """Join the processes that torchrun or accelerate launch started, and give this one's `Ranks`; without those, alone.
 
     Other ranks than the first print nothing to standard output. When a rank ends, by an error or killed, all do: the
-    first that notices raises ConnectionError, or its own error, the others exit with status 2 and without a word.
+    first that notices raises ConnectionError, or its own error, the others exit with status 2 and without a word;
+    `cure` is what it says can be done then.
     Raises ValueError for settings that do not fit the number of processes.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -88,8 +94,7 @@ def start(mode: str = "ddp", sequence_ranks: int = 1, sharding: str = "zigzag"):
         if not _speaks_for_all(store):
             raise SystemExit(2) from error
         if lost := _lost_contact(error):
-            message = f"rank {rank} of {count} stops: {lost}; --resume continues from the last checkpoint"
-            raise ConnectionError(message) from error
+            raise ConnectionError(f"rank {rank} of {count} stops: {lost}; {cure}") from error
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,10 +8,11 @@ import torch
 
 import fastllm
 from fastllm import drawing, info
-from fastllm.llm import report, require, rows
+from fastllm.llm import distributed, report, require, rows
 from fastllm.llm.checkpoint import load_model
 from fastllm.llm.files import atomic
 from fastllm.llm.finetune import NAMES, task_for
+from fastllm.llm.ranks import Ranks
 
 # Of each task: the title of its page, and the scores that stand on top of it.
 TITLES = {
@@ -32,12 +33,13 @@ WORDS = {  # scores as people write them
 }
 
 
-def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=None, naive=False) -> dict:
+def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=None, naive=False, ranks=None) -> dict:
     """Score the model of a folder on a file, or on the file `split` of a folder.
 
     task says what a model of Hugging Face is to be loaded as ("classification", "language", "seq2seq", "questions");
     a model that was fine-tuned knows it. Memory does not grow with the data, and losses over a vocabulary are computed
-    without the logits in memory (for encoder-decoder models of transformers, with them).
+    without the logits in memory. Several processes (`distributed.start`) each score a share of the rows with the whole
+    model; what they return is one and the same, and the first of them writes.
     Writes out/result.json, out/index.html and for classes out/confusion.png where `out` is given, and returns the
     content of the first. Raises ValueError for a model and data that do not fit.
     """
@@ -52,20 +54,21 @@ def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=Non
     if path.suffix not in made.extensions:
         raise ValueError(f"evaluate: {path} is no file for {made.name}: {' or '.join(made.extensions)} is needed")
     began = time.perf_counter()
-    scores = made.scores(loaded.model, made.rows(path), batch)
+    ranks = ranks or Ranks()
+    scores = made.scores(loaded.model, made.rows(path), batch, ranks=ranks)
     result = dict(
         task=made.name,
         model=str(model),
         data=str(path),
         scores=scores,
         seconds=time.perf_counter() - began,
-        settings=dict(batch=batch, max_len=made.max_len, naive=naive),
+        settings=dict(batch=batch, max_len=made.max_len, naive=naive, processes=ranks.ranks),
         fastllm=fastllm.__version__,
         torch=torch.__version__,
         cpu=info.cpu_model(),
         threads=torch.get_num_threads(),
     )
-    if out is not None:
+    if out is not None and ranks.first:
         write(Path(out), result)
     return result
 
@@ -155,7 +158,8 @@ def main(args) -> int:
     from fastllm.llm.finetune import show_scores
 
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
-    result = run(**options)
-    show_scores(result["scores"])
-    print(f"{result['seconds']:.1f} s; the page: {Path(args.out) / 'index.html'}")
+    with distributed.start(cure="nothing was written") as ranks:
+        result = run(**options, ranks=ranks)
+        show_scores(result["scores"])
+        print(f"{result['seconds']:.1f} s; the page: {Path(args.out) / 'index.html'}")
     return 0

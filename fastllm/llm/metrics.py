@@ -2,10 +2,12 @@
 
 metric = Confusion(["bad", "good"])
 metric.add(truth, predicted)  # as often as there are batches
+metric.over(ranks)            # where several processes had a share of them
 metric.scores()               # a dict fit for JSON
 """
 
 import collections
+import functools
 import math
 import re
 import string
@@ -15,8 +17,49 @@ import torch
 from fastllm.llm import require
 
 
-class Confusion:
+class Sums:
+    """What every metric is: `sums` names its attributes that are added up over rows, a number, a tensor, a list or a
+    dict of those each, None standing for nothing yet."""
+
+    sums: tuple[str, ...] = ()
+
+    def over(self, ranks):
+        """Let it be that of all ranks, on each of them, where it was that of a share of the rows; returns self."""
+        for name in self.sums:
+            setattr(self, name, functools.reduce(added, ranks.gather(getattr(self, name))))
+        return self
+
+
+def added(a, b):
+    """a + b of what `Sums` adds up; what is None counts as nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, dict):
+        return {name: added(a[name], b[name]) for name in a}
+    if isinstance(a, list):
+        return [added(x, y) for x, y in zip(a, b, strict=True)]
+    return a + b
+
+
+class Mean(Sums):
+    """The mean of a loss that comes as sums over things."""
+
+    sums = ("total", "count")
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, total: float, count: int):
+        self.total, self.count = self.total + total, self.count + count
+
+    def scores(self) -> dict:
+        return dict(loss=self.total / max(1, self.count))
+
+
+class Confusion(Sums):
     """Classification: how often each class (row) was taken for each class (column), and the scores that follow."""
+
+    sums = ("counts",)
 
     def __init__(self, classes):
         self.classes = list(classes)
@@ -59,8 +102,10 @@ class Confusion:
         )
 
 
-class Perplexity:
+class Perplexity(Sums):
     """Language models: the mean loss per token, exp of it, and bits per byte where the text's bytes are counted."""
+
+    sums = ("loss", "tokens", "bytes")
 
     def __init__(self):
         self.loss, self.tokens, self.bytes = 0.0, 0, 0
@@ -78,13 +123,15 @@ class Perplexity:
         return found
 
 
-class Translation:
+class Translation(Sums):
     """BLEU and chrF of a corpus, by sacrebleu, whose signatures are among the scores."""
+
+    sums = ("statistics",)
 
     def __init__(self):
         sacrebleu = require("sacrebleu")
         self.metrics = dict(bleu=sacrebleu.BLEU(), chrf=sacrebleu.CHRF())
-        self.sums = {name: None for name in self.metrics}
+        self.statistics = {name: None for name in self.metrics}
         for metric in self.metrics.values():
             metric.num_refs = 1  # for the signature; sacrebleu takes it from whole corpora
 
@@ -92,40 +139,42 @@ class Translation:
         for name, metric in self.metrics.items():
             # What a sacrebleu metric is made of: counts of each sentence, and a score of their sums.
             (found,) = metric._extract_corpus_statistics([text], [[reference]])
-            before = self.sums[name]
-            self.sums[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+            self.statistics[name] = added(self.statistics[name], found)
 
     def scores(self) -> dict:
-        if self.sums["bleu"] is None:
+        if self.statistics["bleu"] is None:
             raise ValueError("Translation.scores: nothing was added")
-        found = {name: m._compute_score_from_stats(self.sums[name]).score for name, m in self.metrics.items()}
+        found = {name: m._compute_score_from_stats(self.statistics[name]).score for name, m in self.metrics.items()}
         return found | dict(signatures={name: str(m.get_signature()) for name, m in self.metrics.items()})
 
 
-class Rouge:
+class Rouge(Sums):
     """Summaries: the means of ROUGE-1, ROUGE-2 and ROUGE-L (F1) over the pairs, by rouge-score."""
 
     KINDS = ("rouge1", "rouge2", "rougeL")
+    sums = ("totals", "count")
 
     def __init__(self):
         scorer = require("rouge_score.rouge_scorer", "rouge-score")
         self.scorer = scorer.RougeScorer(self.KINDS, use_stemmer=False)
-        self.sums, self.count = dict.fromkeys(self.KINDS, 0.0), 0
+        self.totals, self.count = dict.fromkeys(self.KINDS, 0.0), 0
 
     def add(self, text: str, reference: str):
         for kind, found in self.scorer.score(reference, text).items():
-            self.sums[kind] += found.fmeasure
+            self.totals[kind] += found.fmeasure
         self.count += 1
 
     def scores(self) -> dict:
         if not self.count:
             raise ValueError("Rouge.scores: nothing was added")
-        return {kind: total / self.count for kind, total in self.sums.items()}
+        return {kind: total / self.count for kind, total in self.totals.items()}
 
 
-class Answers:
+class Answers(Sums):
     """Extractive question answering: exact match and F1 over words as the SQuAD script has them, the best reference
     of each question counting. No answer is the empty text."""
+
+    sums = ("exact", "f1", "count")
 
     def __init__(self):
         self.exact, self.f1, self.count = 0, 0.0, 0

@@ -7,6 +7,7 @@ its parameters, gradients and optimizer ("fsdp"); either way several processes c
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from typing import Any
 
@@ -49,6 +50,14 @@ class Ranks:
     def tell(self, value):
         """What it is on the first rank."""
         return value
+
+    def gather(self, value) -> list:
+        """What it is on each rank, on every rank."""
+        return [value]
+
+    def share(self, rows):
+        """Of rows that come one by one this rank's part: every so many of them."""
+        return itertools.islice(rows, self.rank, None, self.ranks)
 
     def seed(self, seed: int, number: int) -> int:
         """For what is random in one batch: ranks with different rows or positions drop out differently."""
@@ -129,6 +138,11 @@ class Processes(Ranks):
         found = [value]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def gather(self, value) -> list:
+        found = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found
 
     def spread(self, model: nn.Module) -> nn.Module:
         if self.sequence is not None:

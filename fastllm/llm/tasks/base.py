@@ -5,8 +5,10 @@ import itertools
 import torch
 
 from fastllm.llm.batches import Epochs, bucketed, pad
+from fastllm.llm.ranks import Ranks
 from fastllm.model import Transformer
 
+ALONE = Ranks()
 POOL = 50  # batches of rows that are sorted by length together where they are read one by one
 SHOWN = 8  # examples among the scores
 
@@ -48,10 +50,11 @@ class Task:
     def weight(self, batch) -> int:
         return len(batch["tokens"])
 
-    def scores(self, model, rows, batch, quick=False) -> dict:
+    def scores(self, model, rows, batch, quick=False, ranks=ALONE) -> dict:
         """Scores of a model in eval() on rows, "loss" among them; quick leaves out what has to be generated.
 
-        "examples" are a few rows with the model's answer, of a classifier wrong ones.
+        "examples" are a few rows with the model's answer, of a classifier wrong ones. With `ranks`, each of which has
+        the whole model and all rows, each takes its share of the rows, and all return the scores of all.
         """
         raise NotImplementedError
 
@@ -94,6 +97,11 @@ def padded(task, examples, **more) -> dict:
     """tokens and mask of a batch."""
     tokens, mask = pad([example["tokens"] for example in examples], task.tokenizer.pad or 0)
     return dict(tokens=tokens, mask=mask) | more
+
+
+def few(examples: list, ranks) -> list:
+    """Of the examples that each rank would show."""
+    return list(itertools.chain(*ranks.gather(examples)))[:SHOWN]
 
 
 def real_tokens(batch) -> int:

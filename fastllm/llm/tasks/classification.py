@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.llm import rows
-from fastllm.llm.metrics import Confusion
-from fastllm.llm.tasks.base import SHOWN, Task, logits_of, padded
+from fastllm.llm.metrics import Confusion, Mean
+from fastllm.llm.tasks.base import ALONE, SHOWN, Task, few, logits_of, padded
 
 
 class Classification(Task):
@@ -52,15 +52,15 @@ class Classification(Task):
         return found if isinstance(found, torch.Tensor) else found.logits
 
     @torch.no_grad()
-    def scores(self, model, rows, batch, quick=False):
-        confusion, loss, mistakes = Confusion(self.classes), 0.0, []
-        for examples in self.batches(rows, batch):
+    def scores(self, model, rows, batch, quick=False, ranks=ALONE):
+        confusion, loss, mistakes = Confusion(self.classes), Mean(), []
+        for examples in self.batches(ranks.share(rows), batch):
             part = self.collate(examples)
             logits = self.logits(model, part)
-            loss += float(F.cross_entropy(logits, part["labels"], reduction="sum"))
+            loss.add(float(F.cross_entropy(logits, part["labels"], reduction="sum")), len(examples))
             found = logits.argmax(-1)
             confusion.add(part["labels"], found)
             for n in (part["labels"] != found).nonzero().flatten().tolist()[: SHOWN - len(mistakes)]:
                 mistakes.append(examples[n]["row"] | dict(answer=self.classes[int(found[n])]))
-        count = int(confusion.counts.sum())
-        return dict(loss=loss / count, rows=count) | confusion.scores() | dict(examples=mistakes)
+        found = loss.over(ranks).scores() | dict(rows=loss.count) | confusion.over(ranks).scores()
+        return found | dict(examples=few(mistakes, ranks))

@@ -7,7 +7,7 @@ import fastllm
 from fastllm.llm import rows
 from fastllm.llm.batches import pad
 from fastllm.llm.metrics import Perplexity
-from fastllm.llm.tasks.base import Task, is_ours, padded
+from fastllm.llm.tasks.base import ALONE, Task, is_ours, padded
 from fastllm.llm.tokens import common
 
 IGNORED = -100
@@ -94,12 +94,12 @@ class Language(Task):
         return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
 
     @torch.no_grad()
-    def scores(self, model, rows, batch, quick=False):
+    def scores(self, model, rows, batch, quick=False, ranks=ALONE):
         found = Perplexity()
-        for examples in self.batches(rows, batch):
+        for examples in self.batches(ranks.share(rows), batch):
             part = self.collate(examples)
             found.add(float(loss_sum(self, model, part)), self.weight(part), part["bytes"])
-        return found.scores()
+        return found.over(ranks).scores()
 
 
 def passages(path, size=1 << 16):

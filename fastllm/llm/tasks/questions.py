@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from fastllm.llm import rows
-from fastllm.llm.metrics import Answers
-from fastllm.llm.tasks.base import SHOWN, Task, is_ours, logits_of, padded
+from fastllm.llm.metrics import Answers, Mean
+from fastllm.llm.tasks.base import ALONE, SHOWN, Task, few, is_ours, logits_of, padded
 
 LONGEST = 30  # tokens of an answer
 
@@ -81,14 +81,14 @@ class Questions(Task):
         return sum(F.cross_entropy(logits, label) for logits, label in pairs) / 2
 
     @torch.no_grad()
-    def scores(self, model, rows, batch, quick=False):
-        answers, loss, windows, waiting, shown = Answers(), 0.0, 0, {}, []
-        for examples in self.batches(rows, batch):
+    def scores(self, model, rows, batch, quick=False, ranks=ALONE):
+        answers, loss, waiting, shown = Answers(), Mean(), {}, []
+        for examples in self.batches(ranks.share(rows), batch):
             part = self.collate(examples)
             start, end = self.logits(model, part)
             pairs = zip((start, end), part["labels"].unbind(1), strict=True)
-            loss += sum(float(F.cross_entropy(x, label, reduction="sum")) for x, label in pairs) / 2
-            windows += len(examples)
+            total = sum(float(F.cross_entropy(x, label, reduction="sum")) for x, label in pairs) / 2
+            loss.add(total, len(examples))
             for n, example in enumerate(examples):
                 row = example["row"]
                 found = waiting.setdefault(id(row), [])  # the windows of a row may be in several batches
@@ -98,7 +98,9 @@ class Questions(Task):
                     answers.add(answer, row["answers"])
                     if len(shown) < SHOWN:
                         shown.append(dict(question=row["question"], target=" / ".join(row["answers"]), answer=answer))
-        return dict(loss=loss / max(1, windows), rows=answers.count) | answers.scores() | dict(examples=shown)
+        answers.over(ranks)
+        found = loss.over(ranks).scores() | dict(rows=answers.count) | answers.scores()
+        return found | dict(examples=few(shown, ranks))
 
 
 def _tokens_of(spans, row):
