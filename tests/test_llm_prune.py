@@ -1,6 +1,7 @@
 """`fastllm prune`: a smaller model that computes what the whole one does without the parts that went."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -141,6 +142,31 @@ def test_folders_are_read_and_generate(name, tmp_path, capsys):
     found = load_model(tmp_path / "m-pruned")
     assert len(found.model.get_submodule(prune.family_of(found.model).layers)) == 3
     assert len(generate.run(found, ["ab"], max_tokens=8)[0]["tokens"]) > 0
+
+
+def test_what_is_left_is_trained(tmp_path, capsys):
+    """One command: the loss that pruning cost comes back, and the folder holds the trained model."""
+    pytest.importorskip("sklearn")
+    folder, data = tmp_path / "m", tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 60), ("valid", 6), ("test", 6)):
+        (data / f"{split}.txt").write_text("the cat sat on the mat; the dog lay on the log.\n" * count)
+    save_model(folder, model_of("modern"), TOKENS)
+    options = ["--heads", "0.5", "--channels", "0.5", "--finetune", str(data), "--lr", "3e-3", "--max-len", "32"]
+    assert cli.main(["prune", str(folder), *options, "--out", str(tmp_path / "small")]) == 0
+    told = capsys.readouterr().out
+    assert "loss on test" in told and "between pruning and training" in told
+    result = json.loads((tmp_path / "small" / "result.json").read_text())
+    pruned, tuned = load_model(tmp_path / "small" / "pruned"), load_model(tmp_path / "small")
+    assert tuned.model.config == pruned.model.config and tuned.model.config.heads == 4
+    assert prune.test_loss(tuned, data, 32) == result["test"]["loss"] < prune.test_loss(pruned, data, 32) / 2
+    # Again, over what is there; and bad data leaves nothing.
+    found = prune.run(folder, tmp_path / "small", heads=0.5, finetune=data, epochs=1, max_len=32, measure=False)
+    assert set(found) == {"before", "pruned", "after"}
+    (data / "test.txt").write_text("\n")
+    for given, why in ((["--finetune", str(data)], "has no text"), (["--lr", "1e-3"], "lr is for --finetune DATA")):
+        assert cli.main(["prune", str(folder), "--heads", "0.5", "--out", str(tmp_path / "bad"), *given]) == 2
+        assert why in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
 def test_bad_input(tmp_path, capsys):

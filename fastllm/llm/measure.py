@@ -93,9 +93,10 @@ def show_comparison(found: dict, out):
         return
     before, after = found["before"], found["after"]
     rows = [("size, MB", f"{before['bytes'] / 1e6:.2f}", f"{after['bytes'] / 1e6:.2f}")]
-    for key, name in (("tokens_per_s", "tokens/s"), ("perplexity", "perplexity")):
+    more = dict(tokens_per_s="tokens/s", perplexity="perplexity", loss="loss on test")
+    for key, name in more.items():
         if key in before:
             rows.append((name, f"{before[key]:,.2f}", f"{after[key]:,.2f}"))
-    ratios = [after[key] / before[key] for key in ("bytes", "tokens_per_s", "perplexity") if key in before]
+    ratios = [after[key] / before[key] for key in ("bytes", *more) if key in before]
     show(("", "before", "after", "ratio"), [(*row, f"{r:.2f}x") for row, r in zip(rows, ratios, strict=True)])
     print(f"written: {out}")

@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fastllm.llm import rows
 from fastllm.llm.checkpoint import Loaded, load_model, write_model
 from fastllm.llm.files import atomic_folder
 from fastllm.llm.measure import compare, read_text, show_comparison
 from fastllm.llm.packed import packing
 from fastllm.llm.prompts import ChatTemplate
+from fastllm.llm.runs import remove
 from fastllm.llm.sessions import generates, positions_of
+from fastllm.llm.tasks import TASKS
 from fastllm.model import Transformer
 
 SUITED = (64, 16)  # multiples that the kernels work in: the larger one where a layer is wide enough
@@ -241,12 +244,27 @@ def calibration(loaded, text: str):
     return tokens[starts[:, None] + torch.arange(size)]
 
 
-def run(model, out, *, heads=1.0, channels=1.0, layers=1.0, calibrate=None, text=None, measure=True) -> dict:
+def run(
+    model,
+    out,
+    *,
+    heads=1.0,
+    channels=1.0,
+    layers=1.0,
+    calibrate=None,
+    text=None,
+    measure=True,
+    finetune=None,
+    **training,
+) -> dict:
     """Write a smaller model than that of a folder to the folder `out`, and say what it cost and brought.
 
     heads, channels and layers are the shares that are kept; calibrate is a file of text that decides which (without it
-    the size of weights does), text one whose perplexity is measured before and after. Returns what `quantize.run` does.
-    Raises ValueError as `prune_model` does, for a packed model, and where nothing would go.
+    the size of weights does), text one whose perplexity is measured before and after. finetune is a folder of data for
+    the model's task, on which what is left is trained, all of it, with the options `training` of `finetune.run`: then
+    `out` is the folder of that run, with the model before it in out/pruned. Returns what `quantize.run` does, and then
+    also the loss on the test rows before and after, and under "pruned" that of out/pruned.
+    Raises ValueError as `prune_model` and `finetune.run` do, for a packed model, and where nothing would go.
     """
     if min(heads, channels, layers) == 1:
         raise ValueError("prune: nothing would go; give --heads, --channels or --layers a share below 1")
@@ -254,13 +272,55 @@ def run(model, out, *, heads=1.0, channels=1.0, layers=1.0, calibrate=None, text
     loaded = load_model(model, accelerate=False)
     if packing(loaded.model)["layers"]:
         raise ValueError(f"prune: {model} is packed; prune first, then quantize")
+    if finetune is not None:
+        task = trainable(loaded, finetune)
     tokens = None if calibrate is None else calibration(loaded, calibrate)
     made = prune_model(loaded.model, heads=heads, channels=channels, layers=layers, tokens=tokens)
     meta = {name: value for name, value in loaded.meta.items() if name != "new"}
-    with atomic_folder(out) as folder:
+    with atomic_folder(out if finetune is None else Path(out) / "pruned") as folder:
         write_model(folder, made, loaded.tokenizer, **meta)
         ChatTemplate.load(loaded.source, loaded.tokenizer).save(folder)
-    return compare(loaded, Loaded(made, loaded.tokenizer, meta, Path(out)), text) if measure else {}
+    after = Loaded(made, loaded.tokenizer, meta, Path(out))
+    if finetune is None:
+        return compare(loaded, after, text) if measure else {}
+    result = tune(task, Path(out), finetune, training)
+    tuned = load_model(out, accelerate=False)
+    length = tuned.meta["max_len"]  # of all three, or their windows would differ
+    losses = {name: test_loss(one, finetune, length) for name, one in (("before", loaded), ("pruned", after))}
+    found = compare(loaded, tuned, text) if measure else dict(before={}, after={})
+    found["before"]["loss"], found["after"]["loss"] = losses["before"], result["test"]["loss"]
+    return found | dict(pruned=dict(loss=losses["pruned"]))
+
+
+def trainable(loaded, data) -> str:
+    """The task of a model, as `finetune` calls it. Raises ValueError where there is none, or data for another."""
+    from fastllm.llm.finetune import NAMES
+
+    names = {found: name for name, found in NAMES.items()}
+    if loaded.meta["task"] not in names:
+        raise ValueError(f"prune: {loaded.source} has no task to fine-tune it for; `fastllm finetune` gives it one")
+    for split in ("train", "valid", "test"):
+        rows.find(data, split, TASKS[loaded.meta["task"]].extensions)
+    return names[loaded.meta["task"]]
+
+
+def test_loss(loaded, data, max_len) -> float:
+    from fastllm.llm.finetune import task_for
+
+    task = task_for(loaded, max_len)
+    return task.scores(loaded.model, task.rows(rows.find(data, "test", task.extensions)), 16, quick=True)["loss"]
+
+
+def tune(task, out, data, training) -> dict:
+    """Fine-tune out/pruned into the run folder `out`, which without a first step is left as if nothing was pruned."""
+    from fastllm.llm.finetune import run as finetune
+
+    try:
+        return finetune(task, out / "pruned", data, out, fresh=True, **training)
+    except ValueError:
+        if not (out / "run.json").exists():
+            remove(out)
+        raise
 
 
 def add_arguments(subparsers):
@@ -271,11 +331,31 @@ def add_arguments(subparsers):
         parser.add_argument(f"--{name}", type=float, default=1.0, help=f"share of the {what} to keep (default 1)")
     parser.add_argument("--calibrate", metavar="FILE", help="text on which it shows what matters")
     parser.add_argument("--text", metavar="FILE", help="text whose perplexity is measured before and after")
+    tuning = parser.add_argument_group("and then train what is left, as `fastllm finetune` does")
+    tuning.add_argument(
+        "--finetune", metavar="DATA", help="folder with train, valid and test files for the model's task"
+    )
+    for name, kind, what in (
+        ("epochs", int, "default 1"),
+        ("batch", int, "default 16"),
+        ("lr", float, "default 5e-5"),
+        ("max-len", int, "tokens of an example"),
+        ("seed", int, "default 0"),
+    ):
+        tuning.add_argument(f"--{name}", type=kind, help=what)
     parser.set_defaults(run=main)
 
 
 def main(args) -> int:
     out = args.out or f"{Path(args.model)}-pruned"
-    names = "heads channels layers calibrate text".split()
-    show_comparison(run(args.model, out, **{name: getattr(args, name) for name in names}), out)
+    names = "heads channels layers calibrate text finetune".split()
+    training = {name: getattr(args, name) for name in "epochs batch lr max_len seed".split()}
+    training = {name: value for name, value in training.items() if value is not None}
+    if training and args.finetune is None:
+        raise ValueError(f"prune: {', '.join(training)} is for --finetune DATA")
+    training = dict(epochs=1) | training if args.finetune else {}
+    found = run(args.model, out, **{name: getattr(args, name) for name in names}, **training)
+    show_comparison(found, out)
+    if "pruned" in found:
+        print(f"loss on test between pruning and training: {found['pruned']['loss']:.3f}; the model: {out}/best")
     return 0
