@@ -51,7 +51,7 @@ test-all: build ## the slow tests too
 
 # A build of its own beside the installed one; `pytest` alone does not put the folder it is called in before it.
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,attention varlen kvcache norm softmax cross_entropy activation rope linear weight_only)
+SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,attention varlen kvcache norm softmax cross_entropy linear_cross_entropy activation rope linear weight_only optim)
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTLLM_SANITIZE=address,undefined FASTLLM_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \

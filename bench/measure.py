@@ -15,7 +15,10 @@ READ_SHARE = 0.75  # what reads more of its traffic than this is held to the ban
 
 
 def contender(function, inputs, passes):
-    """A call of one pass of `function`; outputs and gradients are allocated by the call, on every side."""
+    """A call of one pass of `function`; outputs and gradients are allocated by the call, on every side, but by a
+    function that is `steady`, which works in place."""
+    if hasattr(function, "steady"):
+        return function.steady(*inputs)
     if passes == "forward":
 
         def call():

@@ -145,6 +145,11 @@ def xformers(case: Case):
     return call
 
 
+def _is_function(case, device) -> bool:
+    """Whether PyTorch's side can be traced: an optimiser's step works in place, on what it keeps."""
+    return not hasattr(case.torch, "steady")
+
+
 LIGER = {  # op -> file, class, what it is given after the inputs
     "rms_norm": ("rms_norm", "LigerRMSNormFunction", (1e-6,)),
     "layer_norm": ("layer_norm", "LigerLayerNormFunction", (1e-5,)),
@@ -177,9 +182,17 @@ LISTED = [
         "compile",
         "torch.compile; attention as flex_attention",
         lambda case, dtype, device: compiled(case),
+        _is_function,
         slow_to_start=True,
     ),
-    Rival("onnxruntime", "the exported graph on ONNX Runtime, forward", onnx, backward=False, slow_to_start=True),
+    Rival(
+        "onnxruntime",
+        "the exported graph on ONNX Runtime, forward",
+        onnx,
+        _is_function,
+        backward=False,
+        slow_to_start=True,
+    ),
     *(
         Rival(
             name,

@@ -5,6 +5,7 @@ takes the same inputs. Sizes of the bench are those of real models, sizes of `ve
 """
 
 from fastllm.bench.cases.activation import bias_gelu, gated
+from fastllm.bench.cases.adamw import adamw
 from fastllm.bench.cases.attention import attention, kvcache, varlen, visible_pairs
 from fastllm.bench.cases.case import PASSES, Case
 from fastllm.bench.cases.linear import linear, lora_linear, weight_only
@@ -80,6 +81,9 @@ BENCH = [
     rope(1, 2048, 32, 64),
     rope(1, 2048, 32, 128, Hkv=8),  # Llama 3 8B
     rope(8, 256, 6, 64),
+    adamw(64, 4096),  # in the second-level cache
+    adamw(64, 65536),
+    adamw(4, 4194304),
 ]
 _QUICK = (
     "attention 1x8x2048x64 causal",
@@ -138,4 +142,5 @@ VERIFY = [
     rope(2, 33, 4, 64, Hkv=1),
     rope(2, 33, 3, 80, R=32),
     rope(2, 33, 3, 66, interleaved=True),
+    adamw(5, 1001),
 ]
