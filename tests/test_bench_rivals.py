@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllm import verify
-from fastllm.bench import cases, memory, rivals
+from fastllm.bench import cases, measure, memory, rivals
 
 ATTENTION = cases.attention(1, 2, 8, 16, causal=True)
 NORM = cases.norm("rms_norm", 4, 8)
@@ -114,3 +114,17 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 def test_memory_that_cannot_be_measured_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
     assert "FileNotFoundError" in memory.why_not()
+
+
+def test_an_optimisers_step_is_timed_where_the_parameters_lie():
+    case = cases.adamw(3, 5)
+    inputs = case.inputs(torch.float32)
+    before = [x.clone() for x in inputs]
+    step, moved = measure.contender(case.ours, inputs, "forward"), []
+    optimizer = step.__self__
+    for _ in range(2):
+        step()
+        moved.append(optimizer.param_groups[0]["params"][1].clone())
+    assert not torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], inputs[0][1])
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    assert {rival.name for rival in rivals.chosen(["all"], "cpu") if rival.takes(case, "cpu")} == {"torch", "naive"}
