@@ -236,6 +236,7 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
             "fastllm",
             "fastllm.bench",
             "fastllm.bench.cases",
+            "fastllm.bench.gpu",
             "fastllm.compat",
             "fastllm.kernels",
             "fastllm.llm",

@@ -66,7 +66,10 @@ def change(old, row, same_torch) -> dict:
     if row["wrong"] or old["wrong"]:
         verdict = "still wrong" if row["wrong"] and old["wrong"] else "wrong" if row["wrong"] else "right again"
         return {"verdict": verdict}
-    both = row["ratio"].keys() & old["ratio"].keys()
+    if row["slow"] or old["slow"]:
+        return {"verdict": "not timed"}
+    both = {name for name, ratio in row["ratio"].items() if not ratio["at_least"]}
+    both &= {name for name, ratio in old["ratio"].items() if not ratio["at_least"]}
     yardstick = "torch" if same_torch and "torch" in both else "floor"
     before, now = standing(old, yardstick), standing(row, yardstick)
     noise = old["noise"] + row["noise"]

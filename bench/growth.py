@@ -128,6 +128,11 @@ def point(curve, x, dtype, passes, options, earlier) -> dict:
     case = curve.case(x)
     before = torch.get_num_threads()
     torch.set_num_threads(x if curve.axis == "threads" else before)
+
+    def tries(name):  # a call that takes as much of the limit as a round does is made once
+        last = earlier[-1]["ms"].get(name, {"median": 0.0})["median"] if earlier else 0.0
+        return 1 if last * GROWTH > 1e3 * options.limit_s / options.rounds else memory.TRIES
+
     try:
         functions = {"ours": case.ours} | {name: getattr(case, name) for name in curve.rivals}
         left_out = {name: why for name in curve.rivals if (why := too_much(name, earlier, options))}
@@ -137,8 +142,8 @@ def point(curve, x, dtype, passes, options, earlier) -> dict:
             for name, function in functions.items()
             if name not in left_out
         }
-        peaks = {} if memory.why_not() else {name: memory.peak(call) for name, call in calls.items()}
-        samples, foreign = timing.interleave(calls, options.rounds, options.block_ms / 1e3)
+        peaks = {} if memory.why_not() else {name: memory.peak(call, tries=tries(name)) for name, call in calls.items()}
+        samples, foreign = timing.interleave(calls, options.rounds, options.block_ms / 1e3, patience_s=options.limit_s)
     finally:
         torch.set_num_threads(before)
     ms = {name: vars(timing.Spread.of([1e3 * s for s in found])) for name, found in samples.items()}
@@ -146,7 +151,7 @@ def point(curve, x, dtype, passes, options, earlier) -> dict:
 
 
 def too_much(name, earlier, options) -> str | None:
-    """Why a rival is not measured at the next size, foreseen from the last one."""
+    """Why a contender is not measured at the next size, foreseen from the last one."""
     if not earlier:
         return None
     last = earlier[-1]
@@ -197,9 +202,12 @@ def run(options) -> dict:
                 have = done.get((curve.name, dtype, passes), {"points": []})
                 xs = {point["x"] for point in have["points"]}
                 todo += [(curve, dtype, passes, x) for x in curve.points(options.max) if x not in xs]
+    rates = {dtype: timing.product_rate(getattr(torch, dtype)) for dtype in options.dtype} if todo else {}
     named = lambda at: f"{at[0].name} {at[1]} {at[2]} {at[0].axis} {at[3]}"  # noqa: E731
     try:
-        for curve, dtype, passes, x in text.progress(todo, "scaling", named, seconds=lambda at: seconds(at, options)):
+        for curve, dtype, passes, x in text.progress(
+            todo, "scaling", named, seconds=lambda at: seconds(at, options, rates)
+        ):
             add(report, curve, dtype, passes, x, options)
             if options.out:
                 store.save(Path(options.out) / "scaling.json", report)
@@ -222,20 +230,29 @@ def add(report, curve, dtype, passes, x, options):
         wrong = "; ".join(f"{r.result}: {r.accuracy.problem}" for r in bad if not r.fallback)
         found = about | {"axis": curve.axis, "title": curve.title, "says": curve.says, "wrong": wrong, "points": []}
         report["curves"].append(found)
-    if not found["wrong"]:
+    found["stopped"] = too_much("ours", found["points"], options)  # then there is nothing to hold rivals against
+    if not found["wrong"] and not found["stopped"]:
         found["points"].append(point(curve, x, getattr(torch, dtype), passes, options, found["points"]))
         found["points"].sort(key=lambda point: point["x"])
     found["exponents"] = exponents(found["points"])
     left = {f"{name}: {why}" for point in found["points"] for name, why in point["left_out"].items()}
+    left |= {f"ours: {found['stopped']}"} if found["stopped"] else set()
     found["missing"] = sorted(left) + [f"WRONG, so not timed: {found['wrong']}"] * bool(found["wrong"])
 
 
-def seconds(at, options) -> float:
-    """About how long a point takes, for the progress line: 100 GFLOP/s and 10 GB/s, three contenders."""
+def seconds(at, options, rates) -> float:
+    """About how long a point takes, for the progress line: at the rate of PyTorch's products and at 10 GB/s."""
     curve, dtype, passes, x = at
     case = curve.case(x)
-    once = max(case.flops[passes] / 1e11, case.bytes(passes, getattr(torch, dtype)) / 1e10)
-    return 0.3 + 3 * (options.rounds + 6) * max(options.block_ms / 1e3, 1.5 * once)
+    block, moving = options.block_ms / 1e3, case.bytes(passes, getattr(torch, dtype)) / 1e10
+    total = 0.1
+    for rate in [max(rates.values()), *(rates[dtype] for _ in curve.rivals)]:
+        once = max(case.flops[passes] / rate, 1.5 * moving)
+        if once <= options.limit_s:
+            total += min(
+                (options.rounds + 6) * max(block, once), max(options.rounds * block, options.limit_s) + 3 * once
+            )
+    return total
 
 
 HEADER = ("curve", "dtype", "pass", "size", "ms", "p20-p80", "MB", "vs torch", "vs naive", "exponent")
@@ -281,7 +298,12 @@ def configure(parser):
     parser.add_argument("--max", type=int, metavar="SIZE", help="leave larger sizes out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--block-ms", type=float, default=20.0, help="how long one sample lasts (default 20)")
-    parser.add_argument("--limit-s", type=float, default=10.0, help="a rival's call may take so long (default 10)")
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=4.0,
+        help="a call, and a rival's rounds at one size, may take so long (default 4)",
+    )
     parser.add_argument("--limit-gb", type=float, default=4.0, help="and so much memory (default 4)")
     parser.add_argument("--out", metavar="DIR", help="write scaling.json, and the curves into report.html, there")
     parser.add_argument("--resume", action="store_true", help="continue what is in --out DIR")

@@ -2,7 +2,15 @@
 
 Correctness first: a wrong result is never timed. Then every contender runs in turn, round after round, in one process
 (bench/timing.py); ours runs twice in each round, which is the noise. A difference below it is called a tie.
+
+A rival may be thousands of times slower, where PyTorch has no kernel for a dtype. `--patience` bounds what it costs: it
+takes part in fewer rounds, or its first call is its only sample; one that a part of the input keeps busy as long has a
+lower bound of its time (`at_least`).
 """
+
+import math
+import time
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +19,7 @@ from fastllm.bench import memory, rivals, timing
 
 SETS = 2  # of inputs, which calls take in turn, so that no result hangs on the values or the place of one of them
 SETS_BYTES = 128 << 20  # larger ones are not held twice
+FORESEEN = 4  # times the patience: a rival that would take longer, going by a part of the input, is not called on all
 READ_SHARE = 0.75  # what reads more of its traffic than this is held to the bandwidth of reading, not of copying
 
 
@@ -41,6 +50,14 @@ def contender(function, inputs, passes):
     return lambda: torch.autograd.grad(kept, leaves, grads, retain_graph=True)
 
 
+@dataclass(frozen=True)
+class Slow:
+    """A rival's forward call that took longer than the patience."""
+
+    seconds: float
+    whole: bool  # or on a part of the input, as the whole would take several times the patience
+
+
 class Measured:
     """A case in one dtype: checked at once, then timed pass by pass."""
 
@@ -48,10 +65,12 @@ class Measured:
         self.case, self.dtype, self.options, self.ceilings = case, dtype, options, ceilings
         self.device = options.device
         self.rivals = rivals.chosen(options.rivals, self.device)
+        self.slow = {}  # name -> Slow
+        self.wait = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
 
     def rows(self, wanted) -> list[dict]:
         """A row for each (pass, cache) that is wanted; one that says what is wrong, if something is."""
-        seen = verify.examine(self.case, self.dtype, self.device)
+        seen = verify.examine(self.case, self.dtype, self.device, patience_s=self.options.patience)
         bad = [
             f"{row.result}: {row.accuracy.problem}" for row in seen.rows if row.accuracy.problem and not row.fallback
         ]
@@ -62,22 +81,49 @@ class Measured:
             "kernel": seen.rows[0].kernel,
             "fallback": seen.rows[0].fallback,
             "wrong": "; ".join(bad),
+            "slow": seen.slow,
         }
         wanted = [(passes, cache) for passes, cache in wanted if passes in self.case.flops]
-        if bad:
+        if bad or seen.slow:
             return [about | {"pass": passes, "cache": cache} for passes, cache in wanted]
         functions, missing = rivals.found(self.rivals, self.case, self.dtype, self.device)
         errors = {"ours": max(row.accuracy.norm for row in seen.rows)}
         for name, function in functions.items():
-            if self.case.peer is not None and name != "naive":
-                continue  # it draws other random numbers
             try:
-                errors[name] = seen.error_of(function, rivals.RIVALS[name].backward)
+                error = self.look(name, function, seen)
             except Exception as problem:  # as above
                 missing[name] = rivals.reason(problem)
+                continue
+            if self.case.peer is None or name == "naive":  # the others draw other random numbers
+                errors[name] = error
         del seen  # the fp64 truth is large
         functions = {name: function for name, function in functions.items() if name not in missing}
         return [about | self.row(*one, functions, missing) | {"errors": errors} for one in wanted]
+
+    def timed(self, function, *inputs):
+        """What a forward call returns, and its seconds."""
+        self.wait()
+        start = time.perf_counter()
+        with torch.no_grad():
+            made = function(*inputs)
+        self.wait()
+        return list(made) if isinstance(made, (tuple, list)) else [made], time.perf_counter() - start
+
+    def look(self, name, function, seen) -> float:
+        """A rival's error; of its outputs alone, on the part that the truth is of, where it is too slow for more."""
+        rival, part, patience = rivals.RIVALS[name], seen.part(), self.options.patience
+        times = math.prod(seen.inputs[0].shape) / math.prod(part[0].shape)
+        if rival.slow_to_start:  # whatever its size, it is made for one
+            function(*seen.inputs)
+            part, times = seen.inputs, 1.0
+        outputs, seconds = self.timed(function, *part)
+        if seconds <= patience and 1 < times <= FORESEEN * patience / seconds:
+            part, times = seen.inputs, 1.0
+            outputs, seconds = self.timed(function, *part)
+        if seconds > patience or times > 1:
+            self.slow[name] = Slow(seconds, whole=times == 1)
+            return seen.error_in([self.case.part(y) if part is seen.inputs else y for y in outputs])
+        return seen.error_of(function, rival.backward)
 
     def row(self, passes, cache, functions, missing) -> dict:
         case, moved = self.case, self.case.bytes(passes, self.dtype)
@@ -88,31 +134,45 @@ class Measured:
         def made(function):
             return timing.in_turn([contender(function, one, passes) for one in inputs])
 
-        found = {}
+        found, samples, at_least, lengthy = {}, {}, set(), set()
         for name, function in functions.items():
+            slow = self.slow.get(name)
             if passes != "forward" and not rivals.RIVALS[name].backward:
                 missing[name] = "has no backward pass"
-                continue
-            try:
-                found[name] = made(function)
-                found[name]()
-            except Exception as problem:  # a rival may fail in any way; it is then a missing column that says why
-                found.pop(name, None)
-                missing[name] = rivals.reason(problem)
+            elif slow and passes == "backward":
+                missing[name] = f"not timed: a forward call takes longer than --patience {self.options.patience:g} s"
+            elif slow:  # forward and backward take at least as long as forward
+                samples[name] = [slow.seconds]
+                at_least |= set() if slow.whole and passes == "forward" else {name}
+            else:
+                try:
+                    found[name] = made(function)
+                    start = time.perf_counter()
+                    found[name]()
+                    self.wait()
+                    lengthy |= {name} if time.perf_counter() - start > self.options.patience / 8 else set()
+                except Exception as problem:  # a rival may fail in any way; it is then a missing column that says why
+                    found.pop(name, None)
+                    missing[name] = rivals.reason(problem)
         ours = made(case.ours)
-        no_memory = memory.why_not(self.device)
-        peaks = {} if no_memory else {n: memory.peak(f, self.device) for n, f in {"ours": ours, **found}.items()}
+        peaks = {}
+        if not memory.why_not(self.device):
+            for name, call in {"ours": ours, **found}.items():
+                peaks[name] = memory.peak(call, self.device, 1 if name in lengthy else memory.TRIES)
         reading = case.written(passes, self.dtype) < 1 - READ_SHARE
         floor = (timing.read_of if reading else timing.copy_of)(moved, self.device, sets)
         contenders = {"ours": ours, **found, "ours again": made(case.ours), "floor": floor}
-        wait = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
         evict = timing.evictor(self.device) if cache == "cold" else None
-        samples, foreign = timing.interleave(contenders, self.options.rounds, self.options.block_ms / 1e3, wait, evict)
+        options = self.options
+        timed, foreign = timing.interleave(
+            contenders, options.rounds, options.block_ms / 1e3, self.wait, evict, options.patience
+        )
+        yardstick = "read" if reading else "copy"
         return {"pass": passes, "cache": cache, "sets": sets, "missing": missing, "memory_bytes": peaks} | self.figures(
-            passes, moved, "read" if reading else "copy", samples, foreign
+            passes, moved, yardstick, timed | samples, foreign, at_least
         )
 
-    def figures(self, passes, moved, yardstick, samples, foreign) -> dict:
+    def figures(self, passes, moved, yardstick, samples, foreign, at_least=()) -> dict:
         """What the samples say."""
         ours = timing.Spread.of(samples["ours"])
         flops = self.case.flops[passes]
@@ -124,7 +184,9 @@ class Measured:
         versus = {}
         for name in samples.keys() - {"ours", "ours again", "floor"}:
             ratio = timing.ratios(samples[name], samples["ours"])
-            versus[name] = {**vars(ratio), "tie": timing.is_tie(ratio, strays)}
+            bound = name in at_least
+            tie = not bound and timing.is_tie(ratio, strays)
+            versus[name] = {**vars(ratio), "tie": tie, "n": len(samples[name]), "at_least": bound}
         return {
             "ms": {"p20": ours.p20 * 1e3, "median": ours.median * 1e3, "p80": ours.p80 * 1e3},
             "gb_per_s": moved / ours.median / 1e9,
@@ -135,7 +197,7 @@ class Measured:
             "bound_by": yardstick if by_memory >= by_arithmetic else "arithmetic",
             "share_of_floor": floor / ours.median,
             "noise": strays,
-            "ratio": {name: versus[name] for name in samples if name in versus},
+            "ratio": {name: versus[name] for name in rivals.RIVALS if name in versus},
             "foreign": foreign,
             "samples_s": samples,
         }
@@ -143,12 +205,26 @@ class Measured:
 
 def seconds(case, dtype, wanted, options, ceilings) -> float:
     """About how long `rows` takes: a guess that only the progress line uses."""
-    count = 4 + 2 * len([rival for rival in options.rivals if rival in rivals.RIVALS]) or 8
-    peak = timing.peak_gflop_per_s(ceilings, dtype) or 50.0
-    total = 0.5
+    block, patience, copy = options.block_ms / 1e3, options.patience, ceilings["copy_gb_per_s"] * 1e9
+    peak = timing.peak_gflop_per_s(ceilings, dtype) * 1e9 or 5e10
+    low = dtype in (torch.bfloat16, torch.float16)
+    products = ceilings.get("mm_bfloat16_gflop_per_s", peak / 1e9) * 1e9 if low else peak
+    taking = [rival for rival in rivals.chosen(options.rivals, options.device) if rival.takes(case, options.device)]
+    plain = sum(rival.name in ("naive", "sdpa-math") for rival in taking)
+
+    def rounds_of(once):
+        """Of all calls of one contender in one pass, those that warm up and measure memory too."""
+        return min((options.rounds + 6) * max(block, once), max(block * options.rounds, patience) + 4 * once)
+
+    total = 0.3 + sum(15.0 for rival in taking if rival.slow_to_start)
+    total += 8 * max(case.flops["forward"] / peak, case.bytes("forward", dtype) / copy)  # the truth and the check
     for passes, cache in wanted:
         if passes in case.flops:
-            once = max(case.flops[passes] / peak, case.bytes(passes, dtype) / ceilings["copy_gb_per_s"]) / 1e9
-            each = max(options.block_ms / 1e3 if cache == "warm" else 5 * 0.02, 6 * once)
-            total += (options.rounds + 3) * count * each + 40 * once
+            moving = 1.5 * case.bytes(passes, dtype) / copy + (0.02 if cache == "cold" else 0.0)
+            ours, theirs = (max(2 * case.flops[passes] / rate, moving) for rate in (peak, products))
+            total += (3 + len(taking) - plain) * rounds_of(ours)
+            if theirs <= patience:
+                total += plain * rounds_of(theirs)
+            elif passes == "forward":
+                total += plain * min(theirs, FORESEEN * patience)
     return total

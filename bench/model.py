@@ -14,7 +14,8 @@ import torch
 
 import fastllm
 from fastllm import text, verify
-from fastllm.bench import store, subjects, tasks, timing
+from fastllm.bench import memory, store, subjects, tasks, timing
+from fastllm.bench.show import standing
 
 TASKS = {"encoder": ("encode",), "decoder": ("prefill", "decode", "train")}
 RIVALS = ("eager", "sdpa", "compile", "onnxruntime")
@@ -40,46 +41,33 @@ def result_of(call):
     return getattr(call, "checked", call)()
 
 
-def calls_of(work, models) -> tuple[dict, dict]:
-    """Contender -> its call, and contender -> reason for those that cannot."""
+def calls_of(work, models) -> tuple[dict, dict, dict]:
+    """Contender -> its call, contender -> what that gives, and contender -> reason for those that cannot."""
     makers = {name: (lambda model=model: work.call(model)) for name, model in models.items()} | work.extra
-    found, missing = {}, {}
+    found, results, missing = {}, {}, {}
     for name, make in makers.items():
         try:
             call = make()
-            result_of(call)
+            results[name] = result_of(call)
             found[name] = call
         except Exception as problem:  # a rival may fail in any way; it is then a missing column that says why
             if name == "fastllm":
                 raise
             missing[name] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:200]}"
-    return found, missing
+    return found, results, missing
 
 
-def check(work, calls, exact) -> tuple[dict, str]:
+def check(work, results, exact) -> tuple[dict, str]:
     """Contender -> its error, the norm over that of the fp64 truth; and what is wrong with fastllm's, or "".
 
     PyTorch is eager and sdpa alike: the one that is further from the truth is the peer of the rule.
     """
     truth = result_of(work.call(exact)).double()
-    results = {name: result_of(call) for name, call in calls.items()}
     errors = {name: float((y.double() - truth).norm() / truth.norm()) for name, y in results.items()}
     peer = results[max((name for name in PYTORCH if name in results), key=errors.get)]
     ours = [name for name in results if name.startswith("fastllm")]
     problems = {name: verify.accuracy(results[name].to(peer.dtype), peer, truth).problem for name in ours}
     return errors, "; ".join(f"{name}: {problem}" for name, problem in problems.items() if problem)
-
-
-def peak_bytes(call) -> int:
-    """The most that tensors hold at one time during a call on CPU, beyond what they held before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    held = most = 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def by_op(explanation) -> list[tuple]:
@@ -98,23 +86,30 @@ def by_op(explanation) -> list[tuple]:
 
 def measure(work, models, exact, options) -> dict:
     with torch.set_grad_enabled(work.task == "train"):
-        calls, missing = calls_of(work, models)
-        errors, wrong = check(work, calls, exact)
+        calls, results, missing = calls_of(work, models)
+        errors, wrong = check(work, results, exact)
+        del results
         row = {"task": work.task, "size": work.size, "dtype": options.dtype, "unit": work.unit, "error": errors}
         row |= {"missing": missing, "wrong": wrong}
         if wrong:
             return row
         row["explained"] = by_op(fastllm.explain(calls["fastllm"]))
-        row["peak_bytes"] = {name: peak_bytes(call) for name, call in calls.items() if name != "onnxruntime"}
+        peaks = {} if memory.why_not() else {name: memory.peak(call, tries=1) for name, call in calls.items()}
+        row["peak_bytes"] = peaks
         again = {"fastllm again": calls["fastllm"]}
-        samples, foreign = timing.interleave({**calls, **again}, options.rounds, options.block_ms / 1e3)
+        samples, foreign = timing.interleave(
+            {**calls, **again}, options.rounds, options.block_ms / 1e3, patience_s=options.patience
+        )
     strays = timing.noise(samples["fastllm"], samples["fastllm again"])
     spreads = {name: timing.Spread.of(samples[name]) for name in calls}
     versus = {name: timing.ratios(samples[name], samples["fastllm"]) for name in calls if name != "fastllm"}
     return row | {
         "ms": {name: {key: value * 1e3 for key, value in vars(spread).items()} for name, spread in spreads.items()},
         "rate": {name: work.amount / spread.median for name, spread in spreads.items()},
-        "ratio": {name: vars(ratio) | {"tie": timing.is_tie(ratio, strays)} for name, ratio in versus.items()},
+        "ratio": {
+            name: vars(ratio) | {"tie": timing.is_tie(ratio, strays), "n": len(samples[name]), "at_least": False}
+            for name, ratio in versus.items()
+        },
         "noise": strays,
         "foreign": foreign,
         "samples_s": samples,
@@ -173,12 +168,10 @@ def lines(row):
     order = sorted(row["ms"], key=lambda name: (not name.startswith("fastllm"), name))
     for name in order:
         ms, ratio = row["ms"][name], row["ratio"].get(name)
-        shown = (
-            f"{ratio['median']:.2f}x ({ratio['p20']:.2f}-{ratio['p80']:.2f})" + " tie" * ratio["tie"] if ratio else "-"
-        )
-        memory = f"{row['peak_bytes'][name] / 2**20:.0f}" if name in row["peak_bytes"] else "-"
+        shown = standing(ratio) if ratio else "-"
+        held = f"{row['peak_bytes'][name] / 2**20:.0f}" if name in row["peak_bytes"] else "-"
         times = f"{ms['median']:.1f}", f"{ms['p20']:.1f}-{ms['p80']:.1f}"
-        yield row["task"], name, *times, f"{row['rate'][name]:.1f}", memory, f"{row['error'][name]:.1e}", shown
+        yield row["task"], name, *times, f"{row['rate'][name]:.1f}", held, f"{row['error'][name]:.1e}", shown
 
 
 def show(report):
@@ -197,8 +190,8 @@ def show(report):
             print()
     print(
         "faster by: their time over fastllm's, median (p20-p80) of paired rounds. noise: fastllm against itself; a"
-        " difference below it is a tie.\nerror: norm of the difference from fp64, over the norm of that. peak: what"
-        " tensors hold during a call, beyond weights and inputs."
+        " difference below it is a tie. n=1: one call, as it took longer than --patience.\nerror: norm of the"
+        " difference from fp64, over the norm of that. peak: resident memory of a call, beyond what was there before."
     )
 
 
@@ -226,6 +219,7 @@ def configure(parser):
     parser.add_argument("--sentences", type=positive, default=64, help="how many are encoded (default 64)")
     parser.add_argument("--rounds", type=positive, default=7, help="default 7")
     parser.add_argument("--block-ms", type=float, default=20.0, help="how long one sample lasts at least (default 20)")
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds of a contender's rounds (default 20)")
     parser.add_argument("--knobs", choices=("stock", "tuned", "both"), default="stock")
     parser.add_argument("--out", metavar="DIR", help="write model.json, with raw samples, there")
     parser.set_defaults(run=execute)

@@ -104,17 +104,27 @@ def facts(rows, timed, versus) -> list[tuple[str, str, str]]:
     """(figure, what it is, class) for the cards at the top."""
     wins, losses = sum(map(won, versus)), sum(map(lost, versus))
     ties = len(versus) - wins - losses
-    wrong = sum(bool(row["wrong"]) for row in rows)
+    examined = [row for row in rows if not row["slow"]]
+    wrong = sum(bool(row["wrong"]) for row in examined)
     made = []
     if versus:
+        bound = "> " * any(map(plots.is_bound, versus))
         made.append(
-            (f"{geometric_mean(map(plots.speed_up, versus)):.2f}x", "PyTorch's time over ours, geometric mean", "")
+            (
+                f"{bound}{geometric_mean(map(plots.speed_up, versus)):.2f}x",
+                "PyTorch's time over ours, geometric mean",
+                "",
+            )
         )
         made.append(
             (f"{wins} / {ties} / {losses}", "rows faster / tied / slower than PyTorch", "bad" if losses > wins else "")
         )
     made.append(
-        (f"{len(rows) - wrong} / {len(rows)}", "rows as accurate as PyTorch against fp64", "bad" if wrong else "good")
+        (
+            f"{len(examined) - wrong} / {len(examined)}",
+            "rows as accurate as PyTorch against fp64",
+            "bad" if wrong else "good",
+        )
     )
     if timed:
         made.append(
@@ -132,8 +142,10 @@ def of_op(op, rows, dtypes) -> dict:
     """A line of the summary: per dtype the geometric mean and the range of the ratio to PyTorch."""
     cells = []
     for dtype in dtypes:
-        found = [plots.speed_up(row) for row in rows if row["dtype"] == dtype]
-        cells.append((f"{geometric_mean(found):.2f}x", f"{min(found):.2f} to {max(found):.2f}") if found else ("-", ""))
+        found = [row for row in rows if row["dtype"] == dtype]
+        ratios, bound = [plots.speed_up(row) for row in found], any(plots.is_bound(row) for row in found)
+        mean = f"{'> ' * bound}{geometric_mean(ratios):.2f}x" if found else "-"
+        cells.append((mean, f"{min(ratios):.2f} to {max(ratios):.2f}" if found else ""))
     shares = [row["share_of_floor"] for row in rows]
     return {
         "op": op,

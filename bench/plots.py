@@ -6,6 +6,7 @@ from statistics import geometric_mean, median
 import torch
 
 from fastllm.bench.rivals import RIVALS
+from fastllm.bench.store import untimed
 from fastllm.bench.timing import peak_gflop_per_s
 from fastllm.drawing import BAD, CARD, GRID, INK, LEGEND, MUTED, NAIVE, OURS, SERIES, figure, svg
 
@@ -25,17 +26,23 @@ MARKERS = {  # rival -> marker, colour; PyTorch's own kernel is the bar
     "xformers": ("h", SERIES[7]),
     "liger": ("d", SERIES[3]),
 }
+BEYOND = 4.0  # times the largest ratio to PyTorch: a mark further out stands at the edge, with its number
 PAPER = dict(facecolor=CARD, edgecolor="none", pad=0.5)  # behind a text that a line would cross
 
 
 def right(rows, **wanted) -> list[dict]:
     """The rows that were timed and have these values."""
-    return [row for row in rows if not row["wrong"] and all(row[name] == value for name, value in wanted.items())]
+    return [row for row in rows if not untimed(row) and all(row[name] == value for name, value in wanted.items())]
 
 
 def speed_up(row) -> float | None:
     """PyTorch's time over ours."""
     return row["ratio"]["torch"]["median"] if "torch" in row["ratio"] else None
+
+
+def is_bound(row) -> bool:
+    """Whether that is a lower bound."""
+    return row["ratio"]["torch"]["at_least"]
 
 
 def plain(axis, which="x"):
@@ -48,7 +55,7 @@ def plain(axis, which="x"):
 
 
 def ratio_axis(axis, low, high):
-    """Ratios on a logarithmic axis with 1 in view, and ticks that are easy to read."""
+    """Ratios on a logarithmic axis with 1 in view, and ticks that are easy to read; returns where the axis ends."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = min(low, 0.8) / 1.12, max(high, 1.6) * 1.12
@@ -63,6 +70,7 @@ def ratio_axis(axis, low, high):
     plain(axis)
     axis.axvline(1.0, color=MUTED, linewidth=1.2)
     axis.grid(False, axis="y")
+    return high
 
 
 def overview(rows, title) -> str:
@@ -99,15 +107,16 @@ def bars(rows, name) -> str:
     names = [one for one in RIVALS if any(one in row["ratio"] for row in rows) and one != "torch"]
     tall = math.ceil((len(names) + 1) / 3)
     made, axis = figure(WIDTH, 0.75 + 0.19 * slots + 0.2 * tall)
-    values = [v for row in rows for ratio in row["ratio"].values() for v in (ratio["median"],)]
-    values += [v for row in rows if "torch" in row["ratio"] for v in (row["ratio"]["torch"][p] for p in ("p20", "p80"))]
-    ratio_axis(axis, min(values, default=1.0), max(values, default=1.0))
+    bars_to = [row["ratio"]["torch"][p] for row in rows if "torch" in row["ratio"] for p in ("p20", "p80")]
+    marks = [ratio["median"] for row in rows for ratio in row["ratio"].values()]
+    furthest = BEYOND * max([2.0, *bars_to])
+    edge = ratio_axis(axis, min([*bars_to, *marks], default=1.0), min(furthest, max([*bars_to, *marks], default=1.0)))
     y, ticks = 0.0, []
     for case, found in each.items():
         axis.text(0.0, y, case, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=INK, bbox=PAPER)
         y += 1.1
         for row in found:
-            one_bar(axis, y, row)
+            one_bar(axis, y, row, edge)
             ticks.append((y, PASSES[row["pass"]] + (" cold" if row["cache"] == "cold" else "")))
             y += 1.0
         y += 0.2
@@ -123,25 +132,52 @@ def bars(rows, name) -> str:
     return svg(made, f"bars {name}")
 
 
-def one_bar(axis, y, row):
+def one_bar(axis, y, row, edge):
     noise = math.exp(row["noise"])
     axis.barh(y, noise - 1 / noise, 0.9, left=1 / noise, color=GRID, alpha=0.8, linewidth=0)
-    ratio, said = row["ratio"].get("torch"), "no rival"
+    ratio = row["ratio"].get("torch")
     if ratio:
         colour = NAIVE if ratio["tie"] else OURS if ratio["median"] > 1 else BAD
         axis.barh(y, ratio["median"] - 1, 0.62, left=1.0, color=colour, linewidth=0)
-        spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
-        axis.errorbar(ratio["median"], y, xerr=spread, color=INK, linewidth=0.9, capsize=1.8, capthick=0.9)
-        said = "tie" if ratio["tie"] else f"{ratio['median']:.2f}x"
+        if ratio["at_least"]:
+            axis.plot(ratio["median"], y, ">", color=colour, markersize=7, mew=0, clip_on=False)
+        elif ratio["n"] > 1:
+            spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
+            axis.errorbar(ratio["median"], y, xerr=spread, color=INK, linewidth=0.9, capsize=1.8, capthick=0.9)
     for name, other in row["ratio"].items():
         if name != "torch":
-            marker, colour = MARKERS[name]
-            axis.plot(other["median"], y, marker, color=colour, markersize=4.8, mec=CARD, mew=0.5, zorder=3)
-    bold = "bold" if ratio and not ratio["tie"] and ratio["median"] < 1 else "normal"
-    place = axis.get_yaxis_transform()
+            other_mark(axis, y, name, other, edge)
+    lost = bool(ratio) and not ratio["tie"] and ratio["median"] < 1
     axis.text(
-        1.01, y, said, transform=place, va="center", fontsize=8.5, color=BAD if bold == "bold" else INK, weight=bold
+        *(1.01, y, in_short(ratio)),
+        transform=axis.get_yaxis_transform(),
+        va="center",
+        fontsize=8.5,
+        color=BAD if lost else INK,
+        weight="bold" if lost else "normal",
     )
+
+
+def other_mark(axis, y, name, ratio, edge):
+    """A rival's mark; beyond the edge it stands at the edge with its number, and a lower bound has an arrow."""
+    marker, colour = MARKERS[name]
+    at = min(ratio["median"], edge / 1.06)
+    axis.plot(at, y, marker, color=colour, markersize=4.8, mec=CARD, mew=0.5, zorder=3)
+    if ratio["at_least"] or at < ratio["median"]:
+        arrow = dict(xytext=(5, 0), textcoords="offset points", va="center", annotation_clip=False)
+        if at < ratio["median"]:  # no room to the right of it
+            arrow |= dict(xytext=(-5, 0), ha="right", bbox=PAPER)
+        said = f"{ratio['median']:,.0f}" if at < ratio["median"] else ""
+        axis.annotate(f"> {said}" if ratio["at_least"] else said, (at, y), color=colour, fontsize=7.5, **arrow)
+
+
+def in_short(ratio) -> str:
+    """PyTorch's ratio beside its bar."""
+    if not ratio:
+        return "no rival"
+    if ratio["tie"]:
+        return "tie"
+    return "> " * ratio["at_least"] + f"{ratio['median']:.2f}x" + " (n=1)" * (ratio["n"] == 1 and not ratio["at_least"])
 
 
 def roofline(rows, ceilings, dtype) -> str:

@@ -22,7 +22,8 @@ def choose(listed, ops):
 
 def begun(options) -> dict:
     """A report without rows; with --resume, the one that is there, if it was made in the same way."""
-    kept = ("ops", "dtype", "passes", "cache", "rivals", "quick", "full", "rounds", "block_ms", "knobs", "device")
+    kept = ("ops", "dtype", "passes", "cache", "rivals", "quick", "full", "rounds", "block_ms", "patience")
+    kept += ("knobs", "device")
     fresh = {"schema": store.SCHEMA, "environment": store.environment()}
     fresh |= {"options": {name: getattr(options, name) for name in kept}, "interrupted": True, "runs": {}}
     path = Path(options.out) / "report.json" if options.out else None
@@ -112,6 +113,13 @@ def configure(parser):
     parser.add_argument("--cache", type=text.some_of(CACHES), help="warm (default), cold: empty before every call")
     parser.add_argument("--rounds", type=int, help="how many (default 15; 7 with --quick, 41 with --full)")
     parser.add_argument("--block-ms", type=float, default=20.0, help="how long one sample lasts (default 20)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="seconds of a rival's calls in a row; a slower one has fewer samples, or a lower bound (default 2)",
+    )
     parser.add_argument("--knobs", choices=("stock", "tuned", "both"), default="stock")
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch and of the kernels (default: as it is)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -134,8 +142,9 @@ def complete(options):
         options.rounds = 7 if options.quick else 41 if options.full else 15
     options.rivals = options.rivals or (["all"] if options.full else ["quick"])
     options.cache = options.cache or (list(CACHES) if options.full else ["warm"])
-    if options.rounds < 1 or options.block_ms <= 0:
-        raise ValueError(f"bench: rounds and block-ms must be positive, got {options.rounds} and {options.block_ms}")
+    for name in ("rounds", "block_ms", "patience"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"bench: {name.replace('_', '-')} must be positive, got {getattr(options, name)}")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"bench: threads must be positive, got {options.threads}")
     for given, needed in (("resume", "out"), ("fail_on_regression", "base")):

@@ -22,26 +22,35 @@ HEADER = (
 )
 LEGEND = (
     "vs: their time over ours, median (p20-p80) of paired rounds; above 1 we are faster. noise: ours against itself; a"
-    " difference below it is a tie.\nof floor: the least time that the memory at this size, and the best measured"
-    " arithmetic rate, allow, over our time. MB: peak memory of the call beyond its inputs."
+    " difference below it is a tie.\nn=1: one call, as it took longer than --patience. >: a lower bound, as forward"
+    " alone, or a part of the input, took longer.\nof floor: the least time that the memory at this size, and the best"
+    " measured arithmetic rate, allow, over our time. MB: peak memory of the call beyond its inputs."
 )
 
 
 def cells(row, names) -> tuple[str, ...]:
     start = (row["op"], row["case"], row["dtype"])
-    if row["wrong"]:
-        return *start, "WRONG", row["cache"], row["kernel"], *("-",) * (len(HEADER) - 6 + len(names))
+    if store.untimed(row):
+        word = "WRONG" if row["wrong"] else "slow"
+        return *start, word, row["cache"], row["kernel"], *("-",) * (len(HEADER) - 6 + len(names))
     ms, versus = row["ms"], []
     for name in names:
-        ratio = row["ratio"].get(name)
         absent = "missing" if name in row["missing"] else "-"
-        shown = f"{ratio['median']:.2f}x ({ratio['p20']:.2f}-{ratio['p80']:.2f})" if ratio else absent
-        versus.append(shown + " tie" * bool(ratio and ratio["tie"]))
+        versus.append(standing(row["ratio"][name]) if name in row["ratio"] else absent)
     times = (f"{ms['median']:.3f}", f"{ms['p20']:.3f}-{ms['p80']:.3f}")
     rates = (f"{row['gb_per_s']:.1f}", f"{row['gflop_per_s']:.0f}", f"{row['share_of_floor']:.0%}")
     peak = row["memory_bytes"].get("ours")
     size = "-" if peak is None else f"{peak / 1e6:.1f}"
     return *start, row["pass"], row["cache"], row["kernel"], *times, *rates, f"{row['noise']:.1%}", size, *versus
+
+
+def standing(ratio) -> str:
+    """A ratio, and how sure it is: its spread, "n=1" for a single sample, ">" for a lower bound."""
+    middle = f"{ratio['median']:.2f}x"
+    if ratio["at_least"]:
+        return f"> {middle}"
+    spread = "n=1" if ratio["n"] == 1 else f"{ratio['p20']:.2f}-{ratio['p80']:.2f}"
+    return f"{middle} ({spread})" + " tie" * ratio["tie"]
 
 
 def named(rows) -> list[str]:
@@ -69,10 +78,14 @@ def report(found):
 
 def reasons(rows) -> list[str]:
     """What is missing, wrong or not a kernel, once each."""
-    wrong = {f"{r['op']} {r['case']} {r['dtype']}: {r['wrong']}" for r in rows if r["wrong"]}
+    untimed = {
+        f"{'WRONG' if r['wrong'] else 'slow'}, so not timed: {r['op']} {r['case']} {r['dtype']}: {why}"
+        for r in rows
+        if (why := store.untimed(r))
+    }
     missing = {f"{name}: {why}" for row in rows for name, why in row.get("missing", {}).items()}
     plain = {row["fallback"] for row in rows if row["fallback"]}
-    lines = [f"WRONG, so not timed: {line}" for line in sorted(wrong)]
+    lines = sorted(untimed)
     lines += [f"missing {line}" for line in sorted(missing)]
     return lines + [f"runs on plain PyTorch: {line}" for line in sorted(plain)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastllm import info
 
-SCHEMA = 2  # of report.json and scaling.json; a reader refuses any other
+SCHEMA = 3  # of report.json and scaling.json; a reader refuses any other
 
 
 def environment() -> dict:
@@ -93,6 +93,11 @@ def resumed(path: Path, fresh: dict) -> dict:
     return found
 
 
+def untimed(row) -> str:
+    """Why a row has no times, or ""."""
+    return row["wrong"] or row["slow"]
+
+
 def key(row) -> tuple:
     """What a row is about; two reports are compared, and one is continued, by it."""
     return row["op"], row["case"], row["dtype"], row["pass"], row["cache"]
@@ -100,7 +105,7 @@ def key(row) -> tuple:
 
 FIELDS = ("knobs", "op", "case", "dtype", "pass", "cache", "contender", "kernel", "ms_p20", "ms_median", "ms_p80")
 FIELDS += ("gb_per_s", "gflop_per_s", "share_of_floor", "bound_by", "noise", "ratio_p20", "ratio_median", "ratio_p80")
-FIELDS += ("tie", "error_vs_fp64", "peak_memory_bytes", "problem")
+FIELDS += ("tie", "samples", "at_least", "error_vs_fp64", "peak_memory_bytes", "problem")
 
 
 def table(report) -> str:
@@ -113,18 +118,18 @@ def table(report) -> str:
     for knobs, found in report["runs"].items():
         for row in found["rows"]:
             about = {"knobs": knobs} | {name: row[name] for name in ("op", "case", "dtype", "pass", "cache")}
-            if row["wrong"]:
-                writer.writerow(about | {"contender": "ours", "kernel": row["kernel"], "problem": row["wrong"]})
+            if problem := untimed(row):
+                writer.writerow(about | {"contender": "ours", "kernel": row["kernel"], "problem": problem})
                 continue
             for name in ("ours", *row["ratio"]):
                 ms = vars(Spread.of([1e3 * s for s in row["samples_s"][name]]))
-                line = {f"ms_{what}": value for what, value in ms.items()}
+                line = {f"ms_{what}": value for what, value in ms.items()} | {"samples": len(row["samples_s"][name])}
                 if name == "ours":
                     line |= {w: row[w] for w in ("kernel", "share_of_floor", "bound_by", "noise")}
                     line["problem"] = row["fallback"]
                 else:
                     ratio = row["ratio"][name]
-                    line |= {f"ratio_{what}": ratio[what] for what in ms} | {"tie": ratio["tie"]}
+                    line |= {f"ratio_{what}": ratio[what] for what in ms} | {w: ratio[w] for w in ("tie", "at_least")}
                 line["gb_per_s"] = row["bytes"] / ms["median"] / 1e6
                 line["gflop_per_s"] = row["flops"] / ms["median"] / 1e6
                 line["error_vs_fp64"] = row["errors"].get(name)

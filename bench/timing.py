@@ -1,6 +1,7 @@
 """Timing that a stranger can believe: interleaved rounds in one process, paired ratios, and the noise beside them."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
@@ -17,6 +18,7 @@ from fastllm import tune_allocator
 
 COLD = 5  # calls of a sample at most, where each one finds the caches empty
 UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not say
+LARGEST, ENOUGH_S = 2048, 0.05  # of the matrix products that are ceilings: size, and a call that is long enough
 BUSY = 0.12  # of the machine; a round in which others take more is measured again (research: ratios drift beyond it)
 
 
@@ -43,7 +45,14 @@ def quantile(ordered, q: float) -> float:
 
 
 def ratios(rival: list[float], ours: list[float]) -> Spread:
-    """How many times faster ours is than the rival, from pairs of the same round."""
+    """How many times faster ours is than the rival, from pairs of the same round.
+
+    Whoever was too slow to take part in every round has fewer samples; they stand beside the other's median.
+    """
+    if len(rival) < len(ours):
+        ours = [statistics.median(ours)] * len(rival)
+    elif len(ours) < len(rival):
+        rival = [statistics.median(rival)] * len(ours)
     return Spread.of([r / o for r, o in zip(rival, ours, strict=True)])
 
 
@@ -96,30 +105,58 @@ class Foreign:
         return max(0.0, (busy - own) / total) if total else 0.0
 
 
-def calls_that_last(block_s: float, function, synchronize=lambda: None) -> int:
-    """Warm up, and see how many calls fill a block; the least of three, as one that was interrupted says nothing."""
+def seconds_of(function, block_s=0.02, patience_s=math.inf, synchronize=lambda: None) -> float:
+    """Of a call, after a first one; the least of three, as one that was interrupted says nothing.
+
+    One that fills a block is not repeated, and one that takes longer than patience_s not even after the first call:
+    what only the first call does is nothing beside it.
+    """
+    least = _once(function, synchronize)
+    if least <= patience_s:
+        least = math.inf
+        for _ in range(3):
+            least = min(least, _once(function, synchronize))
+            if least >= block_s:
+                break
+    return max(least, 1e-9)
+
+
+def _once(function, synchronize=lambda: None) -> float:
+    start = time.perf_counter()
     function()
     synchronize()
-    least = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        synchronize()
-        least = min(least, max(time.perf_counter() - start, 1e-9))
-        if least >= block_s:
-            break
-    return max(1, round(block_s / least))
+    return time.perf_counter() - start
 
 
-def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambda: None, evict=None):
+def calls_that_last(block_s: float, function, synchronize=lambda: None) -> int:
+    """How many calls fill a block."""
+    return max(1, round(block_s / seconds_of(function, block_s, synchronize=synchronize)))
+
+
+@dataclass
+class Turn:
+    """One contender's part in the rounds."""
+
+    calls: int  # of a sample
+    rounds: float  # that it takes part in; infinity: in all
+
+    @classmethod
+    def of(cls, seconds: float, rounds: int, block_s: float, patience_s: float):
+        short = seconds <= block_s or seconds * rounds <= patience_s
+        return cls(max(1, round(block_s / seconds)), math.inf if short else int(patience_s / seconds))
+
+
+def interleave(contenders, rounds, block_s=0.02, synchronize=lambda: None, evict=None, patience_s=math.inf):
     """Seconds per call of each contender, one sample per round: A B C, then C B A, and so on.
 
     A sample is a block of calls that lasts about block_s; with `evict`, a few calls, each of which finds the caches as
     evict() leaves them. Rounds in which other processes took more than BUSY of the machine are measured again, up to
-    three times as many; if too few stay, all are used. Returns the samples and the share of the machine that others
-    took in each round.
+    three times as many; if too few stay, all are used. A contender takes part in as many rounds as fit in patience_s;
+    of one whose first call took longer, that call is the only sample. Returns the samples and the share of the machine
+    that others took in each round.
     """
-    calls = {name: calls_that_last(block_s, function, synchronize) for name, function in contenders.items()}
+    seconds = {name: seconds_of(call, block_s, patience_s, synchronize) for name, call in contenders.items()}
+    turns = {name: Turn.of(seconds[name], rounds, block_s, patience_s) for name in contenders}
     order = list(contenders)
     measured = []
     foreign = Foreign()
@@ -128,32 +165,37 @@ def interleave(contenders, rounds: int, block_s: float = 0.02, synchronize=lambd
             took = {}
             foreign.share()
             for name in order:
-                function, n = contenders[name], calls[name]
-                if evict:
-                    took[name] = statistics.median(_cold(function, evict, synchronize) for _ in range(min(n, COLD)))
+                function, turn = contenders[name], turns[name]
+                if len(measured) >= turn.rounds:
                     continue
-                if n > 1:
+                if evict:
+                    cold = [_cold(function, evict, synchronize) for _ in range(min(turn.calls, COLD))]
+                    took[name] = statistics.median(cold)
+                    continue
+                if turn.calls > 1:
                     function()  # the previous contender's data leave the cache before the clock starts
                     synchronize()
                 start = time.perf_counter()
-                for _ in range(n):
+                for _ in range(turn.calls):
                     function()
                 synchronize()
-                took[name] = (time.perf_counter() - start) / n
+                took[name] = (time.perf_counter() - start) / turn.calls
             measured.append((took, foreign.share()))
             order.reverse()
     quiet = [m for m in measured if m[1] <= BUSY]
     kept = quiet if len(quiet) >= max(3, rounds // 2) else measured
-    return {name: [took[name] for took, _ in kept] for name in contenders}, [share for _, share in kept]
+
+    def samples(name):
+        of_all = math.isinf(turns[name].rounds)
+        return [took[name] for took, _ in (kept if of_all else measured) if name in took] or [seconds[name]]
+
+    return {name: samples(name) for name in contenders}, [share for _, share in kept]
 
 
 def _cold(function, evict, synchronize) -> float:
     evict()
     synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
+    return _once(function, synchronize)
 
 
 def evictor(device="cpu"):
@@ -196,7 +238,7 @@ def read_of(moved: int, device="cpu", sets=1):
 
 
 def ceilings(device="cpu", seconds=0.3) -> dict:
-    """What this machine can do, measured now: bandwidth of memory, rates of matrix products and of plain FMA."""
+    """What this machine can do, measured now: bandwidth of memory, rates of matrix products and, if known, of FMA."""
     from fastllm import dispatch
 
     found = {
@@ -204,13 +246,11 @@ def ceilings(device="cpu", seconds=0.3) -> dict:
         for name, call in (("copy", copy_of), ("read", read_of))
     }
     before = torch.get_float32_matmul_precision()
-    n = 2048
     try:
         for dtype, precision in ((torch.float32, "highest"), (torch.float32, "medium"), (torch.bfloat16, before)):
             torch.set_float32_matmul_precision(precision)
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
             name = "mm_bfloat16" if dtype == torch.bfloat16 else f"mm_float32_{precision}"
-            found[f"{name}_gflop_per_s"] = 2.0 * n**3 / _best(lambda a=a, b=b: torch.mm(a, b), seconds) / 1e9
+            found[f"{name}_gflop_per_s"] = product_rate(dtype, device, seconds) / 1e9
     finally:
         torch.set_float32_matmul_precision(before)
     peak = getattr(dispatch.extension, "peak", None) if device == "cpu" else None
@@ -219,10 +259,30 @@ def ceilings(device="cpu", seconds=0.3) -> dict:
     return found
 
 
+def product_rate(dtype, device="cpu", seconds=0.3) -> float:
+    """Operations a second of PyTorch's matrix product, in the faster of both layouts of a weight.
+
+    The size grows until a call takes ENOUGH_S: where PyTorch has no kernel for a dtype, one of 2048^3 takes a minute.
+    """
+    n = 256
+    while True:
+        x, weight = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        calls = [functools.partial(torch.mm, x, y) for y in (weight, weight.T)]
+        took = [_best(call, 0.0) for call in calls]
+        if n == LARGEST or max(took) > ENOUGH_S:
+            faster = took.index(min(took))
+            return 2.0 * n**3 / min(took[faster], _best(calls[faster], seconds))
+        n *= 2
+
+
 def peak_gflop_per_s(found: dict, dtype) -> float:
-    """The highest measured rate of a dtype. From a matrix product it is a lower bound of what the hardware can do."""
+    """The highest measured rate of a dtype. From a matrix product it is a lower bound of what the hardware can do.
+
+    A rate of fp32 is one of 16-bit numbers too, which can be widened and rounded.
+    """
     low = dtype in (torch.bfloat16, torch.float16)
-    return max((rate for name, rate in found.items() if ("bfloat16" if low else "float32") in name), default=0.0)
+    named = ("float32", "bfloat16") if low else ("float32",)
+    return max((rate for name, rate in found.items() if any(f"_{one}_" in name for one in named)), default=0.0)
 
 
 def _best(function, seconds) -> float:

@@ -4,6 +4,7 @@ This file is the home of the project's one tolerance; tests/check.py asserts wha
 """
 
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -107,13 +108,22 @@ class Examination:
     inputs: list = field(default_factory=list)
     grads: list | None = None
     truth: list = field(default_factory=list)
+    slow: str = ""  # why nothing was examined
+
+    def part(self) -> list:
+        """The inputs that the truth is of."""
+        return [self.case.part(x) for x in self.inputs]
 
     def error_of(self, function, backward=True) -> float:
         """The largest norm of an error over the norm of the truth, of the outputs and gradients of `function`."""
         outputs, grads = forward_backward(function, self.inputs, self.grads if backward else None)
+        return self.error_in([self.case.part(x) for x in outputs + grads])
+
+    def error_in(self, results) -> float:
+        """The same of results on `part()`, outputs first; there may be fewer than the truth has."""
         return max(
-            float((self.case.part(x.detach()).double() - y).norm() / (y.norm() or 1.0))
-            for x, y in zip(outputs + grads, self.truth, strict=False)
+            float((x.detach().double() - y).norm() / (y.norm() or 1.0))
+            for x, y in zip(results, self.truth, strict=False)
         )
 
 
@@ -122,10 +132,11 @@ def check(case, dtype, device="cpu", seed=0) -> list[Row]:
     return examine(case, dtype, device, seed).rows
 
 
-def examine(case, dtype, device="cpu", seed=0) -> Examination:
+def examine(case, dtype, device="cpu", seed=0, patience_s=math.inf) -> Examination:
     """`check`, with the truth kept.
 
-    Kernels run on the whole input; the fp64 truth and PyTorch's own answer are taken on `case.part` of it.
+    Kernels run on the whole input; the fp64 truth and PyTorch's own answer are taken on `case.part` of it. A call that
+    takes longer than `patience_s` forward is not examined; see `peers` for PyTorch's.
     """
     from fastllm import dispatch
 
@@ -133,7 +144,12 @@ def examine(case, dtype, device="cpu", seed=0) -> Examination:
     about, calls = (case.op, case.name, str(dtype).removeprefix("torch.")), []
     try:
         with dispatch.recording(calls), torch.no_grad():
+            start = time.perf_counter()
             shapes = [y.shape for y in _as_list(case.ours(*inputs))]
+            seconds = time.perf_counter() - start
+        if seconds > patience_s:
+            row = Row(*about, "call", calls[-1].kernel, calls[-1].reason, Accuracy())
+            return Examination([row], case, slow=f"a call takes {seconds:.0f} s")
         random = torch.Generator(device).manual_seed(seed + 1)
         grads = [torch.randn(shape, generator=random, device=device).to(dtype) for shape in shapes]
         grads = grads if "backward" in case.flops else None
@@ -144,7 +160,7 @@ def examine(case, dtype, device="cpu", seed=0) -> Examination:
             [Row(*about, "call", kernel, "", Accuracy(problem=f"{type(error).__name__}: {error}"))], case
         )
     part, part_grads = [case.part(x) for x in inputs], grads and [case.part(g) for g in grads]
-    peer = forward_backward(case.peer or case.torch, part, part_grads)
+    peer = peers(case, part, part_grads, got, patience_s)
     truth = forward_backward(case.naive, part, part_grads, torch.float64)
     names = [*case.outputs, *(f"d{name}" for name in case.shapes if grads)]
     kernel = calls[-1].kernel if calls else "none"
@@ -154,6 +170,25 @@ def examine(case, dtype, device="cpu", seed=0) -> Examination:
         for name, a, b, c in zip(names, got[0] + got[1], peer[0] + peer[1], truth[0] + truth[1], strict=True)
     ]
     return Examination(rows, case, inputs, grads, [x.detach() for x in truth[0] + truth[1]])
+
+
+def peers(case, part, grads, got, patience_s=math.inf):
+    """What the rule holds `got` against: PyTorch's outputs and gradients on a part of the input, in its dtype.
+
+    Where a 16-bit call takes an eighth of the patience (some CPUs have no 16-bit products, and gradients are slower
+    still), PyTorch's in fp32, rounded once: hardly anything is closer to the truth, so the rule is no laxer.
+    """
+    function = case.peer or case.torch
+    wide = False
+    if patience_s < math.inf and part[0].dtype in (torch.bfloat16, torch.float16):
+        start = time.perf_counter()
+        with torch.no_grad():
+            function(*part)
+        wide = time.perf_counter() - start > patience_s / 8
+    if not wide:
+        return forward_backward(function, part, grads)
+    found = forward_backward(function, part, grads, torch.float32)
+    return tuple([x.to(y.dtype) for x, y in zip(*pair, strict=True)] for pair in zip(found, got, strict=True))
 
 
 def run(ops=None, dtypes=DTYPES, device="cpu", cases=None) -> list[Row]:

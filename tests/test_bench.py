@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from fastllm import cli
+from fastllm import cli, verify
 from fastllm.bench import cases, measure, run, show, store, timing
 
 TINY = [
@@ -152,6 +152,57 @@ def test_a_block_holds_as_many_calls_as_fill_it(monkeypatch):
     assert samples == {"slow": [1.0, 1.0], "brief": [0.25, 0.25]}
 
 
+def slow_clock(monkeypatch, **seconds):
+    """Contenders that take as long as is said, on a clock that only they move; and how often each was called."""
+    now, calls = [0.0], dict.fromkeys(seconds, 0)
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(name):
+        def function(*inputs):
+            calls[name] += 1
+            now[0] += seconds[name]
+
+        return function
+
+    return {name: call(name) for name in seconds}, calls
+
+
+def test_patience_bounds_what_a_slow_contender_costs(monkeypatch):
+    contenders, calls = slow_clock(monkeypatch, ours=0.25, slow=0.5, slower=1.5, endless=60.0)
+    samples, _ = timing.interleave(contenders, rounds=8, block_s=0.25, patience_s=2.0)
+    assert {name: len(found) for name, found in samples.items()} == {"ours": 8, "slow": 4, "slower": 1, "endless": 1}
+    assert calls == {"ours": 2 + 8, "slow": 2 + 4, "slower": 2 + 1, "endless": 1}  # the first call is the only one
+    assert samples["endless"] == [60.0]
+    assert timing.ratios(samples["endless"], samples["ours"]) == timing.Spread(240.0, 240.0, 240.0)
+    assert timing.ratios(samples["slow"], samples["ours"]).median == 2.0
+    assert timing.ratios(samples["ours"], samples["slow"]).median == 0.5
+
+
+def test_a_slow_contender_keeps_its_rounds_on_a_busy_machine(monkeypatch):
+    contenders, _ = slow_clock(monkeypatch, ours=0.1, slow=0.5)
+    shares = iter([0.0, 0.5, 0.0, 0.5] + [0.0] * 100)  # of the first two rounds
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: next(shares))
+    samples, foreign = timing.interleave(contenders, rounds=5, block_s=0.1, patience_s=1.0)
+    assert len(samples["ours"]) == 5 == len(foreign) and len(samples["slow"]) == 2  # of rounds that did not count
+
+
+def test_products_grow_until_one_is_long_enough(monkeypatch):
+    sizes = []
+
+    def best(call, seconds):
+        n = call.args[0].shape[0]
+        sizes.append(n)
+        return n**3 * 2e-10  # 10 GFLOP/s
+
+    monkeypatch.setattr(timing, "_best", best)
+    assert timing.product_rate(torch.float32) == pytest.approx(1e10)
+    assert max(sizes) == 1024  # 0.2 s
+    monkeypatch.setattr(timing, "_best", lambda call, seconds: sizes.append(call.args[0].shape[0]) or 1e-6)
+    timing.product_rate(torch.float32)
+    assert max(sizes) == timing.LARGEST
+
+
 def test_disturbed_rounds_are_measured_again(monkeypatch):
     shares = iter([0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0])  # looked at before and after each round
     monkeypatch.setattr(timing.Foreign, "share", lambda self: next(shares))
@@ -201,6 +252,8 @@ def test_ceilings_are_measured(monkeypatch):
     }
     assert timing.peak_gflop_per_s(rates, torch.float32) == 7
     assert timing.peak_gflop_per_s(rates, torch.bfloat16) == 11
+    rates["mm_bfloat16_gflop_per_s"] = 0.3  # no kernel of its own: 16-bit numbers can be widened
+    assert timing.peak_gflop_per_s(rates, torch.bfloat16) == 7
 
 
 @pytest.mark.parametrize("passes", cases.PASSES)
@@ -231,7 +284,8 @@ def test_a_whole_run(tiny, monkeypatch, tmp_path, capsys):
         assert set(row["ratio"]) == names == set(row["errors"]) - {"ours"} and row["noise"] >= 0
         assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
         assert max(row["errors"].values()) < 1e-5 and min(row["errors"].values()) >= 0
-        assert row["floor_ms"] > 0 and row["sets"] == 2
+        assert row["floor_ms"] > 0 and row["sets"] == 2 and row["slow"] == ""
+        assert all(not ratio["at_least"] and ratio["n"] >= 2 for ratio in row["ratio"].values())
         assert not row["memory_bytes"] or set(row["memory_bytes"]) == names | {"ours"}
     assert {"versions", "cpu", "git", "date", "affinity"} <= set(report["environment"]) and not report["interrupted"]
     out = capsys.readouterr().out
@@ -256,6 +310,84 @@ def test_a_wrong_result_is_never_timed(tiny, monkeypatch, capsys):
     assert "WRONG, so not timed: softmax" in capsys.readouterr().out
 
 
+def with_naive(case, seconds, monkeypatch):
+    """A naive rival that takes `seconds` for every key head, on a clock that nothing else moves; and its calls."""
+    now, heads = [0.0], []
+    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def naive(*inputs):
+        if inputs[0].dtype != torch.float64:  # the truth
+            heads.append(inputs[0].shape[1])
+            now[0] += seconds * inputs[0].shape[1]
+        return case.naive(*inputs)
+
+    return dataclasses.replace(case, naive=naive), heads
+
+
+@pytest.mark.parametrize(
+    ("seconds", "heads", "n", "bound"),
+    [
+        (0.3, 4, 1, False),  # 1.2 s: every pass once, within the patience of a second
+        (1.5, 1, 1, False),
+        (0.6, 4, 1, False),  # longer, but not by so much that it is not called whole
+        (4.0, 4, 1, True),  # a head is enough
+    ],
+)
+def test_a_slow_rival_costs_what_the_patience_says(tiny, monkeypatch, seconds, heads, n, bound):
+    case, called = with_naive(cases.attention(1, heads, 8, 16), seconds, monkeypatch)
+    monkeypatch.setattr(cases, "BENCH", [case])
+    report = run.run(options("--rivals", "torch,naive", "--patience", "1"))
+    forward, backward, both = report["runs"]["stock"]["rows"]
+    assert sum(called) * seconds <= 6 * measure.FORESEEN
+    naive = forward["ratio"]["naive"]
+    assert (naive["n"], naive["at_least"]) == (n, bound)
+    assert forward["samples_s"]["naive"][0] == pytest.approx(seconds * (1 if bound else heads))
+    assert both["ratio"]["naive"]["at_least"] and both["ratio"]["naive"]["median"] == naive["median"]
+    assert "longer than --patience 1 s" in backward["missing"]["naive"] and "naive" not in backward["ratio"]
+    assert forward["ratio"]["torch"]["n"] >= 2 and 0 < forward["errors"]["naive"] < 1e-5
+
+
+def test_ours_that_takes_too_long_is_said_not_timed(tiny, monkeypatch, capsys):
+    case = TINY[3]
+    now = [0.0]
+    monkeypatch.setattr(verify.time, "perf_counter", lambda: now[0])
+
+    def slow(x):
+        now[0] += 5.0
+        return case.ours(x)
+
+    monkeypatch.setattr(cases, "BENCH", [dataclasses.replace(case, ours=slow)])
+    report = run.run(options("--passes", "forward"))
+    (row,) = report["runs"]["stock"]["rows"]
+    assert row["slow"] == "a call takes 5 s" and "ms" not in row and now == [5.0]
+    show.report(report)
+    assert "slow, so not timed: softmax 3x8 causal float32: a call takes 5 s" in capsys.readouterr().out
+
+
+def test_where_16_bit_calls_are_slow_the_peer_is_no_laxer(monkeypatch):
+    """PyTorch in fp32, rounded once: what PyTorch's own 16-bit result may not be, ours may not be either."""
+    case = cases.linear(16, 24, 32)
+    now, dtypes = [0.0], []
+    monkeypatch.setattr(verify.time, "perf_counter", lambda: now[0])
+
+    def slow(*inputs):
+        dtypes.append(inputs[0].dtype)
+        now[0] += 0.5 if inputs[0].dtype == torch.bfloat16 else 0.0
+        return case.torch(*inputs)
+
+    watched = dataclasses.replace(case, torch=slow, ours=case.torch)
+    seen = verify.examine(watched, torch.bfloat16, patience_s=2.0)
+    assert dtypes == [torch.bfloat16, torch.float32] and not any(row.accuracy.problem for row in seen.rows)
+    off = dataclasses.replace(watched, ours=lambda *x: case.torch(*x) * 1.02)
+    assert {row.result for row in verify.check(off, torch.bfloat16)} <= {
+        row.result for row in verify.examine(off, torch.bfloat16, patience_s=2.0).rows if row.accuracy.problem
+    }
+    dtypes.clear()
+    verify.examine(watched, torch.bfloat16)
+    assert dtypes == [torch.bfloat16]
+
+
 def _fake(contenders):
     return {name: [1.0, 1.0] for name in contenders}, [0.0, 0.0]
 
@@ -263,8 +395,8 @@ def _fake(contenders):
 def _never_a_fallback(examine):
     """Holds the rule even where the extension is missing and the results are plain PyTorch's."""
 
-    def call(*args):
-        found = examine(*args)
+    def call(*args, **options):
+        found = examine(*args, **options)
         found.rows = [dataclasses.replace(row, fallback="") for row in found.rows]
         return found
 

@@ -54,7 +54,6 @@ def test_reference(tiny, tmp_path, capsys):
         assert 0 < row["error"]["fastllm"] < 1e-5
         assert {"attention", "rms_norm", "elsewhere"} <= {line[0] for line in row["explained"]}
     assert rows[0]["rate"]["sdpa"] == pytest.approx(8e3 / rows[0]["ms"]["sdpa"]["median"])
-    assert rows[1]["peak_bytes"]["sdpa"] > 4 * sum(p.numel() for p in subjects.load("tiny").model.parameters())
     shown = capsys.readouterr().out
     assert "train 2x8, float32, tokens/s" in shown and "where fastllm's time goes" in shown
 
@@ -94,8 +93,8 @@ def test_a_rival_that_fails_is_named(tiny):
         raise RuntimeError("no such engine\nand more")
 
     work = tasks.Work("prefill", "", 1, "tokens/s", lambda model: lambda: model, {"other": fail})
-    calls, missing = bench.calls_of(work, {"fastllm": torch.ones(1)})
-    assert calls.keys() == {"fastllm"} and missing == {"other": "RuntimeError: no such engine"}
+    calls, results, missing = bench.calls_of(work, {"fastllm": torch.ones(1)})
+    assert calls.keys() == results.keys() == {"fastllm"} and missing == {"other": "RuntimeError: no such engine"}
 
 
 def test_contenders_share_their_weights(tiny):
@@ -106,16 +105,6 @@ def test_contenders_share_their_weights(tiny):
         assert all(a is b for a, b in zip(model.parameters(), subject.model.parameters(), strict=True))
         assert model.head.weight is model.embedding.weight
     assert variants["fastllm"].accelerated and not variants["sdpa"].accelerated
-
-
-def test_peak_bytes_counts_what_is_alive_at_once():
-    def call():
-        for _ in range(3):
-            a = torch.empty(1000)
-            b = a + 1
-            del a, b
-
-    assert 2 * 4000 <= bench.peak_bytes(call) < 2 * 4000 + 100  # the number 1 is a tensor too
 
 
 def test_dropout_is_off():

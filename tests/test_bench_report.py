@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastllm import cli, drawing, text
-from fastllm.bench import cases, compare, growth, measure, page, readme, store, timing
+from fastllm.bench import cases, compare, growth, measure, page, plots, readme, show, store, timing
 
 CEILINGS = {
     "copy_gb_per_s": 30.0,
@@ -24,30 +24,30 @@ CEILINGS = {
 NORM, ATTENTION = cases.norm("layer_norm", 64, 32), cases.attention(1, 2, 64, 16, causal=True)
 
 
-def row(case, ratio=2.0, dtype="float32", passes="forward", cache="warm", noise=0.01, others=()):
-    """A row whose samples are exact: ours takes 1 ms, PyTorch `ratio` ms, others what is said."""
+def row(case, ratio=2.0, dtype="float32", passes="forward", cache="warm", noise=0.01, others=(), at_least=(), n=5):
+    """A row whose samples are exact: ours takes 1 ms, PyTorch `ratio` ms (n times), others what is said."""
     made = object.__new__(measure.Measured)
     made.case, made.dtype, made.ceilings = case, getattr(torch, dtype), CEILINGS
     rounds = 5
-    samples = {"ours": [1e-3] * rounds, "torch": [ratio * 1e-3] * rounds}
+    samples = {"ours": [1e-3] * rounds, "torch": [ratio * 1e-3] * n}
     samples |= {name: [seconds] * rounds for name, seconds in others}
     samples |= {"ours again": [1e-3 * math.exp(noise)] * rounds, "floor": [0.5e-3] * rounds}
-    about = {"op": case.op, "case": case.name, "dtype": dtype, "kernel": "C++", "fallback": "", "wrong": ""}
+    about = {"op": case.op, "case": case.name, "dtype": dtype, "kernel": "C++", "fallback": "", "wrong": "", "slow": ""}
     about |= {"pass": passes, "cache": cache, "sets": 2, "missing": {"liger": "ModuleNotFoundError: no Liger"}}
     about |= {"memory_bytes": {"ours": 1 << 20, "torch": 3 << 20}, "errors": {"ours": 1e-7, "torch": 2e-7}}
-    figures = made.figures(passes, case.bytes(passes, made.dtype), "copy", samples, [0.0] * rounds)
+    figures = made.figures(passes, case.bytes(passes, made.dtype), "copy", samples, [0.0] * rounds, at_least)
     return about | figures
 
 
 def wrong(case):
     about = {"op": case.op, "case": case.name, "dtype": "float32", "kernel": "C++", "fallback": ""}
-    return about | {"pass": "forward", "cache": "warm", "wrong": "y: largest error 1.0, allowed 0.1"}
+    return about | {"pass": "forward", "cache": "warm", "wrong": "y: largest error 1.0, allowed 0.1", "slow": ""}
 
 
 def report(*rows, **runs):
     found = {"stock": {"knobs": [], "ceilings": CEILINGS, "rows": list(rows)}}
     found |= {knobs: {"knobs": ["a knob"], "ceilings": CEILINGS, "rows": rows} for knobs, rows in runs.items()}
-    options = {"rounds": 5, "block_ms": 1.0}
+    options = {"rounds": 5, "block_ms": 1.0, "patience": 2.0}
     return {"schema": store.SCHEMA, "environment": store.environment(), "options": options, "interrupted": False} | {
         "runs": found
     }
@@ -66,7 +66,11 @@ def test_figures_of_a_row():
     found = row(NORM, 2.0, noise=0.02)
     assert found["ms"] == {"p20": 1.0, "median": 1.0, "p80": 1.0} and found["noise"] == pytest.approx(0.02)
     assert found["share_of_floor"] == 0.5 and found["bound_by"] == "copy"
-    assert found["ratio"]["torch"] == {"p20": 2.0, "median": 2.0, "p80": 2.0, "tie": False}
+    assert found["ratio"]["torch"] == {"p20": 2.0, "median": 2.0, "p80": 2.0} | {
+        "tie": False,
+        "n": 5,
+        "at_least": False,
+    }
     assert found["gb_per_s"] == pytest.approx(NORM.bytes("forward", torch.float32) / 1e-3 / 1e9)
     assert row(NORM, 1.01, noise=0.02)["ratio"]["torch"]["tie"]
 
@@ -83,7 +87,7 @@ def test_files_are_whole_and_samples_are_kept(tmp_path):
     assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == ["report.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', "{}"])
 def test_another_schema_is_refused(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ValueError, match=r"report\.json (is not JSON|has schema)"):
@@ -122,6 +126,47 @@ def test_the_page_says_what_the_rows_say():
         assert heading in html
 
 
+def slow(case):
+    return wrong(case) | {"wrong": "", "slow": "a call takes 20 s"}
+
+
+BOUNDS = (
+    row(NORM, 12.0, n=1, others=[("naive", 3.0)]),
+    row(NORM, 40.0, passes="both", at_least={"torch", "naive"}, others=[("naive", 3.0)]),
+    slow(ATTENTION),
+)
+
+
+def test_one_call_and_a_lower_bound_are_said_to_be_so():
+    first, second = (found["ratio"] for found in BOUNDS[:2])
+    assert [show.standing(r) for r in (first["torch"], second["torch"])] == ["12.00x (n=1)", "> 40.00x"]
+    assert plots.in_short(first["torch"]) == "12.00x (n=1)" and plots.in_short(second["torch"]) == "> 40.00x"
+    assert show.cells(BOUNDS[2], ["torch"])[3] == "slow"
+    assert show.reasons(BOUNDS)[0] == "slow, so not timed: attention 1x2x64x16 causal float32: a call takes 20 s"
+    lines = list(csv.DictReader(io.StringIO(store.table(report(*BOUNDS)))))
+    assert [(line["contender"], line["samples"], line["at_least"]) for line in lines][:3] == [
+        ("ours", "5", ""),
+        ("torch", "1", "False"),
+        ("naive", "5", "False"),
+    ]
+    assert lines[5]["at_least"] == "True" and lines[-1]["problem"] == "a call takes 20 s"
+    (op, other), _ = page.by_op(BOUNDS)
+    assert op["cells"] == [("> 21.91x", "12.00 to 40.00")] and other["cells"] == [("-", "")]
+
+
+def test_a_rival_far_out_does_not_squeeze_the_others():
+    pytest.importorskip("matplotlib")
+    drawn = plots.bars(plots.right(BOUNDS), "x")
+    assert ">3,000<" in drawn.replace("&gt; ", "") and "&gt; 40.00x" in drawn
+    assert ">1000<" not in drawn  # no tick there
+
+
+def test_a_bound_is_no_yardstick_for_a_later_report():
+    found = compare.compare(report(*BOUNDS), report(*BOUNDS), "base")["rows"]
+    assert [row.get("yardstick") for row in found] == ["torch", "floor", None]
+    assert [row["verdict"] for row in found] == ["same", "same", "not timed"] and not compare.regressed({"rows": found})
+
+
 def test_a_page_of_nothing_but_wrong_rows():
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
@@ -131,8 +176,6 @@ def test_a_page_of_nothing_but_wrong_rows():
 
 def test_without_the_extra_there_is_no_page_but_a_reason(tmp_path, monkeypatch, capsys):
     import sys
-
-    from fastllm.bench import show
 
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "fastllm.bench.page", raising=False)
@@ -298,7 +341,12 @@ def test_threads_are_set_and_given_back(two_curves, monkeypatch):
     monkeypatch.setattr(growth.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     before, inside = torch.get_num_threads(), []
     interleave = timing.interleave
-    monkeypatch.setattr(timing, "interleave", lambda *args: inside.append(torch.get_num_threads()) or interleave(*args))
+
+    def watched(*args, **options):
+        inside.append(torch.get_num_threads())
+        return interleave(*args, **options)
+
+    monkeypatch.setattr(timing, "interleave", watched)
     report = growth.run(curve_options("threads"))
     assert inside == [1, 2, 3] == [p["x"] for p in report["curves"][0]["points"]]
     assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""bench/gpu.py on a CPU, with interpreted kernels, tiny sizes and made-up rivals: no minute on a GPU goes to a typo."""
+"""bench/gpu on a CPU, with interpreted kernels, tiny sizes and made-up rivals: no minute on a GPU goes to a typo."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ import interpreter  # noqa: F401
 
 from fastllm.bench import bars, cases, gpu, tune
 from fastllm.bench.bars import Bar
+from fastllm.bench.gpu import checks, show, timed
 from fastllm.bench.tune import Tunable
 
 FP32 = torch.float32
@@ -102,14 +103,14 @@ def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
             never.wait(30)
         return f"bar {job[0]}", "RuntimeError: no" if job[0] == 0 else ""
 
-    monkeypatch.setattr(gpu, "warm_up", made_up)
+    monkeypatch.setattr(checks, "warm_up", made_up)
     threads = types.SimpleNamespace(
         get_context=lambda kind: multiprocessing.dummy, TimeoutError=multiprocessing.TimeoutError
     )
-    monkeypatch.setattr(gpu, "multiprocessing", threads)
+    monkeypatch.setattr(checks, "multiprocessing", threads)
     stage = stage_of(tmp_path)
     stage.options.workers, stage.options.deadline = 3, time.time() + 3
-    stage.compile()
+    checks.compile_kernels(stage)
     never.set()
     (row,) = stage.log.of("compile")
     assert (
@@ -119,14 +120,14 @@ def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
 
 def test_accept_takes_the_worse_of_two_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bars, "BARS", TINY[-1:])
-    monkeypatch.setattr(gpu.verify, "run", lambda device: [])
+    monkeypatch.setattr(checks.verify, "run", lambda device: [])
     times = iter([1.0, 2.0])
 
-    def made_up(self, contenders, rounds=5):
+    def made_up(stage, contenders, rounds=5):
         ours = next(times, 1.0)
         return {name: [ours if name.startswith("ours") else 4.0] * 3 for name in contenders}
 
-    monkeypatch.setattr(gpu.Stage, "time", made_up)
+    monkeypatch.setattr(timed, "rounds_of", made_up)
     gpu.main(arguments(tmp_path, "--stage", "accept", "--no-compile"))
     (bar,) = of(rows(tmp_path)[1], "bar")
     assert bar["ms"] == 2e3 and bar["ratio"] == {"torch": 2.0} and len(bar["samples_s"]) == 2
@@ -166,10 +167,10 @@ def test_a_wrong_result_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
     case = dataclasses.replace(TINY[-1].case, ours=lambda x: TINY[-1].case.torch(x) * 1.01)
     monkeypatch.setattr(bars, "BARS", [dataclasses.replace(TINY[-1], case=case)])
     stage = stage_of(tmp_path)
-    stage.bar(bars.BARS[0])
+    timed.time_bar(stage, bars.BARS[0])
     (bar,) = stage.log.of("bar")
     assert "y: norm of the error" in bar["wrong"] and "ms" not in bar
-    gpu.report(stage.log)
+    show.report(stage.log)
     assert "WRONG: y: norm" in capsys.readouterr().out
 
 
@@ -204,7 +205,7 @@ def test_a_poisoned_context_starts_the_process_anew(tmp_path, monkeypatch):
 
 def test_outcomes_of_a_log_that_was_cut():
     log = "tests/test_a.py::test_x[triton-a b] PASSED [ 10%]\ntests/test_a.py::test_y FAILED\ntests/test_a.py::test_z "
-    assert gpu.outcomes_in(log) == {
+    assert checks.outcomes_in(log) == {
         "tests/test_a.py::test_x[triton-a b]": "PASSED",
         "tests/test_a.py::test_y": "FAILED",
     }

@@ -1,0 +1,5 @@
+import sys
+
+from fastllm.bench.gpu import main
+
+sys.exit(main())
