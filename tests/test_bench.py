@@ -311,10 +311,15 @@ def test_a_wrong_result_is_never_timed(tiny, monkeypatch, capsys):
 
 
 def with_naive(case, seconds, monkeypatch):
-    """A naive rival that takes `seconds` for every key head, on a clock that nothing else moves; and its calls."""
+    """A naive rival that takes `seconds` for every key head, on a clock where all else takes 1 ms; and its calls."""
     now, heads = [0.0], []
+
+    def clock():
+        now[0] += 1e-3
+        return now[0]
+
     monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", clock)
 
     def naive(*inputs):
         if inputs[0].dtype != torch.float64:  # the truth
@@ -342,8 +347,8 @@ def test_a_slow_rival_costs_what_the_patience_says(tiny, monkeypatch, seconds, h
     assert sum(called) * seconds <= 6 * measure.FORESEEN
     naive = forward["ratio"]["naive"]
     assert (naive["n"], naive["at_least"]) == (n, bound)
-    assert forward["samples_s"]["naive"][0] == pytest.approx(seconds * (1 if bound else heads))
-    assert both["ratio"]["naive"]["at_least"] and both["ratio"]["naive"]["median"] == naive["median"]
+    assert forward["samples_s"]["naive"][0] == pytest.approx(seconds * (1 if bound else heads), rel=0.01)
+    assert both["ratio"]["naive"]["at_least"] and both["ratio"]["naive"]["median"] > 100
     assert "longer than --patience 1 s" in backward["missing"]["naive"] and "naive" not in backward["ratio"]
     assert forward["ratio"]["torch"]["n"] >= 2 and 0 < forward["errors"]["naive"] < 1e-5
 
