@@ -88,7 +88,8 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
         report, place = kept["report"], folder.relative_to(root).as_posix()
         about = report["environment"]
         commit = f", commit {about['git']['commit'][:7]}" if about["git"]["commit"] else ""
-        out += [f"Measured by `fastllm bench` on: {store.machine(about)}{commit}; raw samples in `{place}`.", ""]
+        where = f"{store.machine(about)}, {about['date'][:10]}{commit}"
+        out += ["" if out else None, f"**{folder.name}**, by `fastllm bench`: {where}; raw samples in `{place}`.", ""]
         for name, (says, _) in figures(kept).items():
             base = f"{place}/figures/{name}"
             out.append(
@@ -110,7 +111,7 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
                 for op in ops
             ]
             out += markdown(header, rows)
-    return "\n".join(out) or "No report is committed yet; `make bench` measures yours."
+    return "\n".join(line for line in out if line is not None) or "No report is committed yet; `make bench` measures yours."
 
 
 SCORES = {"bits_per_character": "bits per character", "bleu": "BLEU", "rougeL": "ROUGE-L"}
