@@ -6,6 +6,7 @@ from statistics import geometric_mean, median
 import torch
 
 from fastllm.bench.rivals import RIVALS
+from fastllm.bench.show import times
 from fastllm.bench.store import untimed
 from fastllm.bench.timing import peak_gflop_per_s
 from fastllm.drawing import BAD, CARD, GRID, INK, LEGEND, MUTED, NAIVE, OURS, SERIES, figure, svg
@@ -26,7 +27,7 @@ MARKERS = {  # rival -> marker, colour; PyTorch's own kernel is the bar
     "xformers": ("h", SERIES[7]),
     "liger": ("d", SERIES[3]),
 }
-BEYOND = 4.0  # times the largest ratio to PyTorch: a mark further out stands at the edge, with its number
+BEYOND = 8.0  # times the median ratio to PyTorch: what is further out stands at the edge, with its number
 PAPER = dict(facecolor=CARD, edgecolor="none", pad=0.5)  # behind a text that a line would cross
 
 
@@ -79,15 +80,21 @@ def overview(rows, title) -> str:
     ops = list(dict.fromkeys(row["op"] for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     made, axis = figure(WIDTH, 0.9 + 0.42 * len(ops))
-    ratio_axis(axis, min(map(speed_up, rows)), max(map(speed_up, rows)))
+    furthest = BEYOND * max(2.0, median(map(speed_up, rows)))
+    edge = ratio_axis(axis, min(map(speed_up, rows)), min(furthest, max(map(speed_up, rows))))
     colours = dict(zip(dtypes, (OURS, SERIES[0], SERIES[1]), strict=False))
     for n, op in enumerate(ops):
         for m, dtype in enumerate(dtypes):
             y = n + 0.32 * (m - (len(dtypes) - 1) / 2)
             found = [speed_up(row) for row in rows if row["op"] == op and row["dtype"] == dtype]
             if found:
-                axis.plot(found, [y] * len(found), "o", color=colours[dtype], markersize=3.8, alpha=0.6, mew=0)
-                axis.plot([geometric_mean(found)] * 2, [y - 0.15, y + 0.15], color=colours[dtype], linewidth=2.4)
+                inside = [v for v in found if v <= edge]
+                axis.plot(inside, [y] * len(inside), "o", color=colours[dtype], markersize=3.8, alpha=0.6, mew=0)
+                if len(inside) < len(found):  # further out than the axis goes
+                    axis.plot(edge, y, ">", color=colours[dtype], markersize=6, mew=0, clip_on=False)
+                axis.plot(
+                    [min(geometric_mean(found), edge)] * 2, [y - 0.15, y + 0.15], color=colours[dtype], linewidth=2.4
+                )
     for dtype in dtypes:
         axis.plot([], [], "o", color=colours[dtype], markersize=4, label=SHORT[dtype])
     axis.plot([], [], "|", color=MUTED, markersize=9, markeredgewidth=2.2, label="geometric mean")
@@ -109,7 +116,7 @@ def bars(rows, name) -> str:
     made, axis = figure(WIDTH, 0.75 + 0.19 * slots + 0.2 * tall)
     bars_to = [row["ratio"]["torch"][p] for row in rows if "torch" in row["ratio"] for p in ("p20", "p80")]
     marks = [ratio["median"] for row in rows for ratio in row["ratio"].values()]
-    furthest = BEYOND * max([2.0, *bars_to])
+    furthest = BEYOND * max([2.0, *map(median, [bars_to] if bars_to else [])])
     edge = ratio_axis(axis, min([*bars_to, *marks], default=1.0), min(furthest, max([*bars_to, *marks], default=1.0)))
     y, ticks = 0.0, []
     for case, found in each.items():
@@ -139,8 +146,8 @@ def one_bar(axis, y, row, edge):
     if ratio:
         colour = NAIVE if ratio["tie"] else OURS if ratio["median"] > 1 else BAD
         axis.barh(y, ratio["median"] - 1, 0.62, left=1.0, color=colour, linewidth=0)
-        if ratio["at_least"]:
-            axis.plot(ratio["median"], y, ">", color=colour, markersize=7, mew=0, clip_on=False)
+        if ratio["at_least"] or ratio["median"] > edge:
+            axis.plot(min(ratio["median"], edge), y, ">", color=colour, markersize=7, mew=0, clip_on=False)
         elif ratio["n"] > 1:
             spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
             axis.errorbar(ratio["median"], y, xerr=spread, color=INK, linewidth=0.9, capsize=1.8, capthick=0.9)
@@ -177,7 +184,7 @@ def in_short(ratio) -> str:
         return "no rival"
     if ratio["tie"]:
         return "tie"
-    return "> " * ratio["at_least"] + f"{ratio['median']:.2f}x" + " (n=1)" * (ratio["n"] == 1 and not ratio["at_least"])
+    return "> " * ratio["at_least"] + times(ratio["median"]) + " (n=1)" * (ratio["n"] == 1 and not ratio["at_least"])
 
 
 def roofline(rows, ceilings, dtype) -> str:

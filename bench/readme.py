@@ -111,7 +111,10 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
                 for op in ops
             ]
             out += markdown(header, rows)
-    return "\n".join(line for line in out if line is not None) or "No report is committed yet; `make bench` measures yours."
+    return (
+        "\n".join(line for line in out if line is not None)
+        or "No report is committed yet; `make bench` measures yours."
+    )
 
 
 SCORES = {"bits_per_character": "bits per character", "bleu": "BLEU", "rougeL": "ROUGE-L"}

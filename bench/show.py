@@ -44,9 +44,13 @@ def cells(row, names) -> tuple[str, ...]:
     return *start, row["pass"], row["cache"], row["kernel"], *times, *rates, f"{row['noise']:.1%}", size, *versus
 
 
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:,.0f}x"
+
+
 def standing(ratio) -> str:
     """A ratio, and how sure it is: its spread, "n=1" for a single sample, ">" for a lower bound."""
-    middle = f"{ratio['median']:.2f}x"
+    middle = times(ratio["median"])
     if ratio["at_least"]:
         return f"> {middle}"
     spread = "n=1" if ratio["n"] == 1 else f"{ratio['p20']:.2f}-{ratio['p80']:.2f}"
