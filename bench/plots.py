@@ -151,9 +151,12 @@ def one_bar(axis, y, row, edge):
         elif ratio["n"] > 1:
             spread = [[ratio["median"] - ratio["p20"]], [ratio["p80"] - ratio["median"]]]
             axis.errorbar(ratio["median"], y, xerr=spread, color=INK, linewidth=0.9, capsize=1.8, capthick=0.9)
-    for name, other in row["ratio"].items():
-        if name != "torch":
-            other_mark(axis, y, name, other, edge)
+    others = {name: other for name, other in row["ratio"].items() if name != "torch"}
+    beyond = [name for name, other in others.items() if other["median"] > edge / 1.06]
+    width = (edge / axis.get_xlim()[0]) ** 0.14  # of a mark and its number, on this axis
+    for name, other in others.items():
+        at = edge / 1.06 / width ** beyond.index(name) if name in beyond else other["median"]
+        other_mark(axis, (at, y), name, other, name in beyond)
     lost = bool(ratio) and not ratio["tie"] and ratio["median"] < 1
     axis.text(
         *(1.01, y, in_short(ratio)),
@@ -165,17 +168,15 @@ def one_bar(axis, y, row, edge):
     )
 
 
-def other_mark(axis, y, name, ratio, edge):
-    """A rival's mark; beyond the edge it stands at the edge with its number, and a lower bound has an arrow."""
+def other_mark(axis, at, name, ratio, beyond):
+    """A rival's mark; one beyond the axis stands at its edge with its number on the left; ">" is a lower bound."""
     marker, colour = MARKERS[name]
-    at = min(ratio["median"], edge / 1.06)
-    axis.plot(at, y, marker, color=colour, markersize=4.8, mec=CARD, mew=0.5, zorder=3)
-    if ratio["at_least"] or at < ratio["median"]:
-        arrow = dict(xytext=(5, 0), textcoords="offset points", va="center", annotation_clip=False)
-        if at < ratio["median"]:  # no room to the right of it
-            arrow |= dict(xytext=(-5, 0), ha="right", bbox=PAPER)
-        said = f"{ratio['median']:,.0f}" if at < ratio["median"] else ""
-        axis.annotate(f"> {said}" if ratio["at_least"] else said, (at, y), color=colour, fontsize=7.5, **arrow)
+    axis.plot(*at, marker, color=colour, markersize=4.8, mec=CARD, mew=0.5, zorder=3)
+    said = "> " * ratio["at_least"] + f"{ratio['median']:,.0f}" * beyond
+    left = dict(xytext=(-4, 0), ha="right", bbox=PAPER) if beyond else dict(xytext=(4, 0))
+    if said:
+        where = dict(textcoords="offset points", va="center", annotation_clip=False)
+        axis.annotate(said.strip(), at, color=colour, fontsize=7.5, **where, **left)
 
 
 def in_short(ratio) -> str:
