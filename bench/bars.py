@@ -98,6 +98,7 @@ BARS = [
     *(_row(cases.rope(8, 4096, 32, 128, Hkv=8), passes, 0.93, compile=1.05, torch=6.0) for passes in FORWARD_BACKWARD),
     _row(cases.gated("swiglu", 16384, 14336), "forward", 0.98, torch=2.7),
     _row(cases.gated("swiglu", 16384, 14336), "backward", 0.95, torch=2.7),
+    Bar(cases.adamw(64, 1 << 20), "forward", {"bandwidth": 0.93, "torch": 1.2}, torch.float32),
 ]
 
 
