@@ -67,11 +67,19 @@ def _missing() -> dict:
 
 
 def _linear() -> str:
-    """Who multiplies matrices in fp32 here."""
-    if "linear" not in _tuned.TABLE.get(_tuned.key(), {}):
-        return f"PyTorch's product: nobody has measured {_tuned.key()}"
-    won = sum(any(_tuned.linear_kernels(*size)) for size in _tuned.points(_tuned.key()))
-    return f"ours in {won} of {len(_tuned.points(_tuned.key()))} measured sizes: {_tuned.key()}"
+    """Who multiplies matrices here, dtype by dtype."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return "; ".join(f"{short} {_linear_in(dtype)}" for short, dtype in dtypes.items()) + f" ({_tuned.key()})"
+
+
+def _linear_in(dtype):
+    if _tuned.linear_entry(dtype) in _tuned.TABLE.get(_tuned.key(), {}):
+        points = _tuned.points(_tuned.key(), dtype)
+        won = sum(any(_tuned.linear_kernels(*size, dtype)) for size in points)
+        return f"ours in {won} of {len(points)} measured sizes"
+    if dtype == torch.float32:
+        return "PyTorch's, as nobody has measured"
+    return "ours, as oneDNN has none here" if _tuned.unmeasured(dtype) else "PyTorch's"
 
 
 def _state(why):

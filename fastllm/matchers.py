@@ -149,7 +149,6 @@ def _multihead_attention(
     elif not self.batch_first:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     D, H = self.head_dim, self.num_heads
-    linear = nn.functional.linear
     if self._qkv_same_embed_dim and same:
         parts = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
     else:
@@ -248,7 +247,8 @@ def match_linear(module, row):
 def _linear_forward(self, plain, x):
     # A few rows are PyTorch's product in any case, and to ask was 11% of the time of a sentence of 30 tokens in MiniLM.
     if not torch.compiler.is_compiling() and dispatch.is_free():
-        if x.numel() < self.in_features * _tuned.fewest_rows():
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if x.numel() < self.in_features * _tuned.fewest_rows(dtype):
             return plain(self, x)
     return linear(x, self.weight, self.bias)
 

@@ -6,6 +6,7 @@ namespace fastllm::cpu {
 namespace {
 
 constexpr int64_t kWorthAThread = 1 << 18;  // multiplications and additions: some 10 us of one core
+constexpr int64_t kFewRows = 16;            // that are multiplied with b where it lies, in 16-bit types
 
 // How a product is cut: into `down` x `across` pieces of whole tiles, one a thread.
 struct Cut {
@@ -13,10 +14,11 @@ struct Cut {
 };
 constexpr int64_t kTileRows = 24, kTileColumns = 64;  // multiples of every instruction set's tile
 
+int64_t share(int64_t size, int64_t parts, int64_t tile) {
+  return ((size + tile - 1) / tile + parts - 1) / parts * tile;
+}
+Cut across(const Gemm& g, int64_t threads) { return {1, threads, g.M, share(g.N, threads, kTileColumns)}; }
 Cut cut(const Gemm& g, int64_t threads) {
-  auto share = [](int64_t size, int64_t parts, int64_t tile) {
-    return ((size + tile - 1) / tile + parts - 1) / parts * tile;
-  };
   Cut best{1, 1, g.M, g.N};
   double least = 0;
   for (int64_t down = 1; down <= threads; ++down) {
@@ -28,7 +30,7 @@ Cut cut(const Gemm& g, int64_t threads) {
   return best;
 }
 
-// A matrix [rows, columns] of the compute type that may be a transposed one.
+// A matrix [rows, columns] that may be a transposed one.
 Operand operand(const Tensor& x, int64_t rows, int64_t columns, const char* op, const char* name) {
   if (x.is_contiguous()) return {x.data_ptr(), columns, 1};
   STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1), op, ": ", name,
@@ -43,49 +45,38 @@ struct Sizes {
   int64_t M, N, K;
   Sizes(const Tensor& x, const Tensor& weight, const char* op) {
     type = type_of(x, op);
-    STD_TORCH_CHECK(type == kFloat || type == kDouble, op, ": expected float32 or float64");
     STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == x.scalar_type(), op,
                     ": weight must be [N, K] of x's dtype");
     N = weight.size(0), K = weight.size(1);
-    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K && x.is_contiguous(), op, ": x must be contiguous [..., ", K, "]");
+    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K, op, ": x must be [..., ", K, "]");
     M = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
   }
 };
 
-// out[n] = sum over the rows of dy [M, N]. Stripes of rows have sums of their own, and their number depends on M alone.
+// out[n] = sum over the rows of dy [M, N].
 void sum_rows(const Tensor& dy, const Sizes& s, const Tensor& out) {
-  const int64_t stripes = std::min<int64_t>(64, (s.M + 7) / 8);
-  auto run = [&](auto* data) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-    std::unique_ptr<T[]> partial(new T[stripes * s.N]());
-    for_range(stripes, stripes * 16384 / std::max<int64_t>(1, s.M * s.N) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t m = s.M * t / stripes; m < s.M * (t + 1) / stripes; ++m)
-          for (int64_t n = 0; n < s.N; ++n) partial[t * s.N + n] += data[m * s.N + n];
-    });
-    for (int64_t n = 0; n < s.N; ++n) {
-      double sum = 0;
-      for (int64_t t = 0; t < stripes; ++t) sum += partial[t * s.N + n];
-      ((T*)out.data_ptr())[n] = T(sum);
-    }
-  };
-  if (s.type == kDouble)
-    run((const double*)dy.data_ptr());
-  else
-    run((const float*)dy.data_ptr());
+  const bool wide = s.type == kDouble;
+  const int64_t stripes = stripes_of(s.M), bytes = s.N * (wide ? 8 : 4);
+  const std::unique_ptr<char[]> partial(new char[stripes * bytes]());
+  for_stripes(s.M, s.N, [&](int64_t stripe, int64_t begin, int64_t end) {
+    kernels().linear->add_rows[s.type](dy.data_ptr(), s.N, begin, end, partial.get() + stripe * bytes);
+  });
+  sum_stripes(partial.get(), wide ? kDouble : kFloat, stripes, s.N, out, "linear_bwd");
 }
 
 }  // namespace
 
 void gemm(const Gemm& g, Type type, int64_t threads) {
   if (!g.M || !g.N) return;
-  const auto kernel = kernels().linear->gemm[type];
-  const int64_t bytes = kernels().linear->gemm_bytes[type]();
+  const LinearKernels& linear = *kernels().linear;
+  const bool few = linear.few_rows[type] && g.M <= kFewRows && g.a.column == 1 && g.b.row == 1;
+  const GemmKernel kernel = (few ? linear.few_rows : linear.gemm)[type];
+  const int64_t bytes = (few ? linear.few_rows_bytes : linear.gemm_bytes)[type](g);
   const int64_t worth = 1 + int64_t(double(g.M) * g.N * g.K / kWorthAThread);
   if (!threads) threads = torch::stable::get_num_threads();
   threads = std::min(threads, worth);
-  const Cut c = cut(g, threads);
+  const Cut c = few ? across(g, threads) : cut(g, threads);
   for_items(c.down * c.across, bytes, threads > 1, [&](int64_t item, void* memory) {
     const int64_t m = item / c.across * c.rows, n = item % c.across * c.columns;
     kernel(g, m, std::min(g.M, m + c.rows), n, std::min(g.N, n + c.columns), memory);

@@ -174,7 +174,7 @@ struct Operand {  // of a matrix product: element (i, j) is data[i * row + j * c
   int64_t row, column;
 };
 
-struct Gemm {  // c = a b + bias, or c += a b + bias, in float or double
+struct Gemm {  // c = a b + bias, or c += a b + bias, of one storage type; sums are in the compute type
   int64_t M, N, K;
   Operand a, b;  // [M, K] and [K, N]
   void* c;       // [M, N], element (i, j) at i * c_row + j; not read unless `add`
@@ -250,9 +250,16 @@ struct AttentionDecodeKernels {
   void (*rotate[kTypes])(const Rotation&, int64_t begin, int64_t end);   // of [H, T]
 };
 
-struct LinearKernels {  // there is none for 16-bit types
-  int64_t (*gemm_bytes[kTypes])();
-  void (*gemm[kTypes])(const Gemm&, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, void* workspace);
+// A product of the rows and columns of c that it is given.
+using GemmKernel = void (*)(const Gemm&, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, void* memory);
+
+struct LinearKernels {
+  int64_t (*gemm_bytes[kTypes])(const Gemm&);
+  GemmKernel gemm[kTypes];
+  // For few rows, all at once, of a contiguous a and the transpose of a contiguous b; 16-bit types alone.
+  int64_t (*few_rows_bytes[kTypes])(const Gemm&);
+  GemmKernel few_rows[kTypes];
+  void (*add_rows[kTypes])(const void* dy, int64_t N, int64_t begin, int64_t end, void* sums);
 };
 
 struct GenerationKernels {  // on fp32, whatever the weights and the cache are

@@ -7,6 +7,8 @@
 //
 // x is prepared once for all panels: cut into steps along K and, for VPDPBUSD, split into planes of 8 bits.
 
+#include "dot.inl"
+
 constexpr int64_t kPanel = 16;
 
 inline int64_t packed_columns(const WeightOnly& a) { return (a.K + a.group - 1) / a.group * a.group; }
@@ -154,48 +156,13 @@ void dequantize(const WeightOnly& a, int64_t begin, int64_t end, void* out) {
   a.bits == 8 ? unpack<8, V>(a, begin, end, (S*)out) : unpack<4, V>(a, begin, end, (S*)out);
 }
 
-// R rows of w, from n, with C rows of x, from m. Each sum is one chain, whatever R and C are: a row of x gives the same
-// bits beside others as alone.
-template <int R, int C, class V, class S>
-inline void dot_rows(const WeightOnly& a, int64_t n, int64_t m) {
-  const S* w = (const S*)a.weight + n * a.K;
-  const float* x = a.x + m * a.x_row;
-  V sum_[R][C];
-  UNROLLED for (int i = 0; i < R; ++i) UNROLLED for (int j = 0; j < C; ++j) sum_[i][j] = V::set(0);
-  int64_t k = 0;
-  for (; k + V::L <= a.K; k += V::L) {
-    // The next rows are asked for while these are read: several streams that end after K numbers are too short to be
-    // seen as such.
-    UNROLLED for (int i = 0; i < R; ++i) PREFETCH_L2((const char*)(w + (i + R) * a.K + k));
-    V left[R];
-    UNROLLED for (int i = 0; i < R; ++i) left[i] = V::load(w + i * a.K + k);
-    UNROLLED for (int j = 0; j < C; ++j) {
-      const V right = V::load(x + j * a.x_row + k);
-      UNROLLED for (int i = 0; i < R; ++i) sum_[i][j] = fma(left[i], right, sum_[i][j]);
-    }
-  }
-  if (k < a.K)
-    UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) sum_[i][j] =
-        fma(load<V>(w + i * a.K + k, a.K - k), load<V>(x + j * a.x_row + k, a.K - k), sum_[i][j]);
-  UNROLLED for (int j = 0; j < C; ++j) UNROLLED for (int i = 0; i < R; ++i) {
-    float* y = a.y + (m + j) * a.y_row + n + i;
-    *y = sum(sum_[i][j]) + (a.bias ? a.bias[n + i] : 0.0f) + (a.add ? *y : 0.0f);
-  }
-}
-template <int R, class V, class S>
-inline void all_of_x(const WeightOnly& a, int64_t n) {
-  int64_t m = 0;
-  for (; m + 4 <= a.M; m += 4) dot_rows<R, 4, V, S>(a, n, m);
-  for (; m + 2 <= a.M; m += 2) dot_rows<R, 2, V, S>(a, n, m);
-  for (; m < a.M; ++m) dot_rows<R, 1, V, S>(a, n, m);
-}
-
 // The rows [begin, end) of a weight in a storage type.
 template <class V, class S>
 void rows(const WeightOnly& a, int64_t begin, int64_t end) {
-  int64_t n = begin;
-  for (; n + 4 <= end; n += 4) all_of_x<4, V, S>(a, n);
-  for (; n < end; ++n) all_of_x<1, V, S>(a, n);
+  dot<V>((const S*)a.weight, a.K, begin, end, a.x, a.x_row, a.M, a.K, [&](int64_t n, int64_t m, float sum) {
+    float* y = a.y + m * a.y_row + n;
+    *y = sum + (a.bias ? a.bias[n] : 0.0f) + (a.add ? *y : 0.0f);
+  });
 }
 
 template <class V, class S>

@@ -1,7 +1,8 @@
 """Where a kernel of ours beats PyTorch's: measured per CPU by `fastllm bench linear --tune`, committed as tuned.json.
 
 An entry is keyed by what decides the speed: the CPU's vendor, family and model, the instruction set that our kernels
-use, and the number of threads. What nobody measured gets PyTorch's kernel.
+use, and the number of threads. What nobody measured gets PyTorch's kernel; but products in bf16 and fp16 get ours on
+CPUs where oneDNN has none, and PyTorch is left with loops that are ten to hundreds of times slower.
 """
 
 import functools
@@ -41,33 +42,55 @@ def key() -> str:
     return f"{cpu()}, {isa}, {torch.get_num_threads()} threads"
 
 
-def points(key: str) -> list[tuple[int, int, int]]:
+def points(key: str, dtype=torch.float32) -> list[tuple[int, int, int]]:
     """The sizes (M, N, K) of linear that were measured for an entry."""
-    return list(itertools.product(*TABLE[key]["linear"]["grid"].values()))
+    return list(itertools.product(*TABLE[key][linear_entry(dtype)]["grid"].values()))
 
 
-def linear_kernels(M: int, N: int, K: int) -> tuple[bool, bool, bool]:
-    """For y [M, N] = x [M, K] W^T in fp32: whether our kernel does the forward pass, dx, dweight."""
+def linear_entry(dtype) -> str:
+    """What an entry calls the measurements of linear in a dtype."""
+    return "linear" if dtype == torch.float32 else f"linear {str(dtype).removeprefix('torch.')}"
+
+
+def linear_kernels(M: int, N: int, K: int, dtype=torch.float32) -> tuple[bool, bool, bool]:
+    """For y [M, N] = x [M, K] W^T: whether our kernel does the forward pass, dx, dweight."""
     look_up = _linear_kernels if torch.compiler.is_compiling() else _remembered  # sizes may be symbols in a compiler
-    return look_up(key(), M, N, K)
+    return look_up(key(), dtype, M, N, K)
 
 
-def fewest_rows() -> float:
+def fewest_rows(dtype=torch.float32) -> float:
     """With fewer rows of x than these our linear kernel is never chosen."""
-    return _fewest_rows(key())
+    return _fewest_rows(key(), dtype)
 
 
 @functools.cache
-def _fewest_rows(key):
-    measured = TABLE.get(key, {}).get("linear")
+def onednn_multiplies(dtype) -> bool:
+    """Whether PyTorch has a product of matrices in bf16 or fp16 on this CPU that is more than a loop."""
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    return supported is None or supported()
+
+
+@torch.compiler.assume_constant_result
+def unmeasured(dtype) -> bool:
+    """Whether our product is the choice where nobody has measured: bf16 and fp16 without oneDNN, on vectors."""
+    vectors = dispatch.extension is not None and dispatch.extension.selected() != "scalar"
+    return vectors and dtype in (torch.bfloat16, torch.float16) and not onednn_multiplies(dtype)
+
+
+@functools.cache
+def _fewest_rows(key, dtype):
+    if unmeasured(dtype):
+        return 0
+    measured = TABLE.get(key, {}).get(linear_entry(dtype))
     return measured["grid"]["M"][0] if measured else math.inf
 
 
-def _linear_kernels(key, M, N, K):
-    measured = TABLE.get(key, {}).get("linear")
+def _linear_kernels(key, dtype, M, N, K):
+    measured = TABLE.get(key, {}).get(linear_entry(dtype))
     corners = measured and _corners(measured["grid"], (M, N, K))
     if not corners:
-        return (False, False, False)
+        return (unmeasured(dtype),) * 3
     return tuple([all([measured[name][m][n][k] >= MARGIN for m, n, k in corners]) for name in PASSES])
 
 

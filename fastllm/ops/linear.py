@@ -1,4 +1,8 @@
-"""linear: the matrix product with bias and activation, forward and backward, by our kernel where it beats PyTorch's."""
+"""linear: the matrix product with bias and activation, forward and backward, by our kernel where it beats PyTorch's.
+
+Every product of 16-bit matrices on a CPU that is not attention's goes through this file (`linear`, `product`,
+`matmul`, `addmm_`): where oneDNN has none, PyTorch's own take from ten to hundreds of times longer.
+"""
 
 import functools
 import math
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from fastllm import dispatch, reference
 from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops import _tuned
+from fastllm.ops._common import autocast as in_autocast_dtype
 from fastllm.ops._common import check_tensor, gradients_through, is_autocast, wants_gradient
 
 linear_fwd = Op(
@@ -111,11 +116,13 @@ def linear(x, weight, bias=None, *, activation=None):
     """y = activation(x W^T + bias); activation is None, "relu", "gelu", "gelu_tanh" or "silu".
 
     x [..., K], weight [N, K], bias [N], of one dtype: fp32, bf16, fp16 or fp64; returns y [..., N]. As in
-    torch.nn.functional.linear, whose product runs wherever it is as good as ours: for 16-bit types, under autocast, on
-    GPUs, and on every CPU and size where nobody has measured that ours is faster (`fastllm info` shows the table,
-    `fastllm bench linear --tune` measures). In fp32 ours sums up to 192 products at a time and adds those sums in
-    order, so that y has the same bits for any number of threads; the activation is applied to a block of y while that
-    is in the cache. Where every product is PyTorch's, so is the activation.
+    torch.nn.functional.linear, whose product runs wherever it is as good as ours: on GPUs, in fp64, and in fp32 on
+    every CPU and size where nobody has measured that ours is faster (`fastllm info` shows the table, `fastllm bench
+    linear --tune` measures). In bf16 and fp16, and under autocast to them, ours is the choice on CPUs where oneDNN has
+    no such product (x86 without AVX-512), PyTorch's elsewhere. Ours sums in fp32 (fp64) up to 192 products at a time,
+    adds those sums in order, so that y has the same bits for any number of threads, and rounds to 16 bits once; bias
+    and activation are applied to a block of y while that is in the cache. Where every product is PyTorch's, so is the
+    activation.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or another activation.
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
@@ -127,6 +134,8 @@ def linear(x, weight, bias=None, *, activation=None):
     kernels = kernels_for("linear", x, weight, autocast, activation)
     if kernels is None:
         return reference.linear(x, weight, bias, activation)
+    if autocast:
+        x, weight, bias = in_autocast_dtype(x, weight, bias)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     weight = with_unit_stride(weight)
     if wants_gradient(x, weight, bias):
@@ -134,34 +143,58 @@ def linear(x, weight, bias=None, *, activation=None):
     return activated(x, weight, bias, activation, kernels)[0]
 
 
-def own_products(x, M, N, K) -> tuple[bool, bool, bool]:
+def own_products(dtype, M, N, K) -> tuple[bool, bool, bool]:
     """Whether our kernel makes y [M, N] = x [M, K] W^T, dx and dweight; all of them where "cpu" was forced."""
-    if dispatch.forced() == "cpu" and x.dtype in (torch.float32, torch.float64):
+    if dispatch.forced() == "cpu":
         return (True,) * 3
-    return _tuned.linear_kernels(M, N, K) if x.dtype == torch.float32 else (False,) * 3
+    return (False,) * 3 if dtype == torch.float64 else _tuned.linear_kernels(M, N, K, dtype)
 
 
 def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, bool, bool] | None:
     """own_products of x W^T; None where PyTorch makes all three, and the activation too."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
     kernels = None
 
     def unsupported(backend):
         nonlocal kernels
         if backend != "cpu":
             return "PyTorch's product is the kernel on a GPU"
-        if autocast:
-            return "autocast: our product is for float32"
         if activation is not None and not (x.numel() and weight.numel() and bias_act_fwd):
             return "there is nothing to activate, or no kernel for it"
-        kernels = own_products(x, M, weight.shape[0], K)
-        if any(kernels):
-            return None
-        if x.dtype != torch.float32:
-            return f"{str(x.dtype).removeprefix('torch.')}: our product is for float32"
-        return "PyTorch's product is faster, or nobody has measured this CPU"
+        kernels = own_products(dtype, M, weight.shape[0], K)
+        return None if any(kernels) else why_pytorchs(dtype)
 
     return None if choose(op, x, unsupported, optional=True) == "reference" else kernels
+
+
+def why_pytorchs(dtype) -> str:
+    """Why no product of this size is ours."""
+    if dtype in (torch.bfloat16, torch.float16) and _tuned.onednn_multiplies(dtype):
+        return f"{str(dtype).removeprefix('torch.')}: oneDNN has this product"
+    if dtype == torch.float64:
+        return "float64: PyTorch's product is the kernel"
+    return "PyTorch's product is faster, or nobody has measured this CPU"
+
+
+def _is_own(a, b) -> bool:
+    """Whether our kernel makes the product a [M, K] b [K, N] of 16-bit matrices on a CPU."""
+    if not a.is_cpu or dispatch.extension is None or dispatch.forced() == "reference" or not linear_bwd_out:
+        return False
+    return a.dtype in (torch.bfloat16, torch.float16) and own_products(a.dtype, len(a), b.shape[1], b.shape[0])[0]
+
+
+def matmul(a, b):
+    """a [M, K] @ b [K, N], each of unit stride in one dimension, outside of autograd."""
+    return linear_fwd("cpu", a, b.T, None) if _is_own(a, b) else a @ b
+
+
+def addmm_(c, a, b, alpha=1.0):
+    """c += alpha a b, as torch.addmm: c [M, N] contiguous, a [M, K], b [K, N] of unit stride in one dimension."""
+    if _is_own(a, b):
+        linear_bwd_out((a * alpha).T.contiguous(), b, c, None, c, True)
+    else:
+        c.addmm_(a, b, alpha=alpha)
 
 
 def with_unit_stride(weight):

@@ -46,7 +46,7 @@ class _Products:
 
     def __init__(self, backend, x, linear_weight, rows):
         there = backend == "cpu" and linear_out is not None
-        self.own = own_products(x, rows, *linear_weight.shape) if there else (False,) * 3
+        self.own = own_products(x.dtype, rows, *linear_weight.shape) if there else (False,) * 3
         self.weight = linear_weight
 
     def logits(self, x, bias, out):

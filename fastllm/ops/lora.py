@@ -4,7 +4,7 @@ import torch
 
 from fastllm import dispatch, reference
 from fastllm.ops._common import autocast, check_tensor, gradients_through, wants_gradient
-from fastllm.ops.linear import check_linear, kernels_for, linear_bwd, product, with_unit_stride
+from fastllm.ops.linear import addmm_, check_linear, kernels_for, linear_bwd, matmul, product, with_unit_stride
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -29,19 +29,19 @@ class _LoRALinear(torch.autograd.Function):
         dy = dy.contiguous()
         flat, dy_flat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         d, scale = _dropped(flat, keep, scale, dropout_p)
-        dv = dy_flat @ lora_b  # [M, rank]: the gradient of d A^T, but for the scale
-        dlora_a = (dv.T @ d).mul_(scale) if needs[2] else None
-        dlora_b = (dy_flat.T @ (d @ lora_a.T)).mul_(scale) if needs[3] else None
+        dv = matmul(dy_flat, lora_b)  # [M, rank]: the gradient of d A^T, but for the scale
+        dlora_a = matmul(dv.T, d).mul_(scale) if needs[2] else None
+        dlora_b = matmul(dy_flat.T, matmul(d, lora_a.T)).mul_(scale) if needs[3] else None
         dx = None
         if needs_dx:
             own = kernels and kernels[1]
             dx = linear_bwd("cpu", dy, x, weight, True, False, False)[0] if own else dy @ weight
             dx_flat = dx.view(flat.shape)
             if keep is None:
-                dx_flat.addmm_(dv, lora_a, alpha=scale)
+                addmm_(dx_flat, dv, lora_a, scale)
             else:
-                dx_flat.add_((dv @ lora_a).mul_(keep.view(flat.shape)), alpha=scale)
-        dweight = dy_flat.T @ flat if needs_dweight else None
+                dx_flat.add_(matmul(dv, lora_a).mul_(keep.view(flat.shape)), alpha=scale)
+        dweight = matmul(dy_flat.T, flat) if needs_dweight else None
         dbias = dy_flat.sum(0) if needs_dbias else None
         return dx, dweight, dlora_a, dlora_b, dbias, *(None,) * 4
 
@@ -54,7 +54,7 @@ def _dropped(x, keep, scale, dropout_p):
 def _forward(x, weight, lora_a, lora_b, bias, keep, scale, dropout_p, kernels):
     y = product(x, weight, bias, kernels)
     d, scale = _dropped(x.reshape(-1, x.shape[-1]), keep, scale, dropout_p)
-    y.view(-1, y.shape[-1]).addmm_(d @ lora_a.T, lora_b.T, alpha=scale)
+    addmm_(y.view(-1, y.shape[-1]), matmul(d, lora_a.T), lora_b.T, scale)
     return y
 
 
@@ -90,6 +90,6 @@ def lora_linear(x, weight, lora_a, lora_b, bias=None, *, scale=1.0, dropout_p=0.
         return reference.lora_linear(x, weight, lora_a, lora_b, bias, keep, scale=scale, dropout_p=dropout_p)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     keep = None if keep is None else keep.contiguous()
-    given = x, with_unit_stride(weight), lora_a, lora_b, bias
+    given = x, with_unit_stride(weight), with_unit_stride(lora_a), with_unit_stride(lora_b), bias
     run = _LoRALinear.apply if wants_gradient(*given) else _forward
     return run(*given, keep, scale, dropout_p, kernels)

@@ -7,7 +7,7 @@ import torch
 from fastllm import reference
 from fastllm.dispatch import Op, choose
 from fastllm.ops._common import check_tensor, wants_gradient
-from fastllm.ops.linear import linear
+from fastllm.ops.linear import linear, matmul
 
 PANEL = 16  # rows of a packed weight that lie together
 FEW_ROWS = 16  # of x, that the kernel reads every weight once for; more are a matrix product
@@ -214,8 +214,13 @@ class _WeightOnlyLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        rows = (dy[..., begin:end] @ w for begin, end, w in _in_chunks(ctx.weight, dy))
-        return sum(rows), None if ctx.bias_dtype is None else dy.flatten(0, -2).sum(0).to(ctx.bias_dtype), None
+        flat = dy.reshape(-1, dy.shape[-1])
+        rows = (matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, dy))
+        return (
+            sum(rows).view(*dy.shape[:-1], -1),
+            None if ctx.bias_dtype is None else dy.flatten(0, -2).sum(0).to(ctx.bias_dtype),
+            None,
+        )
 
 
 def _kernel(x, weight, bias):
