@@ -1,11 +1,12 @@
 """linear: output and gradients on every instruction set, against fp64 and beside PyTorch's own product."""
 
 import contextlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from check import compare, run
+from check import assert_as_accurate, compare, run
 
 import fastllm
 from fastllm import dispatch, reference
@@ -30,6 +31,55 @@ def test_sizes(cpu_backend, size):
     dy = torch.randn(size[:2])
     compare(fastllm.linear, F.linear, reference.linear, tensors(*size), [dy], torch.float32)
     compare(fastllm.linear, F.linear, reference.linear, tensors(*size)[:2], [dy], torch.float32)
+
+
+# Few rows, which are multiplied with the weight where it lies (16), and those past them; several blocks of k and of
+# columns; and more rows than sums wait for (1536).
+NARROW_SIZES = [(1, 1, 1), (1, 70, 33), (4, 63, 15), (7, 389, 400), (16, 65, 17), (17, 64, 200), (50, 33, 20)]
+NARROW_SIZES += [(0, 3, 4), (3, 4, 0), (97, 383, 193), (25, 385, 577), (1541, 18, 200)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", NARROW_SIZES, ids=str)
+def test_narrow_sizes(cpu_backend, size, dtype):
+    """The products are summed in fp32 and rounded once, for every output."""
+    (x, w, b), dy = tensors(*size), torch.randn(size[:2])
+    x, w = x * 4**-1, w * 4**-1
+    compare(fastllm.linear, F.linear, reference.linear, [x, w, b], [dy], dtype)
+    y = fastllm.linear(x.to(dtype), w.to(dtype))
+    truth = x.to(dtype).double() @ w.to(dtype).double().T
+    assert torch.all((y.double() - truth).abs() <= torch.finfo(dtype).eps * (truth.abs() + 1e-3 * size[2] ** 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_special_values(cpu_backend, dtype):
+    """Subnormals, infinities and NaN keep their places, for few rows and many; what is too large becomes infinity."""
+    for M in (5, 40):
+        x, w = torch.randn(M, 24), torch.randn(30, 24)
+        x[1, 3], x[2, 0], x[3], x[4], x[4, 0] = torch.nan, torch.inf, 2.0**-14, 0, torch.finfo(dtype).max
+        w[7], w[8] = torch.finfo(dtype).tiny / 4, 16.0
+        given = x.to(dtype), w.to(dtype)
+        y, peer = fastllm.linear(*given), F.linear(given[0].float(), given[1].float()).to(dtype)
+        assert torch.equal(y.isnan(), peer.isnan()) and torch.equal(y.isinf(), peer.isinf())
+        finite = peer.isfinite()
+        torch.testing.assert_close(y[finite], peer[finite])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_added_to_what_is_there(dtype):
+    """dweight += dy^T x, for the losses that take rows in chunks, and c += alpha a b, for low-rank updates."""
+    dy, x, c = (torch.randn(*size).to(dtype) for size in ((40, 30), (40, 50), (30, 50)))
+    truth = c.double() + dy.double().T @ x.double()
+    got = c.clone()
+    ops.linear_bwd_out(dy, x, c, None, got, True)
+    assert_as_accurate(got, torch.addmm(c, dy.T, x), truth, "linear_bwd_out")
+    with fastllm.backend("cpu"):
+        got = c.clone()
+        ops.addmm_(got, dy.T, x, 0.5)
+        made = ops.matmul(dy.T, x)
+    assert_as_accurate(got, torch.addmm(c, dy.T, x, alpha=0.5), c.double() + 0.5 * (truth - c.double()), "addmm_")
+    assert_as_accurate(made, dy.T @ x, dy.double().T @ x.double(), "matmul")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +130,7 @@ def test_only_the_gradients_that_are_wanted(cpu_backend, wanted):
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype):
     x, w, b = (t.to(dtype) for t in tensors(301, 517, 403))
     dy, before, results = torch.randn(301, 517, dtype=dtype), torch.get_num_threads(), []
@@ -150,8 +200,9 @@ class TestActivation:
     def test_sizes(self, cpu_backend, name, size):
         x, w, b = tensors(*size)
         dy, w = torch.randn(size[:2]), w * size[2] ** -0.5
-        compare(*activated(name), [x, w, b], [dy], torch.float32)
-        compare(*activated(name), [x, w], [dy], torch.float32)
+        for dtype in (torch.float32, torch.bfloat16):
+            compare(*activated(name), [x, w, b], [dy], dtype)
+            compare(*activated(name), [x, w], [dy], dtype)
 
     @pytest.mark.parametrize("size", [(3, 0, 4), (0, 3, 4), (3, 4, 0)], ids=str)
     def test_nothing(self, cpu_backend, size):
@@ -159,8 +210,10 @@ class TestActivation:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ACTIVATIONS)
-    def test_where_all_is_pytorchs(self, name, dtype):
+    def test_where_all_is_pytorchs(self, name, dtype, monkeypatch):
         """No table has an entry for so small a product."""
+        monkeypatch.setattr(_tuned, "unmeasured", lambda dtype: False)
+        _tuned._remembered.cache_clear()
         for leading in ((9,), (2, 3), ()):
             x, w, b = torch.randn(*leading, 20), torch.randn(33, 20), torch.randn(33)
             compare(*activated(name), [x, w, b], [torch.randn(*leading, 33)], dtype)
@@ -302,19 +355,63 @@ def test_the_committed_table_is_whole():
         assert all(list(torch.tensor(measured[name]).shape) == sizes for name in _tuned.PASSES)
 
 
-def test_pytorchs_product_is_no_fallback(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])
+def onednn(request, monkeypatch):
+    """A CPU of which nothing was measured, where oneDNN multiplies 16-bit matrices, or does not."""
+    monkeypatch.setattr(_tuned, "TABLE", {})
+    monkeypatch.setattr(_tuned, "onednn_multiplies", lambda dtype: request.param)
+    caches = _tuned._remembered, _tuned._fewest_rows
+    for cache in caches:
+        cache.cache_clear()
+    yield request.param
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_products_are_ours_where_onednn_has_none(onednn, dtype):
+    ours = dtype != torch.float32 and not onednn and dispatch.extension.selected() != "scalar"
+    given = [t.to(dtype) for t in tensors(3, 40, 50)]
+    told = fastllm.explain(fastllm.linear, *given).calls[0]
+    assert told.backend == ("cpu" if ours else "reference")
+    assert ("oneDNN has this product" in told.reason) == (onednn and dtype != torch.float32)
+    assert _tuned.fewest_rows(dtype) == (0 if ours else math.inf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        told = fastllm.explain(fastllm.linear, *(t.float() for t in given)).calls[0]
+    assert (told.backend == "cpu") == (not onednn and dispatch.extension.selected() != "scalar")
+
+
+def test_pytorchs_product_is_no_fallback(monkeypatch, onednn):
     monkeypatch.setattr(dispatch, "_strict", True)
     x, w, b = tensors(4, 4, 4)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         given = [t.to(dtype) for t in (x, w, b)]
-        assert torch.equal(fastllm.linear(*given), F.linear(*given))
+        y = fastllm.linear(*given)
+        assert torch.equal(y, F.linear(*given)) or not onednn
     with fastllm.backend("triton"):
         assert torch.equal(fastllm.linear(x, w, b), F.linear(x, w, b))
 
 
-def test_autocast_chooses_the_dtype():
+def test_autocast_chooses_the_dtype(onednn):
     x, w, b = (t.requires_grad_() for t in tensors(8, 6, 4))
+
+    def under_autocast(function):
+        def call(*given):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return function(*given)
+
+        return call
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = fastllm.linear(x, w, b)
-        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, w, b))
+        assert y.dtype == torch.bfloat16 and (torch.equal(y, F.linear(x, w, b)) or not onednn)
         assert torch.equal(fastllm.linear(x.bfloat16(), w, b), y)
+    given, dy = [t.detach() for t in (x, w, b)], torch.randn(8, 6)
+    ours, theirs = (
+        [t.float() for found in run(under_autocast(f), given, [dy.bfloat16()]) for t in found]
+        for f in (fastllm.linear, F.linear)
+    )
+    for got, peer in zip(ours, theirs, strict=True):
+        assert got.dtype == peer.dtype
+        torch.testing.assert_close(got, peer, rtol=2e-2, atol=2e-2)

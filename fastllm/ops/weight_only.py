@@ -214,13 +214,9 @@ class _WeightOnlyLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        flat = dy.reshape(-1, dy.shape[-1])
-        rows = (matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, dy))
-        return (
-            sum(rows).view(*dy.shape[:-1], -1),
-            None if ctx.bias_dtype is None else dy.flatten(0, -2).sum(0).to(ctx.bias_dtype),
-            None,
-        )
+        flat = dy.contiguous().view(-1, dy.shape[-1])
+        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, dy))
+        return dx.view(*dy.shape[:-1], -1), None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype), None
 
 
 def _kernel(x, weight, bias):
