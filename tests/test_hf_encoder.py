@@ -163,12 +163,12 @@ def test_few_rows_are_not_asked_about(monkeypatch):
     monkeypatch.setattr(
         matchers, "linear", lambda x, *rest: (asked.append(x.numel() // x.shape[-1]), plain(x, *rest))[1]
     )
-    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 6)
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda dtype: 6)
     model(**given)
     assert not asked
-    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 5)
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda dtype: 5)
     model(**given)
     assert set(asked) == {5}
     asked.clear()
-    monkeypatch.setattr(_tuned, "fewest_rows", lambda: 6)
+    monkeypatch.setattr(_tuned, "fewest_rows", lambda dtype: 6)
     assert any(call.op == "linear" for call in fastllm.explain(model, **given).calls) and asked
