@@ -31,6 +31,9 @@ ISA_FLAGS = {
     "avx512_bf16": AVX512 + " -mavx512bf16 -mavx512vnni",
 }
 
+# Whose kernels an instruction set is needed for: it has those that they would only compile again (kernels.inl).
+COMPLETES = {"avx2": ("avx512", "avx512_bf16"), "avx512": ("avx512_bf16",)}
+
 # sm_90a adds clusters; what is newer than both runs the PTX of the first.
 CUDA_ARCHS = os.environ.get("FASTLLM_CUDA_ARCHS", "")
 DEFAULT_CUDA_ARCHS = "80 90a"
@@ -109,9 +112,10 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
 
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     if wanted := os.environ.get("FASTLLM_BUILD_ISAS"):  # fewer, for a quick build while a kernel is written
-        isas = [isa for isa in isas if isa in wanted.split(",")]
+        isas = [isa for isa in isas if {isa, *COMPLETES.get(isa, ())} & set(wanted.split(","))]
     includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     optimise = "-O1" if sanitize else "-O3"  # checks between vectorised, unrolled loops take GCC minutes a file
+    spare = {} if sanitize or len(isas) == 1 else {"scalar": " -O2"}  # where nothing but tests runs it: half the time
     flags = f"-std=c++17 {optimise} -DNDEBUG -fPIC -fvisibility=hidden -Wall"
     flags += " -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"  # GCC 12's own intrinsics
     flags += (
@@ -132,7 +136,7 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
     ]
     built = objects(isas)
     for name, (source, own) in built.items():
-        lines += [f"build {name}: cc {ROOT / source}", f"  own = {own}"]
+        lines += [f"build {name}: cc {ROOT / source}", f"  own = {own}{spare.get(Path(source).stem, '')}"]
     lines += [f"build _C.so: link {' '.join(built)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))

@@ -1,6 +1,8 @@
 // Picks one instruction set's tables of kernels: the widest that this CPU runs, or the one asked for by name.
 #include "cpu/dispatch.h"
 
+#include <string.h>
+
 #include <atomic>
 #include <stdexcept>
 
@@ -18,8 +20,41 @@ namespace {
 
 #define TABLE_ADDRESS(op, type, isa) &op##_##isa,
 #define TABLES(isa) {#isa, FASTLLM_OPS(TABLE_ADDRESS, isa)}
-const Kernels kBuilt[] = {FASTLLM_ISAS};  // TABLES(...) of what setup.py builds, narrowest first
+const Kernels kCompiled[] = {FASTLLM_ISAS};  // TABLES(...) of what setup.py builds, narrowest first
 std::atomic<const Kernels*> selected_table{nullptr};
+
+// A table whose null entries are the narrower one's: tables are arrays of pointers to functions and nothing else.
+template <class Table>
+const Table* completed(const Table* wide, const Table* narrow) {
+  using Kernel = void (*)();
+  constexpr size_t kEntries = sizeof(Table) / sizeof(Kernel);
+  static_assert(sizeof(Table) % sizeof(Kernel) == 0, "a table has an entry that is no function pointer");
+  Kernel entries[kEntries], others[kEntries];
+  memcpy(entries, wide, sizeof(Table));
+  memcpy(others, narrow, sizeof(Table));
+  for (size_t i = 0; i < kEntries; ++i)
+    if (!entries[i]) entries[i] = others[i];
+  Table* table = new Table;
+  memcpy(table, entries, sizeof(Table));
+  return table;
+}
+
+// What was compiled, each instruction set completed by the ones before it; made once and kept.
+const std::vector<Kernels>& built() {
+  static const std::vector<Kernels>& all = *[] {
+    auto* found = new std::vector<Kernels>;
+    for (Kernels tables : kCompiled) {
+#define COMPLETE(op, type, isa) tables.op = completed(tables.op, found->back().op);
+      if (!found->empty()) {
+        FASTLLM_OPS(COMPLETE, )
+      }
+#undef COMPLETE
+      found->push_back(tables);
+    }
+    return found;
+  }();
+  return all;
+}
 
 bool runs_here(const std::string& name) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -40,7 +75,7 @@ bool runs_here(const std::string& name) {
 
 std::vector<std::string> available() {
   std::vector<std::string> names;
-  for (const Kernels& table : kBuilt)
+  for (const Kernels& table : built())
     if (runs_here(table.name)) names.push_back(table.name);
   return names;
 }
@@ -48,7 +83,7 @@ std::vector<std::string> available() {
 void select(const std::string& name) {
   const Kernels* choice = nullptr;
   std::string choices;
-  for (const Kernels& table : kBuilt) {
+  for (const Kernels& table : built()) {
     if (!runs_here(table.name)) continue;
     choices += (choices.empty() ? "" : ", ") + std::string(table.name);
     if (name.empty() || name == table.name) choice = &table;

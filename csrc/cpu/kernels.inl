@@ -13,10 +13,20 @@ struct Arena {  // pieces of one block of memory, each on its own cache line; wi
   }
 };
 
-// One entry per storage type, in the order of Type: float, bf16, half in fp32 arithmetic, double in its own.
-#define PER_TYPE(kernel) {kernel<Vec, float>, kernel<Vec, bf16>, kernel<Vec, half>, kernel<VecD, double>}
-#define PER_TYPE_AND_WORD(kernel) \
-  {kernel<Vec, float, float>, kernel<Vec, bf16, BFloat16Word>, kernel<Vec, half, float>, kernel<VecD, double, double>}
+// One entry per storage type, in the order of Type: float, bf16, half in fp32 arithmetic, double in its own. What an
+// instruction set adds nothing to is null: dispatch.cpp takes the kernel of the next narrower one, and it is compiled
+// once. AVX-512 has no double (VecD is the same everywhere), AVX512_BF16 nothing but bf16.
+#if defined(__AVX512BF16__)
+#define ENTRIES(f, b, h, d) {nullptr, b, nullptr, nullptr}
+#elif defined(__AVX512F__)
+#define ENTRIES(f, b, h, d) {f, b, h, nullptr}
+#else
+#define ENTRIES(f, b, h, d) {f, b, h, d}
+#endif
+#define PER_TYPE(kernel) ENTRIES((kernel<Vec, float>), (kernel<Vec, bf16>), (kernel<Vec, half>), (kernel<VecD, double>))
+#define PER_TYPE_AND_WORD(kernel)                                                                     \
+  ENTRIES((kernel<Vec, float, float>), (kernel<Vec, bf16, BFloat16Word>), (kernel<Vec, half, float>), \
+          (kernel<VecD, double, double>))
 
 // <op>.inl ends with kTable.
 #define QUOTED_(file) #file

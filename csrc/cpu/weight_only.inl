@@ -175,7 +175,7 @@ void narrow_numbers(const float* x, void* y, int64_t n) {
 }
 
 // No entries for double: what decoding wants is fewer bits, not more.
-#define PER_FLOAT(kernel) {kernel<Vec, float>, kernel<Vec, bf16>, kernel<Vec, half>, nullptr}
+#define PER_FLOAT(kernel) ENTRIES((kernel<Vec, float>), (kernel<Vec, bf16>), (kernel<Vec, half>), nullptr)
 constexpr WeightOnlyKernels kTable = {
     PER_FLOAT(rows),       {panels<4, Vec>, panels<8, Vec>}, prepared_bytes,           prepare<Vec>,
     PER_FLOAT(dequantize), PER_FLOAT(widen_numbers),         PER_FLOAT(narrow_numbers)};
