@@ -226,6 +226,6 @@ void add_rows(const void* dy, int64_t N, int64_t begin, int64_t end, void* sums)
     });
 }
 
-#define NARROW(kernel) {nullptr, kernel<Vec, bf16>, kernel<Vec, half>, nullptr}
+#define NARROW(kernel) ENTRIES(nullptr, (kernel<Vec, bf16>), (kernel<Vec, half>), nullptr)
 constexpr LinearKernels kTable = {PER_TYPE(gemm_bytes), PER_TYPE(gemm), NARROW(few_rows_bytes), NARROW(few_rows),
                                   PER_TYPE(add_rows)};
