@@ -156,7 +156,7 @@ def execute(options) -> int:
     if options.tune:
         if options.ops not in ([], ["linear"]):
             raise ValueError(f"bench --tune: only linear has a table, got {', '.join(options.ops)}")
-        return tune_linear.main()
+        return tune_linear.main(options.dtype)
     complete(options)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -470,7 +470,10 @@ def test_tuning_writes_an_entry_and_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_linear, "GRID", {"M": [8, 16], "N": [4], "K": [4, 8]})
     monkeypatch.setattr(tune_linear, "ROUNDS", 1)
     assert tune_linear.main() == 0
+    monkeypatch.setattr(tune_linear, "PATIENCE_S", 0.0)  # one call decides
+    assert tune_linear.main(["bfloat16"]) == 0
     table = json.loads(path.read_text())
     assert set(table) == {"another CPU", _tuned.key()} and table["another CPU"] == {"linear": {}}
-    measured = table[_tuned.key()]["linear"]
-    assert all(torch.tensor(measured[name]).shape == (2, 1, 2) for name in _tuned.PASSES)
+    for entry in ("linear", "linear bfloat16"):
+        measured = table[_tuned.key()][entry]
+        assert all(torch.tensor(measured[name]).shape == (2, 1, 2) for name in _tuned.PASSES)
