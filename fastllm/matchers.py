@@ -11,11 +11,10 @@ import inspect
 import torch
 from torch import nn
 
-from fastllm import dispatch, trial
+from fastllm import trial
 from fastllm.compat.pytorch import scaled_dot_product_attention
 from fastllm.mlp import match_gated_mlp, match_gelu
-from fastllm.nn import flat_norm
-from fastllm.ops import _tuned
+from fastllm.nn import flat_norm, is_pytorchs
 from fastllm.ops.attention import attention
 from fastllm.ops.linear import linear
 from fastllm.ops.norm import layer_norm, rms_norm
@@ -245,11 +244,8 @@ def match_linear(module, row):
 
 
 def _linear_forward(self, plain, x):
-    # A few rows are PyTorch's product in any case, and to ask was 11% of the time of a sentence of 30 tokens in MiniLM.
-    if not torch.compiler.is_compiling() and dispatch.is_free():
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if x.numel() < self.in_features * _tuned.fewest_rows(dtype):
-            return plain(self, x)
+    if is_pytorchs(x, self.weight):
+        return plain(self, x)
     return linear(x, self.weight, self.bias)
 
 

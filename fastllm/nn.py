@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fastllm import dispatch
+from fastllm.ops import _tuned
 from fastllm.ops.activation import geglu, swiglu
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
@@ -136,7 +138,19 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x, *, activation=None):
+        if activation is None and is_pytorchs(x, self.weight):
+            return super().forward(x)
         return linear(x, self.weight, self.bias, activation=activation)
+
+
+def is_pytorchs(x, weight):
+    """Whether `linear` would leave x W^T to PyTorch for x having so few rows, or in any case. To ask it took 11% of the
+    time of a sentence of 30 tokens in MiniLM."""
+    if torch.compiler.is_compiling() or not dispatch.is_free() or x.dtype is not weight.dtype:
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    K = weight.shape[1]
+    return x.shape[-1:] == (K,) and x.numel() < K * _tuned.fewest_rows(dtype)
 
 
 def activated(layer, x, activation):
