@@ -6,6 +6,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/dispatch.h"
+#include "cpu/encoder.h"
 #include "cpu/generation.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
@@ -54,4 +55,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected", &fastllm::selected, "The instruction set in use.");
   m.def("poison", [](bool on) { fastllm::cpu::poison_fresh_memory = on; }, "Fill fresh memory with NaN; for tests.");
   fastllm::cpu::bind_generation(m);
+  fastllm::cpu::bind_encoder(m);
 }

@@ -1,13 +1,16 @@
-"""The layers of an encoder without padding: real tokens are packed once before them, and padded once after."""
+"""The layers of an encoder without padding: real tokens are packed once before them, and padded once after; and, where
+they are those of BERT, all of them in one call."""
+
+import weakref
 
 import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from fastllm import hf
+from fastllm import encoder, hf, patch, trial
 from fastllm.compat import pad_input, unpad_input
 from fastllm.matchers import MATCHERS
-from fastllm.swap import Unsupported, forward_of, names_used, swap
+from fastllm.swap import Row, Unsupported, forward_of, names_used, swap
 
 # Each token by itself: what a packed row may go through beside attention.
 TOKEN_BY_TOKEN = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
@@ -56,25 +59,36 @@ def _token_by_token(layer):
     return attentions == 1
 
 
+def _asks_more(kwargs, *known):
+    """Whether the caller wants more than the last hidden states."""
+    return any(
+        value is not None and value is not False
+        for name, value in kwargs.items()
+        if name not in ("return_dict", "num_items_in_batch", *known)
+    )
+
+
+def _padding_of(mask, hidden_states):
+    """(whether a mask has padding at most, and that behind its sequences; where there is none, or None for all)."""
+    structure = mask.structure if isinstance(mask, hf.Mask) else None
+    if structure is None:
+        return mask is None, None
+    kept = structure.padding
+    if structure.packed is not None or (kept is not None and kept.shape != hidden_states.shape[:2]):
+        return False, None
+    # With padding in front a model may take its first position for a token.
+    return kept is None or not (kept[:, 1:] > kept[:, :-1]).any(), kept
+
+
 def _without_padding(self, plain, hidden_states, attention_mask=None, *args, **kwargs):
     """Rows of real tokens alone, where there is padding behind them; what stands for padding is 0 at the end.
 
     Whoever wants more than the last hidden states, or looks inside, gets the batch as it is.
     """
-    structure = attention_mask.structure if isinstance(attention_mask, hf.Mask) else None
-    kept = None if structure is None else structure.padding
-    others = (value for name, value in kwargs.items() if name not in ("return_dict", "num_items_in_batch"))
-    if (
-        kept is None
-        or structure.packed is not None
-        or kept.shape != hidden_states.shape[:2]
-        or args
-        or any(value is not None and value is not False for value in others)
-        or torch.compiler.is_compiling()
-        or _is_watched(self)
-        or (kept[:, 1:] > kept[:, :-1]).any()  # padding in front: a model may take its first position for a token
-    ):
+    fits, kept = _padding_of(attention_mask, hidden_states)
+    if not fits or kept is None or args or _asks_more(kwargs) or torch.compiler.is_compiling() or _is_watched(self):
         return plain(self, hidden_states, attention_mask, *args, **kwargs)
+    structure = attention_mask.structure
     tokens, indices, bounds, _, _ = unpad_input(hidden_states, kept)
     number = (indices // kept.shape[1])[None]
     packed = hf.Structure(0, structure.left, structure.right, packed=number)
@@ -109,4 +123,77 @@ def _is_watched(module):
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
 
 
+# --- all layers in one call ---
+
+_encoders = weakref.WeakKeyDictionary()  # module -> (Encoder, the module without its layers)
+
+
+def match_layers(module, row):
+    """An encoder that match_encoder has found, whose layers are those of fastllm.encoder."""
+    if _row(module, "attention").runs != _without_padding.runs:
+        return
+    ((name, layers),) = module.named_children()
+    config = next(m.config for m in layers[0].modules() if hf._computes_attention(m))
+    if any(isinstance(m, nn.LayerNorm) and not _row(m, "norms").runs for m in layers.modules()):
+        return
+    shell, x = trial.bare(module, {name: nn.ModuleList()}), trial.numbers(1, 2, 3)
+    try:
+        heads = config.num_attention_heads
+        made = encoder.Encoder(layers, heads, encoder.recognise(layers, heads))
+        found = forward_of(module)(shell, x, None)
+    except (Unsupported, AttributeError):
+        return  # its modules are accelerated each by itself
+    if found is x or found[0] is x:
+        swap(module, row, _in_one_call)
+        _encoders[module] = made, shell
+
+
+def _row(module, kind):
+    return (vars(module).get("_fastllm") or {}).get(kind) or Row("", "", kind)
+
+
+def _in_one_call(self, plain, hidden_states, attention_mask=None, *args, **kwargs):
+    """In evaluation without gradients one call takes real tokens through all layers; else the modules do."""
+    last = None
+    if self in _encoders and not (args or torch.compiler.is_compiling() or self.training or not hidden_states.is_cpu):
+        made, shell = _encoders[self]
+        last = _encoded(made, hidden_states, attention_mask, kwargs)
+    if last is None:
+        return plain(self, hidden_states, attention_mask, *args, **kwargs)
+    return plain(shell, last, None, **kwargs)  # no layers are left to run: what the module makes of their result
+
+
+_in_one_call.runs = "its layers in one call"
+
+
+def _encoded(made, hidden_states, attention_mask, kwargs):
+    fits, kept = _padding_of(attention_mask, hidden_states)
+    structure = getattr(attention_mask, "structure", None)
+    if not fits or _asks_more(kwargs, "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"):
+        return None
+    if structure is not None and (structure.left >= 0 or structure.right >= 0):
+        return None
+    B, T, width = hidden_states.shape
+    given = kwargs.get("cu_seq_lens_q")
+    if given is not None:
+        if given is not kwargs.get("cu_seq_lens_k") or B != 1 or kept is not None or given[-1] != T:
+            return None
+        bounds = given.tolist()
+    elif kept is not None:
+        tokens, indices, bounds, _, _ = unpad_input(hidden_states, kept)
+        last = made(tokens, bounds.tolist())
+        return None if last is None else pad_input(last, indices, B, T)
+    else:
+        bounds = list(range(0, B * T + 1, T))
+    last = made(hidden_states.reshape(B * T, width), bounds)
+    return None if last is None else last.view(B, T, width)
+
+
+def _forget(model):
+    for module in model.modules():
+        _encoders.pop(module, None)
+
+
 MATCHERS["attention"].append(match_encoder)
+MATCHERS["linear"].append(match_layers)
+patch.AFTER.append(_forget)

@@ -8,10 +8,11 @@ in a single call of fastllm._C.Decoder for the whole stack of layers. What a row
 import torch
 
 from fastllm import dispatch
+from fastllm.addresses import Addresses, threads_that_wait
 from fastllm.decoder import ACTIVATIONS, WEIGHTS, Unsupported, describe
 from fastllm.ops.attention import attention
 from fastllm.ops.varlen import attention_varlen
-from fastllm.ops.weight_only import NARROW, QuantizedWeight
+from fastllm.ops.weight_only import NARROW
 
 
 class Plan:
@@ -65,7 +66,7 @@ class Session:
         self.vocabulary = d.embedding.weight.shape[0]
         self.logits = torch.empty(slots, d.head.weight.shape[0])
         rotated = {2 * cos.shape[-1] for cos, _ in self.tables.values()}
-        self._kept = []  # what the C++ side has addresses of
+        self._addresses = Addresses()
         self._native = dispatch.extension.Decoder(
             {
                 "slots": slots,
@@ -82,54 +83,28 @@ class Session:
                 "softcap": d.softcap,
                 "logit_softcap": d.logit_softcap,
                 "embedding_scale": d.embedding_scale,
-                "embedding": self._linear(d.embedding),
-                "places": self._address(self.places),
-                "final_norm": self._norm(d.norm),
-                "head": self._linear(d.head),
+                "embedding": self._addresses.linear(d.embedding),
+                "places": self._addresses.of(self.places),
+                "final_norm": self._addresses.norm(d.norm),
+                "head": self._addresses.linear(d.head),
                 "layers": [self._layer(layer, n) for n, layer in enumerate(d.layers)],
-                # The threads wait for each other, so they must all run at once; OpenMP's do.
-                "threads": torch.get_num_threads() if "OpenMP" in torch.__config__.parallel_info() else 1,
+                "threads": threads_that_wait(),
             }
         )
-
-    def _address(self, x):
-        if x is None:
-            return None
-        assert x.is_contiguous()
-        self._kept.append(x)
-        return x.data_ptr()
-
-    def _norm(self, norm):
-        if norm is None:
-            return None
-        return {
-            "width": norm.weight.numel(),
-            "weight": self._address(norm.weight),
-            "bias": self._address(norm.bias),
-            "eps": norm.eps,
-            "centred": norm.centred,
-            "offset": norm.offset,
-        }
-
-    def _linear(self, linear):
-        w = linear.weight
-        rows, columns = w.shape
-        made = {"rows": rows, "columns": columns, "bias": self._address(linear.bias)}
-        if isinstance(w, QuantizedWeight):
-            scales, offsets = self._address(w.scales), self._address(w.offsets)
-            made |= {"bits": w.bits, "group": w.group_size, "scales": scales, "offsets": offsets}
-            return made | {"weight": self._address(w.codes), "stored": 0}
-        return made | {"bits": 0, "weight": self._address(w.contiguous()), "stored": NARROW.index(w.dtype)}
 
     def _layer(self, layer, n):
         cos, sin = self.tables.get(layer.rope, (None, None))
         norms = ("attention_norm", "q_norm", "k_norm", "after_attention", "feed_norm", "after_feed")
-        made = {name: self._norm(getattr(layer, name)) for name in norms}
-        made |= {name: [self._linear(getattr(layer, name))] for name in ("out", "gate", "down")}
-        made |= {"up": [] if layer.up is None else [self._linear(layer.up)]}
-        made |= {"qkv": [self._linear(x) for x in layer.qkv], "parallel": layer.parallel, "window": layer.window}
-        made |= {"cos": self._address(cos), "sin": self._address(sin)}
-        return made | {"k": self._address(self.keys[n]), "v": self._address(self.values[n])}
+        made = {name: self._addresses.norm(getattr(layer, name)) for name in norms}
+        made |= {name: [self._addresses.linear(getattr(layer, name))] for name in ("out", "gate", "down")}
+        made |= {"up": [] if layer.up is None else [self._addresses.linear(layer.up)]}
+        made |= {
+            "qkv": [self._addresses.linear(x) for x in layer.qkv],
+            "parallel": layer.parallel,
+            "window": layer.window,
+        }
+        made |= {"cos": self._addresses.of(cos), "sin": self._addresses.of(sin)}
+        return made | {"k": self._addresses.of(self.keys[n]), "v": self._addresses.of(self.values[n])}
 
     def clear(self, slot):
         """The sequence of this slot is over; another may start there."""

@@ -169,14 +169,18 @@ void gemm(const Gemm& g, int64_t row_begin, int64_t row_end, int64_t begin, int6
       const int64_t last = row_end - first < together ? row_end : first + together;
       for (int64_t k = 0; k == 0 || k < g.K; k += depth) {
         const int64_t K = g.K - k < depth ? g.K - k : depth;
-        for (int64_t j = 0; j < columns; j += kPanel<V>) pack_panel<V>(b.at(k, n + j), K, width(j), at.b + j * depth);
+        auto panel = [&](int64_t j) {
+          return g.panels ? (const T*)g.b.data + (n + j) * g.K + k * kPanel<V> : at.b + j * depth;
+        };
+        for (int64_t j = 0; j < columns && !g.panels; j += kPanel<V>)
+          pack_panel<V>(b.at(k, n + j), K, width(j), at.b + j * depth);
         for (int64_t m = first; m < last; m += kRows) {
           const int64_t rows = last - m < kRows ? last - m : kRows;
           const Broadcast<T> block = block_of_a<V>(a.at(m, k), rows, K, at.a);
           Sums<T> sums{at.sums + (m - first) * kBlock, kBlock};
           if constexpr (!kNarrow<V, S>) sums = {(T*)g.c + m * g.c_row + n, g.c_row};
           for (int64_t j = 0; j < columns; j += kPanel<V>)
-            times_panel<V>(block, at.b + j * depth, rows, width(j), K, sums.data + j, sums.row,
+            times_panel<V>(block, panel(j), rows, width(j), K, sums.data + j, sums.row,
                            k > 0 || (g.add && !kNarrow<V, S>), at.edge);
           if (k + depth >= g.K) finish<V, S>(g, sums, m, rows, n, columns);
         }
@@ -226,6 +230,19 @@ void add_rows(const void* dy, int64_t N, int64_t begin, int64_t end, void* sums)
     });
 }
 
+template <class V, class S>
+int64_t panel() {
+  return kPanel<V>;
+}
+// b [K, N] in panels of the compute type, each of them whole: for a b that many products take.
+template <class V, class S>
+void pack(const Operand& b, int64_t K, int64_t N, void* panels) {
+  using T = typename V::T;
+  const View<S> from{(const S*)b.data, b.row, b.column};
+  for (int64_t n = 0; n < N; n += kPanel<V>)
+    pack_panel<V>(from.at(0, n), K, N - n < kPanel<V> ? N - n : kPanel<V>, (T*)panels + n * K);
+}
+
 #define NARROW(kernel) ENTRIES(nullptr, (kernel<Vec, bf16>), (kernel<Vec, half>), nullptr)
-constexpr LinearKernels kTable = {PER_TYPE(gemm_bytes), PER_TYPE(gemm), NARROW(few_rows_bytes), NARROW(few_rows),
-                                  PER_TYPE(add_rows)};
+constexpr LinearKernels kTable = {PER_TYPE(gemm_bytes), PER_TYPE(gemm),  NARROW(few_rows_bytes), NARROW(few_rows),
+                                  PER_TYPE(add_rows),   PER_TYPE(panel), PER_TYPE(pack)};

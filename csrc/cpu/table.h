@@ -183,6 +183,7 @@ struct Gemm {  // c = a b + bias, or c += a b + bias, of one storage type; sums 
   const void* bias;  // [N], added to every row of the result; may be null
   void* y;           // activation(c), with c's rows; may be c, or null without one
   int activation;
+  bool panels;  // b is in panels, as `pack` made them; pieces of columns then begin at one
 };
 
 // One table per op and instruction set, named <op>_<instruction set>; an entry per storage type.
@@ -260,6 +261,8 @@ struct LinearKernels {
   int64_t (*few_rows_bytes[kTypes])(const Gemm&);
   GemmKernel few_rows[kTypes];
   void (*add_rows[kTypes])(const void* dy, int64_t N, int64_t begin, int64_t end, void* sums);
+  int64_t (*panel[kTypes])();  // columns of b in a panel; all of them have memory for so many
+  void (*pack[kTypes])(const Operand& b, int64_t K, int64_t N, void* panels);  // in the compute type
 };
 
 struct GenerationKernels {  // on fp32, whatever the weights and the cache are
