@@ -1,7 +1,10 @@
 """Layers of an encoder without padding: the same for real tokens, gradients too; as they were for whoever looks in."""
 
+import copy
+
 import pytest
 import torch
+from check import assert_as_accurate
 
 import fastllm
 
@@ -62,6 +65,69 @@ def test_real_tokens_and_gradients(family):
     for mine, theirs in zip(got[2], expected[2], strict=True):
         scale = theirs.norm().clamp(min=least)
         torch.testing.assert_close(mine / scale, theirs / scale)
+
+
+def last_hidden(model, given):
+    return model.base_model(**given).last_hidden_state
+
+
+def calls_of(report, runs):
+    (row,) = [row for row in report.rows if row.runs == runs]
+    return row.calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_layers_in_one_call(family):
+    """With and without padding, and as sequences that the caller has packed; eager attention's error in fp32 counts."""
+    model = make(family)
+    exact, ours = copy.deepcopy(model).double(), copy.deepcopy(model)
+    report = fastllm.accelerate(ours)
+    unpadded = {name: x[:1] for name, x in batch().items()}
+    for n, given in enumerate((batch(), unpadded, {"input_ids": unpadded["input_ids"]}), 1):
+        kept = given.get("attention_mask", torch.ones(1, 17)).bool()
+        found = [last_hidden(m, given)[kept] for m in (ours, model, exact)]
+        assert_as_accurate(*found)
+        assert calls_of(report, "its layers in one call") == n
+        assert not [row for row in report.never_called if row.name.startswith("encoder")]
+    padded, kept = batch(), batch()["attention_mask"].bool()
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    packed = dict(input_ids=padded["input_ids"][kept][None], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    if family == "bert":
+        packed["position_ids"] = torch.arange(17).expand(4, 17)[kept][None]
+        found = [last_hidden(ours, packed)[0], *(last_hidden(m, padded)[kept] for m in (model, exact))]
+        assert_as_accurate(*found)
+
+
+def test_modules_run_where_somebody_needs_them():
+    model, given = make("bert"), batch()
+    report = fastllm.accelerate(model)
+
+    def in_one_call(**options):
+        before = sum("encoder" == call.op for call in fastllm.explain(model, **given, **options).calls)
+        return before == 1
+
+    assert not in_one_call(), "gradients may be wanted"
+    with torch.no_grad():
+        assert in_one_call()
+        assert not in_one_call(output_hidden_states=True)
+        model.train()
+        assert not in_one_call()
+        model.eval()
+        expected = model(**given).logits
+        model.bert.encoder.layer[0].output.dense = torch.nn.Linear(48, 32)
+        assert not torch.equal(model(**given).logits, expected), "another layer was put there"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not in_one_call()
+        fastllm.restore(model)
+        assert not in_one_call() and report.accelerated
+
+
+@torch.no_grad()
+def test_the_whole_needs_what_is_inside():
+    for left_out in ("norms", "linear", "attention"):
+        report = fastllm.accelerate(make("bert"), **{left_out: False})
+        assert all(row.runs != "its layers in one call" for row in report.rows)
 
 
 def test_what_stands_for_padding_is_zero():

@@ -1,7 +1,7 @@
 """The tests of Hugging Face models beside several versions of transformers: python tests/transformers_versions.py 5.17
 
-Each version is installed without its dependencies into a folder of its own, before the environment's own transformers
-in the path, and runs the tests; a table says what passed. `make test-transformers` calls it.
+Each version is installed into a folder of its own, before the environment's own transformers in the path, and runs the
+tests; a table says what passed. `make test-transformers` calls it.
 """
 
 import argparse
@@ -10,20 +10,31 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = "test_hf*.py", "test_patch*.py", "test_generation.py", "test_explain.py"
+TESTS = "test_hf*.py", "test_patch*.py", "test_generation.py"
 COUNTS = "passed", "skipped", "failed", "error"
 
 
 def install(version: str, folder: Path):
-    """transformers `version` (5.19: its last patch release) in `folder`, if it is not there yet."""
+    """transformers `version` (5.19: its last patch release) in `folder`, if it is not there yet, and beside it what it
+    asks for and the environment has in a version that does not fit."""
     if (folder / "transformers").exists():
         return
     wanted = f"transformers=={version}.*" if version.count(".") == 1 else f"transformers=={version}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", str(folder), wanted], check=True)
+    pip += ["--target", str(folder)]
+    subprocess.run([*pip, wanted], check=True)
+    (own,) = metadata.distributions(name="transformers", path=[str(folder)])
+    others = [need for need in map(Requirement, own.requires or ()) if not need.marker or need.marker.evaluate()]
+    here = {found.name: found.version for found in metadata.distributions()}
+    misfits = [str(need) for need in others if not need.specifier.contains(here.get(need.name, "0"), True)]
+    if misfits:
+        subprocess.run([*pip, *misfits], check=True)
 
 
 def run(folder: Path, files: list, options: list) -> tuple[str, dict, str]:
