@@ -18,10 +18,11 @@ from fastllm.generation import generate
 from fastllm.ops.activation import bias_gelu, geglu, swiglu
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
-from fastllm.ops.kvcache import attention_with_kvcache, merge_attention
+from fastllm.ops.kvcache import attention_with_kvcache
 from fastllm.ops.linear import linear
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.lora import lora_linear
+from fastllm.ops.merge_attention import merge_attention
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.ops.ring import ring_attention
 from fastllm.ops.rope import rope

@@ -1,4 +1,4 @@
-"""attention_with_kvcache, merge_attention and attention of few queries: against fp64, by the project's rule."""
+"""attention_with_kvcache and attention of few queries: against fp64, by the project's rule."""
 
 import contextlib
 
@@ -207,35 +207,6 @@ def test_generation_step_by_step(backend):
         truth = fastllm.attention(q.double(), k.double(), v.double(), causal=True)
         peer = fastllm.attention(q, k, v, causal=True)
     assert_as_accurate(torch.cat(parts, 2), peer, truth)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_attention(dtype):
-    q, k, v = torch.randn(2, 3, 9, 16), torch.randn(2, 3, 50, 16), torch.randn(2, 3, 50, 16)
-
-    def merged(q, k, v):
-        spans = [(0, 10), (10, 11), (11, 50)]
-        parts = [fastllm.attention(q, k[:, :, a:b], v[:, :, a:b], return_lse=True) for a, b in spans]
-        return fastllm.merge_attention(*zip(*parts, strict=True))
-
-    def whole(q, k, v):
-        with fastllm.backend("reference"):
-            return fastllm.attention(q, k, v, return_lse=True)
-
-    in_parts = merged if dtype != torch.float32 else whole  # parts are rounded to the dtype before they are merged
-    compare(merged, in_parts, whole, (q, k, v), [torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9)], dtype)
-
-
-def test_merge_attention_of_nothing():
-    o, lse = torch.randn(2, 4, 8, requires_grad=True), torch.full((2, 4), -torch.inf, requires_grad=True)
-    merged, total = fastllm.merge_attention([o, o], [lse, lse])
-    assert not merged.any() and torch.equal(total, lse)
-    merged.sum().backward()
-    assert not o.grad.any() and not lse.grad.any()
-    with pytest.raises(ValueError, match="one lse per output"):
-        fastllm.merge_attention([o], [])
-    with pytest.raises(ValueError, match=r"lses\[1\]"):
-        fastllm.merge_attention([o, o], [lse, lse[:1]])
 
 
 BAD = {

@@ -144,28 +144,3 @@ def _check_angles(q, cos, sin):
                 f"{OP}: cos and sin must have one shape [positions, R / 2], R <= {q.shape[3]}, and one dtype, "
                 f"got {list(cos.shape)} {cos.dtype} and {list(sin.shape)} {sin.dtype}"
             )
-
-
-def merge_attention(outs, lses):
-    """o and lse of attention on all keys, from attention on parts of them: o = sum_n exp(lse_n - lse) o_n.
-
-    outs: tensors [..., T, Dv] (at least one), lses: as many [..., T], natural log-sum-exps in fp32 or fp64, as
-    `return_lse=True` gives them; a sink or dropout must have been in one part at most. Returns (o, lse), o in the dtype
-    of the first output, lse = log sum_n exp(lse_n). Differentiable in all of them. A query that no part has keys for
-    (every lse -inf) gives o = 0, lse = -inf, gradients 0.
-
-    Weights and sum are in fp32 (fp64 for fp64). Plain PyTorch on every device: it moves a few percent of the bytes that
-    the parts moved. Raises ValueError for shapes and counts that do not fit, TypeError for what is not a float tensor.
-    """
-    outs, lses = list(outs), list(lses)
-    if not outs or len(outs) != len(lses):
-        raise ValueError(f"merge_attention: one lse per output, at least one, got {len(outs)} and {len(lses)}")
-    for n, (o, lse) in enumerate(zip(outs, lses, strict=True)):
-        check_tensor("merge_attention", f"outs[{n}]", o, like=outs[0])
-        check_tensor("merge_attention", f"lses[{n}]", lse)
-        if o.shape != outs[0].shape or lse.shape != o.shape[:-1]:
-            raise ValueError(
-                f"merge_attention: outs[{n}] must be {list(outs[0].shape)} and lses[{n}] {list(outs[0].shape[:-1])}, "
-                f"got {list(o.shape)} and {list(lse.shape)}"
-            )
-    return reference.merge_attention(outs, lses)
