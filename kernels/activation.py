@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-SILU, GELU_TANH, GELU_ERF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SILU, GELU_TANH, GELU_ERF, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -19,6 +19,9 @@ def _activation(x, ACTIVATION: tl.constexpr):
         phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         y = x * phi
         slope = phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == RELU:
+        y = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+        slope = tl.where(x > 0.0, 1.0, 0.0)
     else:
         bounded = tl.minimum(tl.maximum(x, -80.0), 80.0)  # there the sigmoid is 0 or 1, and nothing overflows
         u, du = bounded, 1.0
@@ -112,7 +115,9 @@ def _bias_act_bwd(
     stripe = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
-    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.zeros((BLOCK,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(stripe * rows_per_stripe, tl.minimum((stripe + 1) * rows_per_stripe, N)):
         offsets = tl.cast(row, tl.int64) * D + columns
@@ -216,8 +221,8 @@ def geglu_bwd(dy, gate, up, tanh):
     return _gated_backward(dy, gate, up, (GELU_TANH if tanh else GELU_ERF).value)
 
 
-def bias_gelu_fwd(x, bias, tanh):
-    """gelu(x + bias)."""
+def bias_act_forward(x, bias, activation):
+    """act(x + bias), bias [D] or None; activation is one of the numbers at the top."""
     _check(x)
     y = x.new_empty(x.shape)
     if x.numel():
@@ -225,21 +230,20 @@ def bias_gelu_fwd(x, bias, tanh):
         launch = _launch_for(D)
         grid = (x.numel() // D * triton.cdiv(D, launch["BLOCK"]),)
         bias = None if bias is None else bias.contiguous()
-        _bias_act_fwd[grid](x, bias, y, D, ACTIVATION=(GELU_TANH if tanh else GELU_ERF).value, **launch)
+        _bias_act_fwd[grid](x, bias, y, D, ACTIVATION=activation, **launch)
     return y
 
 
-def bias_gelu_bwd(dy, x, bias, tanh):
-    """dx, and dbias in bias's dtype (empty without one)."""
-    activation = (GELU_TANH if tanh else GELU_ERF).value
+def bias_act_backward(dy, x, bias, activation, needs_dbias):
+    """dx, and the sum of its rows in fp32 (None where it is not wanted)."""
     dx = x.new_empty(x.shape)
     if not x.numel():
-        return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
-    if bias is None:
+        return dx, torch.zeros(x.shape[-1], device=x.device) if needs_dbias else None
+    if bias is None and not needs_dbias:
         launch = _launch_for(x.numel())
         grid = (triton.cdiv(x.numel(), launch["BLOCK"]),)
         _act_bwd[grid](dy, x, dx, x.numel(), ACTIVATION=activation, **launch)
-        return dx, x.new_empty(0)
+        return dx, None
     D = x.shape[-1]
     N = x.numel() // D
     launch = _launch_for(D)
@@ -247,5 +251,18 @@ def bias_gelu_bwd(dy, x, bias, tanh):
     stripes = triton.cdiv(N, rows_per_stripe)
     dbiases = torch.empty(stripes, D, dtype=torch.float32, device=x.device)
     grid = (stripes, triton.cdiv(D, launch["BLOCK"]))
-    _bias_act_bwd[grid](dy, x, bias.contiguous(), dx, dbiases, N, D, rows_per_stripe, ACTIVATION=activation, **launch)
-    return dx, dbiases.sum(0).to(bias.dtype)
+    bias = None if bias is None else bias.contiguous()
+    _bias_act_bwd[grid](dy, x, bias, dx, dbiases, N, D, rows_per_stripe, ACTIVATION=activation, **launch)
+    return dx, dbiases.sum(0)
+
+
+def bias_gelu_fwd(x, bias, tanh):
+    """gelu(x + bias)."""
+    return bias_act_forward(x, bias, (GELU_TANH if tanh else GELU_ERF).value)
+
+
+def bias_gelu_bwd(dy, x, bias, tanh):
+    """dx, and dbias in bias's dtype (empty without one)."""
+    activation = (GELU_TANH if tanh else GELU_ERF).value
+    dx, dbias = bias_act_backward(dy, x, bias, activation, bias is not None)
+    return dx, x.new_empty(0) if bias is None else dbias.to(bias.dtype)

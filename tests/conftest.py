@@ -32,9 +32,16 @@ def pytest_collection_modifyitems(items):
             item
             for item in items
             if item.path.name
-            in ("test_attention.py", "test_varlen.py", "test_kvcache.py", "test_linear_cross_entropy.py")
+            in (
+                "test_attention.py",
+                "test_varlen.py",
+                "test_kvcache.py",
+                "test_linear.py",
+                "test_linear_cross_entropy.py",
+                "test_weight_only.py",
+            )
             and hasattr(item, "callspec")
-            and item.callspec.params.get("backend") == backend
+            and backend in (item.callspec.params.get("backend"), item.callspec.params.get("own_backend"))
         ]
         for n, item in enumerate(tests):
             if n % SHARE:

@@ -204,6 +204,19 @@ class TestActivation:
             compare(*activated(name), [x, w, b], [dy], dtype)
             compare(*activated(name), [x, w], [dy], dtype)
 
+    @pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "product, then activation"])
+    @pytest.mark.parametrize("size", [(5, 7, 1), (70, 65, 33), (130, 60, 40)], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    @pytest.mark.parametrize("own_backend", ["triton"], indirect=True)
+    def test_triton(self, own_backend, monkeypatch, name, dtype, size, fused):
+        monkeypatch.setattr(ops, "_fused", lambda x, K: fused)
+        x, w, b = (t.to(own_backend) for t in tensors(*size))
+        dy, w = torch.randn(size[:2], device=own_backend), w * size[2] ** -0.5
+        compare(*activated(name), [x, w, b], [dy], dtype)
+        if dtype == torch.float32:
+            compare(*activated(name), [x, w.T.contiguous().T], [dy], dtype)
+
     @pytest.mark.parametrize("size", [(3, 0, 4), (0, 3, 4), (3, 4, 0)], ids=str)
     def test_nothing(self, cpu_backend, size):
         compare(*activated("gelu"), tensors(*size), [torch.randn(size[:2])], torch.float32)
@@ -259,10 +272,10 @@ class TestActivation:
     def test_opcheck(self):
         x, w, b = tensors(0, 6, 5, leading=(2, 3))
         for needs_z in (True, False):
-            torch.library.opcheck(ops.linear_act_fwd, (x, w, b, 1, needs_z))
+            torch.library.opcheck(ops.linear_act_fwd.dispatched, (x, w, b, 1, needs_z))
         z, dy = torch.randn(4, 6), torch.randn(4, 6)
-        torch.library.opcheck(ops.bias_act_fwd, (z, b, 3))
-        torch.library.opcheck(ops.bias_act_bwd, (dy, z, None, 2, True))
+        torch.library.opcheck(ops.bias_act_fwd.dispatched, (z, b, 3))
+        torch.library.opcheck(ops.bias_act_bwd.dispatched, (dy, z, None, 2, True))
         torch.library.opcheck(ops.linear_out, (x, w, b, torch.empty(2, 3, 6)))
         torch.library.opcheck(
             ops.linear_bwd_out, (torch.randn(2, 3, 6), x, w, torch.ones(2, 3, 5), torch.ones(6, 5), True)

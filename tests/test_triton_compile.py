@@ -79,6 +79,15 @@ def attention_calls(torch, attention):
         attention.attention_bwd(q, lse, q, k, v, q, lse, *options, True, False)
 
 
+def attention_sm90_calls(torch, attention_sm90):
+    from fastllm.kernels.attention_scores import Window
+
+    for dtype, D in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 128)):
+        q, k = (torch.empty(2, H, T, D, dtype=dtype, device="meta") for H, T in ((4, 1000), (2, 1040)))
+        lse = torch.empty(2, 4, 1000, dtype=torch.float64, device="meta")
+        attention_sm90.forward(q, k, k, q, lse, 0.1, Window(1000, 1040, 40, -1000, 40))
+
+
 def varlen_calls(torch, varlen):
     for dtype, D, kind in attention_kinds():
         if kind == "plain" or dtype == "float16":
@@ -196,8 +205,47 @@ def adamw_calls(torch, adamw):
             adamw.adamw_step([p], [p], [moment], [moment], top, [step], 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
 
 
+def merge_attention_calls(torch, merge_attention):
+    for dtype in (torch.bfloat16, torch.float32):
+        for D, parts in ((64, 2), (128, 2), (128, 8), (256, 2)):
+            outs = [torch.empty(2, 4, 1000, D, dtype=dtype, device="meta")] * parts
+            lses = [torch.empty(2, 4, 1000, device="meta")] * parts
+            merge_attention.merge_attention_fwd(outs, lses)
+            merge_attention.merge_attention_bwd(outs[0], lses[0], outs, lses)
+
+
+def weight_only_calls(torch, weight_only):
+    """Decoding one sequence and some, in 8 bits (symmetric) and in 4 (with offsets); unpacking for many rows."""
+    N, K, group = 4096, 4096, 64
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.empty(64, K, dtype=dtype, device="meta")
+        bias = torch.empty(N, dtype=dtype, device="meta")
+        for bits, groups, scale_dtype in ((8, 1, torch.float32), (4, K // group, torch.bfloat16)):
+            codes = torch.empty(N // 16, K * bits // 32, 16, dtype=torch.int32, device="meta")
+            scales = torch.empty(N // 16, groups, 16, dtype=scale_dtype, device="meta")
+            packed = codes, scales, scales if bits == 4 else None
+            for M in (1, 32, 64):
+                weight_only.quantized_linear_fwd(x[:M], *packed, bias, N, bits, K // groups)
+            weight_only.dequantize_fwd(*packed, x, 0, N, N, K, bits, K // groups)
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        for M in (1, 64):
+            weight_only.weight_only_linear_fwd(x[:M], torch.empty(N, K, dtype=other, device="meta"), bias)
+
+
+def linear_calls(torch, linear):
+    for dtype in (torch.bfloat16, torch.float32):
+        x, w = (torch.empty(4096, 1024, dtype=dtype, device="meta") for _ in "xw")
+        bias, y = torch.empty(4096, dtype=dtype, device="meta"), torch.empty(4096, 4096, dtype=dtype, device="meta")
+        for activation in range(4):
+            linear.linear_act_fwd(x, w, bias, activation, True)
+            linear.bias_act_fwd(y, None, activation)
+            linear.bias_act_bwd(y, y, None, activation, True)
+        linear.linear_act_fwd(x, w.T.contiguous().T, None, 1, False)
+
+
 CALLS = {
     "attention": attention_calls,
+    "attention_sm90": attention_sm90_calls,
     "varlen": varlen_calls,
     "kvcache": kvcache_calls,
     "norm": norm_calls,
@@ -206,6 +254,9 @@ CALLS = {
     "activation": activation_calls,
     "rope": rope_calls,
     "adamw": adamw_calls,
+    "merge_attention": merge_attention_calls,
+    "weight_only": weight_only_calls,
+    "linear": linear_calls,
 }
 
 
@@ -273,6 +324,11 @@ def source_hash(kernel):
     return hashlib.sha256(repr((triton.__version__, sorted(seen.items()))).encode()).hexdigest()[:16]
 
 
+def architectures(name):
+    """For which a launch is compiled."""
+    return (90,) if "_sm90" in name else tuple(SHARED_BYTES)
+
+
 def compile_one(job):
     """Registers, spills, shared memory and matrix instructions of one launch on one architecture."""
     from triton import knobs
@@ -294,7 +350,8 @@ def compile_one(job):
         return int(re.search(pattern, log.getvalue())[1])
 
     ptx = compiled.asm["ptx"]
-    return name, arch, {
+    tma = ptx.count("cp.async.bulk.tensor")
+    return name, arch, ({"tma": tma} if tma else {}) | {
         "registers": number(r"Used (\d+) registers"),
         "spilled_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         "shared_bytes": compiled.metadata.shared,
@@ -348,11 +405,15 @@ def broken_rules(name, arch, row):
         yield f"takes {row['tensor_columns']} columns of tensor memory of {TENSOR_COLUMNS}"
     if row["registers"] * row["warps"] * 32 > REGISTERS:
         yield f"takes {row['registers']} registers in {row['warps']} warps"
-    products = re.match("_attention_(fwd|bwd_d[kq])|_kvcache_attend", name) and " float32 " not in name
+    products = re.match("_attention_(fwd|bwd_d[kq])|_kvcache_attend|_(quantized|narrow)_linear|_linear_act", name)
+    products = products and " float32 " not in name
     if products and not row["mma"] + row["wgmma"] + row["tcgen05"]:
         yield "has no matrix instructions"
+    if "_sm90" in name and not row.get("tma"):
+        yield "has no TMA"
     # wgmma wants 64 rows: those of the queries, or of the keys where a kernel holds keys.
-    block = int(re.search(r"BLOCK_N=(\d+)" if "dkdv" in name else r"BLOCK_M=(\d+)", name)[1]) if products else 0
+    held = re.search(r"BLOCK_N=(\d+)" if "dkdv" in name or "_sm90" in name else r"BLOCK_M=(\d+)", name)
+    block = int(held[1]) if products else 0
     if products and arch == 90 and block >= 64 and not row["wgmma"]:
         yield "has no wgmma"
 
@@ -366,9 +427,11 @@ def main(update):
     for name in fresh.keys() & table.keys():
         if table[name].get("source") == hashes[name]:
             fresh[name] = dict(table[name])
-    jobs = [(name, arch) for name in fresh for arch in SHARED_BYTES if f"sm_{arch}" not in fresh[name]]
+    jobs = [(name, arch) for name in fresh for arch in architectures(name) if f"sm_{arch}" not in fresh[name]]
     sample = {_launches[name][0].__name__: name for name in fresh}.values()
-    sampled = [(name, arch) for name in sample for arch in SAMPLED if (name, arch) not in jobs]
+    sampled = [
+        (name, arch) for name in sample for arch in SAMPLED if arch in architectures(name) and (name, arch) not in jobs
+    ]
     with multiprocessing.get_context("fork").Pool(min(2, os.cpu_count())) as pool:
         for name, arch, row in pool.imap_unordered(compile_one, jobs + sampled):
             fresh[name][f"sm_{arch}"] = row
@@ -377,7 +440,7 @@ def main(update):
     broken = [
         f"{name}, sm_{arch}: {rule}"
         for name in fresh
-        for arch in SHARED_BYTES
+        for arch in architectures(name)
         for rule in broken_rules(name, arch, fresh[name][f"sm_{arch}"])
     ]
     counts = f"{len(jobs)} of them and a sample of {len(sampled)} compiled now, {len(broken)} broken rules"

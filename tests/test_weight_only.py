@@ -43,18 +43,19 @@ def hold(x, weight, exact, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_packed(cpu_backend, size, kind, dtype):
+def test_packed(own_backend, size, kind, dtype):
     M, N, K = size
-    packed = quantize(torch.randn(N, K), kind)
+    packed = quantize(torch.randn(N, K, device=own_backend), kind)
     exact = packed.dequantize().double()
-    hold(torch.randn(M, K).to(dtype), packed, exact, None)
-    hold(torch.randn(M, K).to(dtype), packed, exact, torch.randn(N))
+    x = torch.randn(M, K, device=own_backend).to(dtype)
+    hold(x, packed, exact, None)
+    hold(x, packed, exact, torch.randn(N, device=own_backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_narrow(cpu_backend, size, stored, dtype):
+def test_narrow(own_backend, size, stored, dtype):
     M, N, K = size
     w = torch.randn(N, K).to(stored)
     hold(torch.randn(M, K).to(dtype), w, w.double(), None)
@@ -63,7 +64,7 @@ def test_narrow(cpu_backend, size, stored, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 32), (40, 100), (33, 256)], ids=str)
-def test_dequantize_is_the_reference(cpu_backend, shape, kind):
+def test_dequantize_is_the_reference(own_backend, shape, kind):
     packed = quantize(torch.randn(shape), kind)
     tensors = packed.codes, packed.scales, packed.offsets
     plain = reference.dequantize(*tensors, bits=packed.bits, group_size=packed.group_size)[: shape[0], : shape[1]]
@@ -90,14 +91,14 @@ def test_every_number_has_the_nearest_code(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_and_constant_weights(cpu_backend, kind):
+def test_zero_and_constant_weights(own_backend, kind):
     for w in (torch.zeros(20, 64), torch.full((20, 64), 0.5), torch.full((20, 64), -3.0)):
         assert torch.equal(quantize(w, kind).dequantize(), w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_are_a_matrix_product(cpu_backend, dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_CHUNK", 32 * 96)  # several chunks of rows
+def test_many_rows_are_a_matrix_product(own_backend, dtype, monkeypatch):
+    monkeypatch.setitem(ops._CHUNK, "cpu", 32 * 96)  # several chunks of rows
     packed = quantize(torch.randn(100, 96), "int8 grouped")
     hold(torch.randn(3, 11, 96).to(dtype), packed, packed.dequantize().double(), torch.randn(100))
     w = torch.randn(100, 96).bfloat16()
@@ -105,7 +106,7 @@ def test_many_rows_are_a_matrix_product(cpu_backend, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_outliers_and_small_numbers(cpu_backend, kind):
+def test_outliers_and_small_numbers(own_backend, kind):
     """One huge activation may not cost the others their bits: the scale is per step, not per row."""
     packed = quantize(torch.randn(64, 512), kind)
     x = torch.randn(2, 512)
@@ -116,14 +117,14 @@ def test_outliers_and_small_numbers(cpu_backend, kind):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(cpu_backend, kind, value):
+def test_what_is_not_finite_shows(own_backend, kind, value):
     packed, x = quantize(torch.randn(16, 128), kind), torch.randn(2, 128)
     x[1, 70] = value
     y = fastllm.weight_only_linear(x, packed)
     assert y[0].isfinite().all() and not y[1].isfinite().any()
 
 
-def test_views_leading_dimensions_and_no_rows(cpu_backend):
+def test_views_leading_dimensions_and_no_rows(own_backend):
     packed = quantize(torch.randn(24, 64), "int8")
     x = torch.randn(64, 2, 3).permute(2, 1, 0)
     flat = fastllm.weight_only_linear(x.reshape(6, 64), packed)
@@ -145,7 +146,7 @@ def test_same_for_any_number_of_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_gradients_of_x_and_bias(cpu_backend):
+def test_gradients_of_x_and_bias(own_backend):
     packed = quantize(torch.randn(24, 64), "int4")
     x, bias = torch.randn(2, 64, requires_grad=True), torch.randn(24, requires_grad=True)
     fastllm.weight_only_linear(x, packed, bias).sum().backward()
@@ -180,7 +181,7 @@ def test_unsigned_codes_of_torch_int4():
     torch.testing.assert_close(packed.dequantize(), wanted.view(16, 64), rtol=1e-6, atol=1e-6)
 
 
-def test_module_and_state_dict(cpu_backend):
+def test_module_and_state_dict(own_backend):
     linear = torch.nn.Linear(96, 40)
     for options in (dict(bits=8), dict(bits=4, group_size=32, symmetric=False)):
         module = fastllm.nn.QuantizedLinear.from_linear(linear, **options)

@@ -33,8 +33,9 @@ linear_bwd = Op(
 )
 
 
-linear_act_fwd = cpu_op(
+linear_act_fwd = Op(
     "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, int activation, bool needs_z) -> (Tensor y, Tensor z)",
+    "linear",
     lambda x, weight, bias, activation, needs_z: (
         x.new_empty((*x.shape[:-1], weight.shape[0])),
         x.new_empty((*x.shape[:-1], weight.shape[0]) if needs_z else 0),
@@ -47,27 +48,33 @@ linear_bwd_out = cpu_op(
     "linear_bwd_out(Tensor dy, Tensor x, Tensor weight, Tensor(a!)? dx, Tensor(b!)? dweight, bool add) -> ()",
     lambda dy, x, weight, dx, dweight, add: None,
 )
-bias_act_fwd = cpu_op(
+bias_act_fwd = Op(
     "bias_act_fwd(Tensor x, Tensor? bias, int activation) -> Tensor",
+    "linear",
     lambda x, bias, activation: x.new_empty(x.shape),
 )
-bias_act_bwd = cpu_op(
+bias_act_bwd = Op(
     "bias_act_bwd(Tensor dy, Tensor x, Tensor? bias, int activation, bool needs_dbias) -> (Tensor dx, Tensor dbias)",
+    "linear",
     lambda dy, x, bias, activation, needs_dbias: (
         x.new_empty(x.shape),
         (x if bias is None else bias).new_empty(x.shape[-1] if needs_dbias else 0),
     ),
 )
 
-ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as csrc/cpu/table.h numbers them
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as csrc/cpu/table.h and kernels/linear.py have them
+
+# GPUs on which the Triton product that activates what it has summed was measured to be faster than PyTorch's product
+# and an activation behind it, by name: the largest K of which that is true. Nothing has been measured yet.
+FUSED: dict[str, int] = {}
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, kernels):
-        y, z = activated(x, weight, bias, activation, kernels, keep=True)
+    def forward(ctx, x, weight, bias, activation, kernels, backend):
+        y, z = activated(x, weight, bias, activation, kernels, backend, keep=True)
         ctx.save_for_backward(x, weight, bias, *([] if activation is None else [z]))
-        ctx.activation, ctx.kernels = activation, kernels
+        ctx.activation, ctx.kernels, ctx.backend = activation, kernels, backend
         return y
 
     @staticmethod
@@ -75,13 +82,13 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, *z = ctx.saved_tensors
         if torch.is_grad_enabled():
             function = functools.partial(reference.linear, activation=ctx.activation)
-            return *gradients_through(function, (x, weight, bias), (dy,)), None, None
+            return *gradients_through(function, (x, weight, bias), (dy,)), None, None, None
         needs, (_, *own) = ctx.needs_input_grad, ctx.kernels
         needs_dbias, dy = bias is not None and needs[2], dy.contiguous()
         own = [ours and needed for ours, needed in zip(own, needs, strict=False)]
         dx = dweight = dbias = None
         if z:
-            dy, dbias = bias_act_bwd(dy, z[0], None, ACTIVATIONS[ctx.activation], needs_dbias)
+            dy, dbias = bias_act_bwd(ctx.backend, dy, z[0], None, ACTIVATIONS[ctx.activation], needs_dbias)
             needs_dbias = False
         if any(own) or needs_dbias:
             dx, dweight, *rest = linear_bwd("cpu", dy, x, weight, *own, needs_dbias)
@@ -91,7 +98,7 @@ class _Linear(torch.autograd.Function):
         if needs[1] and not own[1]:
             dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         found = (dx, dweight, dbias)
-        return *(g if needed else None for g, needed in zip(found, needs[:3], strict=True)), None, None
+        return *(g if needed else None for g, needed in zip(found, needs[:3], strict=True)), None, None, None
 
 
 def product(x, weight, bias, kernels):
@@ -99,16 +106,16 @@ def product(x, weight, bias, kernels):
     return linear_fwd("cpu", x, weight, bias) if kernels and kernels[0] else F.linear(x, weight, bias)
 
 
-def activated(x, weight, bias, activation, kernels, keep=False):
+def activated(x, weight, bias, activation, kernels, backend, keep=False):
     """y, and what backward needs of the activation: x W^T + bias, or for relu, of which the sign is enough, y."""
     if activation is None:
         return product(x, weight, bias, kernels), None
     number, sign = ACTIVATIONS[activation], activation == "relu"
     if kernels[0]:
-        y, z = linear_act_fwd(x, weight, bias, number, keep and not sign)
+        y, z = linear_act_fwd(backend, x, weight, bias, number, keep and not sign)
     else:
         z = F.linear(x, weight, bias)
-        y = bias_act_fwd(z, None, number)
+        y = bias_act_fwd(backend, z, None, number)
     return y, y if sign else z
 
 
@@ -121,8 +128,10 @@ def linear(x, weight, bias=None, *, activation=None):
     linear --tune` measures). In bf16 and fp16, and under autocast to them, ours is the choice on CPUs where oneDNN has
     no such product (x86 without AVX-512), PyTorch's elsewhere. Ours sums in fp32 (fp64) up to 192 products at a time,
     adds those sums in order, so that y has the same bits for any number of threads, and rounds to 16 bits once; bias
-    and activation are applied to a block of y while that is in the cache. Where every product is PyTorch's, so is the
-    activation.
+    and activation are applied to a block of y while that is in the cache. On CPU, where every product is PyTorch's, so
+    is the activation. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
+    chip; a product that activates what it has summed runs where it was measured to be faster (`FUSED`), or with
+    backend("triton").
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or another activation.
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
@@ -136,11 +145,12 @@ def linear(x, weight, bias=None, *, activation=None):
         return reference.linear(x, weight, bias, activation)
     if autocast:
         x, weight, bias = in_autocast_dtype(x, weight, bias)
+    backend = "triton" if dispatch.forced() == "triton" or not x.is_cpu else "cpu"
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     weight = with_unit_stride(weight)
     if wants_gradient(x, weight, bias):
-        return _Linear.apply(x, weight, bias, activation, kernels)
-    return activated(x, weight, bias, activation, kernels)[0]
+        return _Linear.apply(x, weight, bias, activation, kernels, backend)
+    return activated(x, weight, bias, activation, kernels, backend)[0]
 
 
 def own_products(dtype, M, N, K) -> tuple[bool, bool, bool]:
@@ -158,10 +168,13 @@ def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, b
 
     def unsupported(backend):
         nonlocal kernels
-        if backend != "cpu":
+        if backend == "cuda" or (backend == "triton" and activation is None):
             return "PyTorch's product is the kernel on a GPU"
-        if activation is not None and not (x.numel() and weight.numel() and bias_act_fwd):
-            return "there is nothing to activate, or no kernel for it"
+        if activation is not None and not (x.numel() and weight.numel()):
+            return "there is nothing to activate"
+        if backend == "triton":
+            kernels = _fused(x, K), False, False
+            return "float64: the GPU kernels compute in fp32" if dtype == torch.float64 else None
         kernels = own_products(dtype, M, weight.shape[0], K)
         return None if any(kernels) else why_pytorchs(dtype)
 
@@ -195,6 +208,13 @@ def addmm_(c, a, b, alpha=1.0):
         linear_bwd_out((a * alpha).T.contiguous(), b, c, None, c, True)
     else:
         c.addmm_(a, b, alpha=alpha)
+
+
+def _fused(x, K) -> bool:
+    """Whether Triton makes product and activation in one kernel on the GPU that x is on; always where it was forced."""
+    if dispatch.forced() == "triton":
+        return True
+    return bool(FUSED) and K <= FUSED.get(torch.cuda.get_device_name(x.device), 0)
 
 
 def with_unit_stride(weight):

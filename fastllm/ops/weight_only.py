@@ -10,8 +10,10 @@ from fastllm.ops._common import check_tensor, wants_gradient
 from fastllm.ops.linear import linear, matmul
 
 PANEL = 16  # rows of a packed weight that lie together
-FEW_ROWS = 16  # of x, that the kernel reads every weight once for; more are a matrix product
-_CHUNK = 1 << 22  # weights that are unpacked at a time for it
+# Rows of x that the kernel reads every weight once for; more are a matrix product, for which so many weights are
+# unpacked at a time: what the cache of a CPU holds, and on a GPU what keeps a product of all of them in one.
+FEW_ROWS = {"cpu": 16, "triton": 64}
+_CHUNK = {"cpu": 1 << 22, "triton": 1 << 26}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 weight_only_linear_fwd = Op(
@@ -106,12 +108,13 @@ class QuantizedWeight:
 
     def _rows(self, begin, end, like):
         packed = self.codes, self.scales, self.offsets
-        if choose("dequantize", like, _triton_lacks) == "reference" or like.dtype not in NARROW:
+        backend = choose("dequantize", like)
+        if backend == "reference" or like.dtype not in NARROW:
             first, last = begin // PANEL, -(-end // PANEL)
             part = [None if x is None else x[first:last] for x in packed]
             w = reference.dequantize(*part, bits=self.bits, group_size=self.group_size)
             return w[: end - begin, : self.shape[1]].to(like.dtype)
-        return dequantize_fwd("cpu", *packed, like, begin, end, *self.shape, self.bits, self.group_size)
+        return dequantize_fwd(backend, *packed, like, begin, end, *self.shape, self.bits, self.group_size)
 
 
 def quantize_weight(weight, bits=8, group_size=None, *, symmetric=True):
@@ -174,11 +177,12 @@ def weight_only_linear(x, weight, bias=None):
     """y = x w^T + bias, with w a `QuantizedWeight`, or a tensor [N, K] in fp32, bf16 or fp16, of any bits beside x's.
 
     x [..., K] in fp32, bf16 or fp16 (fp64 on plain PyTorch); bias [N] of any float dtype. Returns y [..., N] like x.
-    Up to 16 rows of x read every weight once; sums are in fp32. Where the CPU has VPDPBUSD, rows of x are split into
-    planes of 8 bits, three for fp32 and two for bf16 and fp16, with a scale per 64 (or 32) numbers: an error of at
-    most 2^-24 or 2^-16 of the largest of them, and exact products. More rows are a matrix product of x with weights
-    unpacked to x's dtype, 4 million at a time, as is the gradient of x.
-    A w that requires a gradient is a plain linear layer.
+    Up to 16 rows of x, or 64 on a GPU, read every weight once; sums are in fp32. Where the CPU has VPDPBUSD, rows of x
+    are split into planes of 8 bits, three for fp32 and two for bf16 and fp16, with a scale per 64 (or 32) numbers: an
+    error of at most 2^-24 or 2^-16 of the largest of them, and exact products. A GPU multiplies weights rounded to x's
+    dtype. More rows are a matrix product of x with weights unpacked to x's dtype, 4 million at a time (64 million on a
+    GPU), as is the gradient of x.
+    A w that requires a gradient is a plain linear layer, and so is one in x's dtype on a GPU.
     Raises TypeError for dtypes, ValueError for shapes that do not fit.
     Error: at most 1.1 times that of torch.nn.functional.linear on the dequantised weight in x's dtype
     (tests/test_weight_only.py).
@@ -197,33 +201,35 @@ def weight_only_linear(x, weight, bias=None):
     stored = (weight.codes if quantized else weight).device
     if stored != x.device or (bias is not None and bias.device != x.device):
         raise ValueError(f"{op}: weight and bias must be on {x.device} like x")
-    backend = choose(op, x, _lacks(x, weight))
-    M = x.numel() // x.shape[-1]
-    if backend == "reference" or M > FEW_ROWS or (not quantized and wants_gradient(weight)):
+    # PyTorch's product on a GPU is ours, if it needs no other weight than there is.
+    backend = choose(op, x, _lacks(x, weight), optional=not quantized and weight.dtype == x.dtype)
+    M = x.numel() // max(x.shape[-1], 1)
+    if backend == "reference" or M > FEW_ROWS[backend] or (not quantized and wants_gradient(weight)):
         return _product(x, weight, bias)
     if wants_gradient(x, bias):
-        return _WeightOnlyLinear.apply(x, bias, weight)
-    return _kernel(x, weight, bias)
+        return _WeightOnlyLinear.apply(x, bias, weight, backend)
+    return _kernel(backend, x, weight, bias)
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight):
+    def forward(ctx, x, bias, weight, backend):
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return _kernel(x, weight, bias)
+        return _kernel(backend, x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         flat = dy.contiguous().view(-1, dy.shape[-1])
         dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, dy))
-        return dx.view(*dy.shape[:-1], -1), None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype), None
+        dbias = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
+        return dx.view(*dy.shape[:-1], -1), dbias, None, None
 
 
-def _kernel(x, weight, bias):
+def _kernel(backend, x, weight, bias):
     if isinstance(weight, QuantizedWeight):
         packed = weight.codes, weight.scales, weight.offsets, bias, weight.shape[0], weight.bits, weight.group_size
-        return quantized_linear_fwd("cpu", x.contiguous(), *packed)
-    return weight_only_linear_fwd("cpu", x.contiguous(), weight.contiguous(), bias)
+        return quantized_linear_fwd(backend, x.contiguous(), *packed)
+    return weight_only_linear_fwd(backend, x.contiguous(), weight.contiguous(), bias)
 
 
 def _product(x, weight, bias):
@@ -239,21 +245,21 @@ def _in_chunks(weight, like):
     """(begin, end, rows [begin, end) of the weight in the dtype of `like`), all in one where that is what it has."""
     N, K = weight.shape
     quantized = isinstance(weight, QuantizedWeight)
-    chunk = max(PANEL, _CHUNK // K // PANEL * PANEL) if quantized or weight.dtype != like.dtype else N
+    most = _CHUNK["cpu" if like.is_cpu else "triton"] // max(K, 1)
+    chunk = max(PANEL, most // PANEL * PANEL) if quantized or weight.dtype != like.dtype else N
     for begin in range(0, N, chunk):
         end = min(begin + chunk, N)
         yield begin, end, weight._rows(begin, end, like) if quantized else weight[begin:end].to(like.dtype)
 
 
-def _triton_lacks(backend):
-    return "no Triton kernel for packed weights yet" if backend == "triton" else None
-
-
 def _lacks(x, weight):
     """`unsupported` for dispatch.choose."""
     fp64 = torch.float64 in (x.dtype, getattr(weight, "dtype", None))
+    plain = not isinstance(weight, QuantizedWeight) and weight.dtype == x.dtype
 
     def lacks(backend):
-        return "float64: what decoding wants is fewer bits" if fp64 else _triton_lacks(backend)
+        if fp64:
+            return "float64: what decoding wants is fewer bits"
+        return "PyTorch's product is the kernel on a GPU" if plain and backend == "triton" else None
 
     return lacks
