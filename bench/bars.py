@@ -3,11 +3,14 @@
 The figures are for one H100 in bf16, and were set from what others published before anything was measured here.
 """
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+import fastllm
 from fastllm.bench import cases, rivals
 from fastllm.bench.cases import Case
 
@@ -43,9 +46,48 @@ def rivals_of(bar: Bar) -> dict[str, Callable]:
         rival = rivals.RIVALS[name]
         if not case.op.startswith("attention_") and rival.takes(case, "cuda"):
             found[name] = lambda rival=rival: rival.make(case, bar.dtype, "cuda")
+    if case.op == "attention" and bar.passes == "forward" and case.shapes["q"][-1] in (64, 128):
+        found["ours for Hopper"] = lambda: within(hopper, case.ours)
+    if case.op == "linear":
+        found["product, then activation"] = lambda: within(unfused, case.ours)
     if bar.compile_mode:
         found["compile"] = lambda: rivals.compiled(case, bar.compile_mode)
     return found
+
+
+@contextlib.contextmanager
+def hopper():
+    """Inside, attention's forward pass is the warp-specialised kernel; an error where this GPU cannot run it."""
+    attention, sm90 = (importlib.import_module(f"fastllm.kernels.{name}") for name in ("attention", "attention_sm90"))
+    if not sm90.is_hopper(torch.device("cuda", torch.cuda.current_device())):
+        raise RuntimeError("no GPU of the Hopper generation")
+    before, attention.WARP_SPECIALISED = attention.WARP_SPECIALISED, {"any": (64, 128)}
+    try:
+        yield
+    finally:
+        attention.WARP_SPECIALISED = before
+
+
+@contextlib.contextmanager
+def unfused():
+    """Inside, PyTorch makes the product, and our kernel activates it."""
+    linear = importlib.import_module("fastllm.ops.linear")
+    before, linear._fused = linear._fused, lambda x, K: False
+    try:
+        yield
+    finally:
+        linear._fused = before
+
+
+def within(context, function):
+    """`function`, called inside a context of its own; fails at once where the context does."""
+
+    def run(*inputs):
+        with context(), fastllm.backend("triton"):
+            return function(*inputs)
+
+    with context():
+        return run
 
 
 def _attention(passes, sdpa, matrix, *shape, **options):
@@ -99,6 +141,14 @@ BARS = [
     _row(cases.gated("swiglu", 16384, 14336), "forward", 0.98, torch=2.7),
     _row(cases.gated("swiglu", 16384, 14336), "backward", 0.95, torch=2.7),
     Bar(cases.adamw(64, 1 << 20), "forward", {"bandwidth": 0.93, "torch": 1.2}, torch.float32),
+    *(_row(cases.merge(2, 8, 32, 4096, 128), passes, 0.93, torch=3.0) for passes in FORWARD_BACKWARD),
+    # Weights that no L2 cache holds. PyTorch's product has them in bf16: two and four times the bytes.
+    *(
+        Bar(cases.weight_only(M, 28672, 8192, bits), "forward", {"bandwidth": share, "torch": torch_}, graph=True)
+        for M, bits, share, torch_ in ((1, 8, 0.85, 1.7), (1, 4, 0.75, 2.8), (16, 4, 0.70, 2.6), (64, 4, 0.60, 2.0))
+    ),
+    Bar(cases.weight_only(2048, 28672, 8192, 4), "forward", {"torch": 0.9}),
+    *(Bar(cases.linear(8192, 4096, K, activation="gelu_tanh"), "both", {"torch": 1.03}) for K in (1024, 4096)),
 ]
 
 

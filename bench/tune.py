@@ -40,6 +40,10 @@ def tunables() -> list[Tunable]:
     warps = [dict(num_warps=n) for n in (4, 8, 16, 32)]
     norms = [cases.norm("rms_norm", 16384, D) for D in (4096, 16384)]
     rows = [cases.softmax(32768, S) for S in (1024, 4096)]
+    packed = [cases.weight_only(1, 28672, 8192, bits) for bits in (8, 4)]
+    panels = [dict(num_warps=2), dict(num_warps=8), dict(num_stages=2), dict(num_stages=4), dict(BLOCK_N=32)]
+    activated = cases.linear(8192, 4096, 1024, activation="gelu_tanh")
+    products = [dict(BLOCK_N=256), dict(num_stages=2), dict(num_stages=4), dict(num_warps=4, BLOCK_M=64)]
     return [
         Tunable(*attend, "fwd", [(D64, "forward"), (D128, "forward")], fwd),
         Tunable(*attend, "dkdv", [(D64, "backward"), (D128, "backward")], dkdv),
@@ -47,6 +51,8 @@ def tunables() -> list[Tunable]:
         Tunable("norm", None, "_launch_for", "fwd", [(case, "forward") for case in norms], warps),
         Tunable("norm", None, "_launch_for", "bwd", [(case, "backward") for case in norms], warps),
         Tunable("softmax", None, "_launch_for", None, [(case, "forward") for case in rows], warps),
+        Tunable("weight_only", None, "_launch_for", None, [(case, "forward") for case in packed], panels),
+        Tunable("linear", None, "_launch_for", None, [(activated, "forward")], products),
     ]
 
 

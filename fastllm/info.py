@@ -187,6 +187,7 @@ def _options(dtype):
                 {"cache_seqlens": 1, "block_table": torch.zeros(1, 1, dtype=torch.int32)},
             ),
         },
+        fastllm.merge_attention: {"parts of the keys": (([q, q], [q[..., 0], q[..., 0]]), {})},
         fastllm.linear: {"bias": ((x, x, w[:4]), {}), "activation": ((x, x, w[:4]), {"activation": "gelu"})},
         fastllm.layer_norm: {
             "weight, bias": ((x, w, w), {}),

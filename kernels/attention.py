@@ -338,6 +338,16 @@ LAUNCHES = {
 }
 
 
+# By GPU name ("any" for the others): the head sizes for which attention_sm90.py was measured to be faster, where it can
+# do a call. Nothing has been measured yet.
+WARP_SPECIALISED: dict[str, tuple[int, ...]] = {}
+
+
+def _warp_specialised(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
+    return WARP_SPECIALISED.get(name, WARP_SPECIALISED.get("any", ()))
+
+
 @functools.cache
 def _table(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
@@ -407,6 +417,11 @@ def call(q, k, v, window, scale, softcap, seed, dropout_p, *, packing=None, **te
 
 def forward(call, q, k, v, o, lse, sink):
     """Fills o [B, H, T, Dv] and lse [B, H, T]."""
+    if WARP_SPECIALISED and q.shape[3] in _warp_specialised(q.device):
+        from . import attention_sm90  # not before: Gluon is another language, and changes from release to release
+
+        if attention_sm90.takes(q, k, v, call.scoring, sink, call.packing):
+            return attention_sm90.forward(q, k, v, o, lse, call.scoring.scale, call.window)
     if lse.numel():
         launch = call.launch("fwd", q)
         sink = None if sink is None else sink.contiguous()

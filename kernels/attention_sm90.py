@@ -5,12 +5,11 @@ take exponentials. In a warp group the scores of the next block are multiplied w
 its values, so that the matrix units do not wait for the exponentials. Rings of memory barriers say what is full and
 what is read. 16 bits, head sizes 64 and 128, causal, window, fewer key heads; everything else is attention.py's.
 
-Compiled and looked at (tests/test_triton_compile.py), never run or measured: nothing chooses it until CHOSEN names a
-GPU. `with everywhere():` does, for tests and the bench.
+Compiled and looked at (tests/test_triton_compile.py), never run or measured: nothing chooses it until the table
+WARP_SPECIALISED of attention.py names a GPU.
 Source: Shah et al. 2024, arXiv:2407.08608 (FlashAttention-3).
 """
 
-import contextlib
 import functools
 
 import torch
@@ -203,30 +202,10 @@ def _attention_fwd_sm90(
 # By head size: BLOCK_N and stages. 2026-11-30, not measured: the largest that do not spill and fit.
 LAUNCHES = {64: (128, 3), 128: (128, 2)}
 
-# GPU name -> head sizes for which this was measured to be faster than attention.py's kernel.
-CHOSEN: dict[str, tuple[int, ...]] = {}
-_everywhere = False
-
-
-@contextlib.contextmanager
-def everywhere():
-    """Inside, this kernel runs wherever it can."""
-    global _everywhere
-    before, _everywhere = _everywhere, True
-    try:
-        yield
-    finally:
-        _everywhere = before
-
 
 @functools.cache
-def _head_sizes(device):
-    """The head sizes for which the kernel is chosen on a GPU; it needs one of Hopper's."""
-    return CHOSEN.get(torch.cuda.get_device_name(device), ())
-
-
-@functools.cache
-def _is_hopper(device):
+def is_hopper(device) -> bool:
+    """Whether a GPU has wgmma and TMA as this kernel uses them."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -237,16 +216,14 @@ def _addressable(x):
 
 
 def takes(q, k, v, scoring, sink, packing) -> bool:
-    """Whether the kernel can do this call and has been chosen for it."""
+    """Whether the kernel can do this call."""
     D = q.shape[3]
     if D not in LAUNCHES or v.shape[3] != D or q.dtype not in (torch.bfloat16, torch.float16) or packing is not None:
         return False
     optional = scoring.softcap, scoring.mask, scoring.bias, scoring.slope, scoring.dropout, sink
     if any(x is not None for x in optional) or scoring.scale <= 0:
         return False
-    if not (_everywhere or (CHOSEN and D in _head_sizes(q.device))) or not _is_hopper(q.device):
-        return False
-    return all(_addressable(x) for x in (q, k, v))
+    return is_hopper(q.device) and all(_addressable(x) for x in (q, k, v))
 
 
 def _descriptor(x, rows):

@@ -205,7 +205,7 @@ class TestActivation:
             compare(*activated(name), [x, w], [dy], dtype)
 
     @pytest.mark.parametrize("fused", [True, False], ids=["one kernel", "product, then activation"])
-    @pytest.mark.parametrize("size", [(5, 7, 1), (70, 65, 33), (130, 60, 40)], ids=str)
+    @pytest.mark.parametrize("size", [(9, 20, 7), (70, 65, 33), (130, 60, 40)], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ACTIVATIONS)
     @pytest.mark.parametrize("own_backend", ["triton"], indirect=True)

@@ -6,7 +6,7 @@ takes the same inputs. Sizes of the bench are those of real models, sizes of `ve
 
 from fastllm.bench.cases.activation import bias_gelu, gated
 from fastllm.bench.cases.adamw import adamw
-from fastllm.bench.cases.attention import attention, kvcache, varlen, visible_pairs
+from fastllm.bench.cases.attention import attention, kvcache, merge, varlen, visible_pairs
 from fastllm.bench.cases.case import PASSES, Case
 from fastllm.bench.cases.linear import linear, lora_linear, weight_only
 from fastllm.bench.cases.loss import cross_entropy, linear_cross_entropy
@@ -14,7 +14,7 @@ from fastllm.bench.cases.norm import norm
 from fastllm.bench.cases.rope import rope
 from fastllm.bench.cases.softmax import softmax
 
-__all__ = ["BENCH", "PASSES", "QUICK", "VERIFY", "Case", "visible_pairs"]
+__all__ = ["BENCH", "PASSES", "QUICK", "VERIFY", "Case", "merge", "visible_pairs"]
 
 BENCH = [
     attention(1, 8, 2048, 64, causal=True),

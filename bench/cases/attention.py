@@ -211,3 +211,26 @@ def kvcache(B, H, Hkv, S, D, *, page_size=None):
         values={"forward": 2 * B * H * D + 2 * B * Hkv * S * D},
         part=lambda x: x[:, -(x.shape[1] // Hkv) :],  # the last key head and its query heads
     )
+
+
+def merge(parts, B, H, T, D):
+    """Attention on all keys from attention on `parts` of them."""
+
+    def lists(function):
+        """Of outputs, and of log-sum-exps in at least fp32, as attention gives them."""
+        wide = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+        return lambda *x: function(x[:parts], [lse.to(wide.get(lse.dtype, lse.dtype)) for lse in x[parts:]])
+
+    row, N = D + 1, B * H * T
+    plain = lists(reference.merge_attention)
+    return Case(
+        op="merge_attention",
+        name=f"{parts} of {B}x{H}x{T}x{D}",
+        shapes={f"o{n}": (B, H, T, D) for n in range(parts)} | {f"lse{n}": (B, H, T) for n in range(parts)},
+        ours=lists(fastllm.merge_attention),
+        torch=plain,
+        naive=plain,
+        flops=both({"forward": 3.0 * parts * N * D, "backward": 7.0 * parts * N * D}),
+        values=both({"forward": (parts + 1) * N * row, "backward": (2 * parts + 1) * N * row}),
+        outputs=("o", "lse"),
+    )
