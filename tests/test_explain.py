@@ -1,5 +1,6 @@
 """Which kernel ran, why not, and what strictness does about it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -203,6 +204,18 @@ def test_unknown_instruction_set_is_an_error_that_names_the_choices():
     assert done.returncode and "sse9" in done.stderr and "scalar" in done.stderr
 
 
+def on_device(x, device):
+    """Tensors, and what has some, on a device; the rest as it is."""
+    if isinstance(x, fastllm.QuantizedWeight):
+        tensors = {name: on_device(getattr(x, name), device) for name in ("codes", "scales", "offsets")}
+        return dataclasses.replace(x, **tensors)
+    if isinstance(x, dict):
+        return {key: on_device(value, device) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(on_device(value, device) for value in x)
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_what_the_matrix_claims_runs(backend, dtype):
     """Every option with a kernel in the README's table runs on it, forward and backward; `backend` forces which."""
@@ -211,11 +224,12 @@ def test_what_the_matrix_claims_runs(backend, dtype):
         for option, (args, keywords) in options.items():
             if info.kernels_for(function, *args, **keywords)[name]:
                 continue
-            x, *rest = (a.to(backend) if isinstance(a, torch.Tensor) else a for a in args)
-            keywords = {key: v.to(backend) if isinstance(v, torch.Tensor) else v for key, v in keywords.items()}
+            args, keywords = on_device(args, backend), on_device(keywords, backend)
             has_backward = function is not fastllm.attention_with_kvcache
+            x, *rest = args[0] if isinstance(args[0], list) else args
             x = x.detach().requires_grad_(has_backward)  # not the tensor itself, which is other options' input too
-            made = fastllm.explain(function, x, *rest, **keywords)
+            given = ([x, *rest], *args[1:]) if isinstance(args[0], list) else (x, *rest)
+            made = fastllm.explain(function, *given, **keywords)
             first = made.result[0] if isinstance(made.result, tuple) else made.result
             (dx,) = torch.autograd.grad(first.sum(), x) if has_backward else (first,)
             assert [call.backend for call in made.calls] == [name], f"{function.__name__}, {option}"
