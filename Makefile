@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-all sanitize lint bench gpu demo readme readme-figures clean
+.PHONY: help setup build test test-all test-transformers sanitize lint bench gpu demo readme readme-figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ test: build ## the fast tests: CPU only, under 15 minutes on 2 cores
 
 test-all: build ## the slow tests too
 	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS)
+
+TRANSFORMERS ?= 5.17 5.18 5.19 5.20 5.21 5.22 5.23
+test-transformers: build ## Hugging Face's tests beside several versions of transformers; TRANSFORMERS="5.19" chooses
+	$(BIN)/python tests/transformers_versions.py $(TRANSFORMERS)
 
 # A build of its own beside the installed one; `pytest` alone does not put the folder it is called in before it.
 SANITIZED := build/sanitized
