@@ -5,7 +5,7 @@
 template <class V, class S, class W>
 struct AttentionFwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
-  using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  using Blocks::kJoined, Blocks::kPanel, Blocks::kPer, Blocks::kQueries, Blocks::kRow, Blocks::kVectors;
   using typename Blocks::T;
   static constexpr int64_t kKeys = 96;  // s is then 24 KiB for 64 queries: with a row of keys it fits in L1
 
@@ -18,17 +18,17 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
       const int64_t Dw = Blocks::words(a.D);
-      q = arena.take<W>(Dw * kQueries);
-      s = arena.take<T>(kKeys * kQueries);
-      o = arena.take<T>(a.Dv * kQueries);
+      q = arena.take<W>(Dw * kRow);
+      s = arena.take<T>(kKeys * kRow);
+      o = arena.take<T>(a.Dv * kRow);
       keys = arena.take<W>(kKeys * Dw);
-      values = arena.take<W>(kKeys / kPer * a.Dv);
-      scratch = arena.take<W>(Dw * kQueries);
+      values = arena.take<W>(kKeys / kPer * Blocks::spread(a.Dv));
+      scratch = arena.take<W>(kPer == 2 ? Dw * kQueries : 0);
       m = arena.take<T>(kQueries);
       l = arena.take<T>(kQueries);
-      mask = arena.take<T>(a.mask.data ? kKeys * kQueries : 0);
-      bias = arena.take<T>(a.bias.data ? kKeys * kQueries : 0);
-      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kQueries : 0);
+      mask = arena.take<T>(a.mask.data ? kKeys * kRow : 0);
+      bias = arena.take<T>(a.bias.data ? kKeys * kRow : 0);
+      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kRow : 0);
       if (bytes) *bytes = arena.used;
     }
   };
@@ -45,42 +45,74 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       T* column = s + v * V::L;
       const int64_t keys = ends[v];
       const V c = V::set(scale), old = V::load(m + v * V::L);
-      auto score = [&](int64_t k) { return V::load(column + k * kQueries); };
-      V top[2] = {old, old};
+      auto score = [&](int64_t k) { return V::load(column + k * kRow); };
+      V top[2] = {V::set(-INFINITY), V::set(-INFINITY)};
       int64_t k = 0;
       for (; k + 2 <= keys; k += 2) {
-        top[0] = max(top[0], score(k) * c);
-        top[1] = max(top[1], score(k + 1) * c);
+        top[0] = max(top[0], score(k));
+        top[1] = max(top[1], score(k + 1));
       }
-      if (k < keys) top[0] = max(top[0], score(k) * c);
-      const V now = max(top[0], top[1]);
+      if (k < keys) top[0] = max(top[0], score(k));
+      const V now = max(old, max(top[0], top[1]) * c);  // the scale is positive
       now.store(m + v * V::L);
       rescale[v] = exp(old - now);
 
       const V shift = V::set(0) - now;
       auto probability = [&](int64_t k) { return exp_fma(score(k), c, shift, V::set(0)); };
       V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
-      auto drop = [&](V p, int64_t k) { return keep ? p * V::load(keep + k * kQueries + v * V::L) : p; };
+      auto drop = [&](V p, int64_t k) { return keep ? p * V::load(keep + k * kRow + v * V::L) : p; };
       for (k = 0; k + 2 <= keys; k += 2) {
         const V p = probability(k), next = probability(k + 1);
         sum[0] = sum[0] + p;
         sum[1] = sum[1] + next;
         if constexpr (kPer == 1) {
-          drop(p, k).store(column + k * kQueries);
-          drop(next, k + 1).store(column + (k + 1) * kQueries);
+          drop(p, k).store(column + k * kRow);
+          drop(next, k + 1).store(column + (k + 1) * kRow);
         } else {
-          store_pairs(drop(p, k), drop(next, k + 1), (W*)column + k / 2 * kQueries);
+          store_pairs(drop(p, k), drop(next, k + 1), (W*)column + k / 2 * kRow);
         }
       }
       if (k < keys) {
         const V p = probability(k);
         sum[0] = sum[0] + p;
         if constexpr (kPer == 1)
-          drop(p, k).store(column + k * kQueries);
+          drop(p, k).store(column + k * kRow);
         else
-          store_pairs(drop(p, k), V::set(0), (W*)column + k / 2 * kQueries);
+          store_pairs(drop(p, k), V::set(0), (W*)column + k / 2 * kRow);
       }
       (sum[0] + sum[1]).store(l + v * V::L);
+      if constexpr (kJoined)
+        for (k = keys; k < ends[vectors - 1]; ++k) V::set(0).store(column + k * kRow);
+    }
+  }
+
+  // The keys k0 + [0, keys) for the vectors [begin, begin + n) of the block.
+  static void panel(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0, int64_t keys,
+                    int64_t begin, int64_t n, Broadcast<W> key, Broadcast<W> value) {
+    const int64_t q = begin * V::L, q0 = scores.q0 + q;
+    const Range range = visible_keys(a, q0, n * V::L);
+    if (range.begin >= k0 + keys || range.end <= k0) return;
+    keys = clamp(range.end - k0, 0, keys);
+    const bool plain = scores.plain();
+    int64_t ends[kPanel], first;  // of the keys that a vector of queries has scores for
+    for (int64_t k = 0, end; k < keys; k = end) {
+      end = run_end<V>(a, q0, k0 + k, k0 + keys, n, first) - k0;
+      const int64_t at = q + first * V::L;
+      Blocks::product_along_d(a, end - k, n - first, key.at(k, 0), w.q + at, Blocks::words(a.D), w.s + k * kRow + at);
+      if (!plain || scores.cut(k0 + k, end - k, at, (n - first) * V::L))
+        scores.finish(w.s, k0, k, end, begin + first, begin + n);
+      for (int64_t v = k == 0 ? 0 : first; v < n; ++v) ends[v] = v < first ? 0 : end;
+    }
+    V rescale[kPanel];
+    exponentials(w.s + q, ends, n, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep + q : nullptr, w.m + q,
+                 w.l + q, rescale);
+
+    // Vectors with the same keys share a product.
+    for (int64_t v = 0, next; v < n; v = next) {
+      for (next = v + 1; next < n && (kJoined || ends[next] == ends[v]);) ++next;
+      const int64_t at = q + v * V::L;
+      product<Start::kScale, V>(a.Dv, next - v, value, (const W*)w.s + at, kRow, (ends[next - 1] + kPer - 1) / kPer,
+                                w.o + at, kRow, rescale + v);
     }
   }
 
@@ -93,7 +125,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, nullptr};
 
     Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
-    memset(w.o, 0, a.Dv * kQueries * sizeof(T));
+    memset(w.o, 0, a.Dv * kRow * sizeof(T));
     for (int64_t i = 0; i < kQueries; ++i) w.m[i] = T(-1e30), w.l[i] = 0;  // finite: -inf - -inf would be a NaN
 
     const Range range = visible_keys(a, q0, n);
@@ -101,26 +133,9 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       const int64_t keys = clamp(range.end - k0, 0, kKeys);
       if (!scores.load(k0, keys)) continue;
       const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
-      const bool plain = scores.plain(k0, keys);
-      int64_t ends[kVectors], first;  // of the keys that a vector of queries has scores for
-      for (int64_t k = 0, end; k < keys; k = end) {
-        end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-        Blocks::product_along_d(a, end - k, vectors - first, key.at(k, 0), w.q + first * V::L, Blocks::words(a.D),
-                                w.s + k * kQueries + first * V::L);
-        if (!plain) scores.finish(w.s, k0, k, end, first);
-        for (int64_t v = k == 0 ? 0 : first; v < vectors; ++v) ends[v] = v < first ? 0 : end;
-      }
-      V rescale[kVectors];
-      exponentials(w.s, ends, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr, w.m, w.l,
-                   rescale);
-
-      // Vectors with the same keys share a product; on the diagonal each has its own.
       const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
-      for (int64_t v = 0, next; v < vectors; v = next) {
-        for (next = v + 1; next < vectors && ends[next] == ends[v];) ++next;
-        product<Start::kScale, V>(a.Dv, next - v, value, (const W*)w.s + v * V::L, kQueries,
-                                  (ends[v] + kPer - 1) / kPer, w.o + v * V::L, kQueries, rescale + v);
-      }
+      for (int64_t v = 0; v < vectors; v += kPanel)
+        panel(a, w, scores, k0, keys, v, clamp(vectors - v, 0, kPanel), key, value);
     }
 
     // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.

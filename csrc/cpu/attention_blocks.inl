@@ -15,9 +15,20 @@ struct AttentionBlocks {
   using X = Words<V, W>;
   static constexpr int kPer = X::kPer;  // numbers along the summed dimension in a word
   static constexpr int64_t kQueries = ScoreTile<V>::kQueries, kVectors = kQueries / V::L;  // a block of queries
+  static constexpr int64_t kRow = ScoreTile<V>::kRow;
+  // A panel is what a product takes at once: its scores, probabilities and sums stay in L1 from one to the next.
+  static constexpr int64_t kPanel = Tiles::kColumns < kVectors ? Tiles::kColumns : kVectors;
+  // On the diagonal each vector of a panel has its own number of keys. Zeros for the last of them in a narrow panel
+  // cost less than a product for each vector.
+  static constexpr bool kJoined = kPanel <= 2 && kPer == 1;
 
   static int64_t words(int64_t D) { return (D + kPer - 1) / kPer; }
   static int64_t padded(int64_t D) { return (D + V::L - 1) / V::L * V::L; }
+  // A row of D words in a buffer that is read a few words of every row at a time: an odd number of cache lines, as
+  // kRow.
+  static int64_t spread(int64_t D) {
+    return kRow == kQueries ? D : ((D * int64_t(sizeof(W)) + 63) / 64 | 1) * 64 / int64_t(sizeof(W));
+  }
 
   static const S* row(const Heads& x, int64_t b, int64_t h, int64_t t) {
     if (x.pages) b = x.pages[t / x.page_size], t %= x.page_size;
@@ -73,22 +84,35 @@ struct AttentionBlocks {
     }
   }
 
-  // dst[d][q] of kQueries columns: n rows of x as words along d, transposed, zeros past row n in its vector.
-  // `scratch`: kQueries rows.
+  // dst[d][q] in rows of kRow: n rows of x as words along d, transposed, zeros past row n in its vector. `scratch`:
+  // kQueries rows where a word is two numbers.
   static void pack_transposed(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst, W* scratch) {
-    const int64_t width = words(D), full = width / V::L * V::L;
-    pack_word_rows(x, row, step, n, D, scratch, width);
-    for (int64_t q = 0; q < n; q += V::L) {
-      for (int64_t d = 0; d < full; d += V::L) {
+    const int64_t width = words(D);
+    if constexpr (kPer == 2) pack_word_rows(x, row, step, n, D, scratch, width);
+    for (int64_t q = 0; q < n; q += V::L)
+      for (int64_t d = 0; d < width; d += V::L) {
+        const int64_t m = width - d < V::L ? width - d : V::L;
         V r[V::L];
-        for (int64_t i = 0; i < V::L; ++i)
-          r[i] = q + i < n ? V::load((const T*)(scratch + (q + i) * width + d)) : V::set(0);
+        if (kPer == 1 && q + V::L <= n && m == V::L &&
+            step == 1) {  // rows so far apart are no stream: ahead, all at once
+          const S* p = x + q * row + d;
+          UNROLLED for (int64_t i = 0; i < V::L; ++i) {
+            if (q + 2 * V::L <= n) PREFETCH(p + (V::L + i) * row);
+            r[i] = V::load(p + i * row);
+          }
+        } else {
+          for (int64_t i = 0; i < V::L; ++i) {
+            if (q + i >= n)
+              r[i] = V::set(0);
+            else if constexpr (kPer == 1)
+              r[i] = load_row(x + (q + i) * row + d * step, step, m);
+            else
+              r[i] = load<V>((const T*)(scratch + (q + i) * width + d), m);
+          }
+        }
         transpose(r);
-        for (int64_t i = 0; i < V::L; ++i) r[i].store((T*)(dst + (d + i) * kQueries + q));
+        for (int64_t i = 0; i < m; ++i) r[i].store((T*)(dst + (d + i) * kRow + q));
       }
-      for (int64_t d = full; d < width; ++d)
-        for (int64_t i = 0; i < V::L; ++i) dst[d * kQueries + q + i] = q + i < n ? scratch[(q + i) * width + d] : W{0};
-    }
   }
 
   // c[k][q] = sum over d. A long chain of additions has larger errors than the few sums that PyTorch's product of a
@@ -97,10 +121,9 @@ struct AttentionBlocks {
                               int64_t words, T* c) {
     constexpr int64_t kFew = 16, kPiece = 16;
     const int64_t n = a.T <= kFew || a.S <= kFew ? clamp(words, 0, kPiece) : words;
-    product<Start::kZero, V>(rows, vectors, left, right, kQueries, n, c, kQueries);
+    product<Start::kZero, V>(rows, vectors, left, right, kRow, n, c, kRow);
     for (int64_t d = n; d < words; d += n)
-      product<Start::kAdd, V>(rows, vectors, left.at(0, d), right + d * kQueries, kQueries, clamp(words - d, 0, n), c,
-                              kQueries);
+      product<Start::kAdd, V>(rows, vectors, left.at(0, d), right + d * kRow, kRow, clamp(words - d, 0, n), c, kRow);
   }
 
   // x rows [0, n) of D = transposed src[d][q] * factor[q].
@@ -109,7 +132,7 @@ struct AttentionBlocks {
       for (int64_t d = 0; d < D; d += V::L) {
         const V f = V::load(factor + q);
         V r[V::L];
-        for (int64_t i = 0; i < V::L; ++i) r[i] = d + i < D ? V::load(src + (d + i) * kQueries + q) * f : V::set(0);
+        for (int64_t i = 0; i < V::L; ++i) r[i] = d + i < D ? V::load(src + (d + i) * kRow + q) * f : V::set(0);
         transpose(r);
         const int64_t rows = n - q < V::L ? n - q : V::L, columns = D - d < V::L ? D - d : V::L;
         for (int64_t i = 0; i < rows; ++i) {
@@ -139,20 +162,21 @@ struct AttentionBlocks {
     pack_word_rows(p, x.t, x.d, n, D, buffer, words(D));
     return {buffer, words(D), 1};
   }
-  // The same for a product that sums over keys: rows of the operand are d.
+  // The same for a product that sums over keys: rows of the operand are d. `buffer` has rows of spread(D) words.
   static Broadcast<W> along_keys(const Heads& x, int64_t b, int64_t h, int64_t t, int64_t n, int64_t D, W* buffer) {
     const S* p = row(x, b, h, t);
+    const int64_t width = spread(D);
     if (x.pages) {
       for (int64_t i = 0; i < n; i += kPer) {  // the rows of a word may lie in two pages
         const S* first = row(x, b, h, t + i);
         const bool both = kPer == 2 && i + 1 < n;
-        pack_row_words(first, both ? row(x, b, h, t + i + 1) - first : 0, x.d, both ? 2 : 1, D, buffer + i / kPer * D,
-                       D);
+        pack_row_words(first, both ? row(x, b, h, t + i + 1) - first : 0, x.d, both ? 2 : 1, D,
+                       buffer + i / kPer * width, width);
       }
-      return {buffer, 1, D};
+      return {buffer, 1, width};
     }
     if constexpr (sizeof(W) == sizeof(S)) return {(const W*)p, x.d, x.t};
-    pack_row_words(p, x.t, x.d, n, D, buffer, D);
-    return {buffer, 1, D};
+    pack_row_words(p, x.t, x.d, n, D, buffer, width);
+    return {buffer, 1, width};
   }
 };

@@ -8,7 +8,7 @@
 template <class V, class S, class W>
 struct AttentionBwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
-  using Blocks::kPer, Blocks::kQueries, Blocks::kVectors;
+  using Blocks::kJoined, Blocks::kPanel, Blocks::kPer, Blocks::kQueries, Blocks::kRow, Blocks::kVectors;
   using typename Blocks::T;
   static constexpr int64_t kKeys = 48;  // the tiles of p and dscore are 12 KiB each
 
@@ -18,6 +18,15 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     return (tiles + a.chunks - 1) / a.chunks * kKeys;
   }
 
+  // Keys whose rows, gradients and packed words stay in L2 while the blocks of queries pass by.
+  static int64_t span(const Attention& a) {
+    constexpr int64_t kBytes = 192 << 10;
+    const int64_t row = 2 * (Blocks::padded(a.D) + Blocks::padded(a.Dv)) * int64_t(sizeof(T));
+    return clamp(kBytes / (row * kKeys), 1, 8) * kKeys;
+  }
+  // Where the block of queries at q0 begins in a transposed buffer, for every row.
+  static int64_t transposed(int64_t q0) { return q0 / kQueries * kRow; }
+
   // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
@@ -26,31 +35,31 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
       const int64_t rows = blocks(a) * kQueries, Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
-      const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv), keys_here = chunk(a);
-      s = arena.take<T>(kKeys * kQueries);
-      dp = arena.take<T>(kKeys * kQueries);
-      p_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kQueries / 2);
-      ds_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kQueries / 2);
-      keys = arena.take<W>(kKeys * Dw);
-      values = arena.take<W>(kKeys * Dvw);
-      key_rows = arena.take<W>(kKeys / kPer * a.D);
-      scratch = arena.take<W>(kQueries * (Dw > Dvw ? Dw : Dvw));
+      const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv), keys_here = chunk(a), keys_packed = span(a);
+      s = arena.take<T>(kKeys * kRow);
+      dp = arena.take<T>(kKeys * kRow);
+      p_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kRow / 2);
+      ds_words = arena.take<W>(kPer == 1 ? 0 : kKeys * kRow / 2);
+      keys = arena.take<W>(keys_packed * Dw);
+      values = arena.take<W>(keys_packed * Dvw);
+      key_rows = arena.take<W>(keys_packed / kPer * Blocks::spread(a.D));
+      scratch = arena.take<W>(kPer == 2 ? kQueries * (Dw > Dvw ? Dw : Dvw) : 0);
       lse = arena.take<T>(rows);
       lse_low = arena.take<T>(rows);
       delta = arena.take<T>(rows);
       delta_low = arena.take<T>(rows);
       dlse = arena.take<T>(a.dlse ? rows : 0);
-      q = arena.take<W>(rows * Dw);
-      grad_o = arena.take<W>(rows * Dvw);
+      q = arena.take<W>(transposed(rows) * Dw);
+      grad_o = arena.take<W>(transposed(rows) * Dvw);
       q_rows = arena.take<W>(rows / kPer * D);
       grad_o_rows = arena.take<W>(rows / kPer * Dv);
-      dq = arena.take<T>(rows * a.D);
+      dq = arena.take<T>(transposed(rows) * a.D);
       dk = arena.take<T>(keys_here * D);
       dv = arena.take<T>(keys_here * Dv);
-      mask = arena.take<T>(a.mask.data ? kKeys * kQueries : 0);
-      bias = arena.take<T>(a.bias.data ? kKeys * kQueries : 0);
-      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kQueries : 0);
-      slope = arena.take<T>(a.softcap > 0 ? kKeys * kQueries : 0);
+      mask = arena.take<T>(a.mask.data ? kKeys * kRow : 0);
+      bias = arena.take<T>(a.bias.data ? kKeys * kRow : 0);
+      keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kRow : 0);
+      slope = arena.take<T>(a.softcap > 0 ? kKeys * kRow : 0);
       if (bytes) *bytes = arena.used;
     }
   };
@@ -121,14 +130,12 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       if (!scores.load(k0, keys)) continue;
       const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
       const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
-      const bool plain = scores.plain(k0, keys);
-      tile_scores(a, w, scores, k0, 0, keys, 0, plain, key, value);
-      const Probability probability(w, q, plain ? scores.scale : T(1));
+      tile_scores(a, w, scores, k0, 0, keys, 0, 1, key, value);
+      const Probability probability(w, q, scores.plain() ? scores.scale : T(1));
       for (int64_t k = 0; k < keys; ++k) {
         T p[V::L], dp[V::L];
-        probability(w.s + k * kQueries).store(p);
-        (a.dropout_p > 0 ? V::load(w.dp + k * kQueries) * V::load(w.keep + k * kQueries) : V::load(w.dp + k * kQueries))
-            .store(dp);
+        probability(w.s + k * kRow).store(p);
+        (a.dropout_p > 0 ? V::load(w.dp + k * kRow) * V::load(w.keep + k * kRow) : V::load(w.dp + k * kRow)).store(dp);
         for (int64_t i = 0; i < V::L; ++i) {
           total[i] += p[i];
           delta[i] += double(p[i]) * double(dp[i]);
@@ -149,8 +156,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     for (int64_t block = 0; block < blocks(a); ++block) {
       const int64_t q0 = block * kQueries, n = clamp(a.T - q0, 0, kQueries);
       const S *q = Blocks::row(a.q, b, h, q0), *g = Blocks::row(a.grad_o, b, h, q0), *o = Blocks::row(a.o, b, h, q0);
-      Blocks::pack_transposed(q, a.q.t, a.q.d, n, a.D, w.q + q0 * Dw, w.scratch);
-      Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + q0 * Dvw, w.scratch);
+      Blocks::pack_transposed(q, a.q.t, a.q.d, n, a.D, w.q + transposed(q0) * Dw, w.scratch);
+      Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + transposed(q0) * Dvw, w.scratch);
       pack_right_rows(q, a.q.t, a.q.d, n, a.D, w.q_rows + q0 / kPer * Blocks::padded(a.D));
       pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
       const int64_t at = b * a.lse_b + h * a.lse_h + q0;
@@ -178,14 +185,14 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
   // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score
   // that bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
-  static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors, T scale,
+  static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t last, T scale,
                               const T* keep, bool has_dlse, int64_t q0) {
-    for (int64_t v = first; v < vectors; ++v) {
+    for (int64_t v = first; v < last; ++v) {
       const int64_t q = q0 + v * V::L;
       const Probability probability(w, q, scale);
       const V delta = V::load(w.delta + q), dlse = has_dlse ? V::load(w.dlse + q) : V::set(0);
       for (int64_t k = begin; k < end; ++k) {
-        const int64_t place = k * kQueries + v * V::L;
+        const int64_t place = k * kRow + v * V::L;
         const V p = probability(w.s + place);
         V dp = V::load(w.dp + place), kept = p;
         if (keep) {
@@ -198,28 +205,28 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       }
     }
   }
-  static void cap_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors) {
+  static void cap_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t k = begin; k < end; ++k)
-      for (int64_t v = first; v < vectors; ++v) {
-        T* ds = w.dp + k * kQueries + v * V::L;
-        (V::load(ds) * V::load(w.slope + k * kQueries + v * V::L)).store(ds);
+      for (int64_t v = first; v < last; ++v) {
+        T* ds = w.dp + k * kRow + v * V::L;
+        (V::load(ds) * V::load(w.slope + k * kRow + v * V::L)).store(ds);
       }
   }
 
-  // dbias (+)= d(score) of the keys k0 + [begin, end) and the queries of vectors [first, vectors). One item makes all
+  // dbias (+)= d(score) of the keys k0 + [begin, end) and the queries of vectors [first, last). One item makes all
   // sums into an element of dbias, so their order is fixed. A is T, or double where many scores are summed into one
   // element.
   template <class A>
   static void add_bias_gradient(const Attention& a, const T* ds, const ScoreTile<V>& scores, int64_t k0, int64_t begin,
-                                int64_t end, int64_t first) {
+                                int64_t end, int64_t first, int64_t last) {
     const Scores& x = a.dbias;
     A* to = (A*)x.data + scores.b * x.b + scores.h * x.h + scores.q0 * x.t + k0 * x.s;
-    for (int64_t q = first * V::L; q < scores.queries; q += V::L) {
+    for (int64_t q = first * V::L; q < scores.queries && q < last * V::L; q += V::L) {
       const int64_t m = clamp(scores.queries - q, 0, V::L);
       for (int64_t k = begin; k < end; k += V::L) {
         const int64_t n = clamp(end - k, 0, V::L);
         V r[V::L];
-        for (int64_t j = 0; j < V::L; ++j) r[j] = j < n ? V::load(ds + (k + j) * kQueries + q) : V::set(0);
+        for (int64_t j = 0; j < V::L; ++j) r[j] = j < n ? V::load(ds + (k + j) * kRow + q) : V::set(0);
         transpose(r);
         for (int64_t i = 0; i < m; ++i) {
           A* p = to + (q + i) * x.t + k * x.s;
@@ -238,31 +245,61 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   }
 
   // p and dscore as words along queries (left operands of dv and dk), dscore also along keys (right operand of dq).
-  static void to_words(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t vectors) {
+  static void to_words(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t k = begin; k < end; k += 2)
-      for (int64_t v = first; v < vectors; ++v) {
-        const int64_t at = k * kQueries + v * V::L;
-        const bool last = k + 1 == end;
-        const V none = V::set(0), d0 = V::load(w.dp + at), d1 = last ? none : V::load(w.dp + at + kQueries);
+      for (int64_t v = first; v < last; ++v) {
+        const int64_t at = k * kRow + v * V::L;
+        const bool alone = k + 1 == end;
+        const V none = V::set(0), d0 = V::load(w.dp + at), d1 = alone ? none : V::load(w.dp + at + kRow);
         V::load(w.s + at).store((S*)w.p_words + at);
         d0.store((S*)w.ds_words + at);
-        if (!last) {
-          V::load(w.s + at + kQueries).store((S*)w.p_words + at + kQueries);
-          d1.store((S*)w.ds_words + at + kQueries);
+        if (!alone) {
+          V::load(w.s + at + kRow).store((S*)w.p_words + at + kRow);
+          d1.store((S*)w.ds_words + at + kRow);
         }
-        store_pairs(d0, d1, (W*)w.dp + k / 2 * kQueries + v * V::L);
+        store_pairs(d0, d1, (W*)w.dp + k / 2 * kRow + v * V::L);
       }
   }
 
-  // Scores and dp of the keys k0 + [begin, end) and the vectors from `first`.
+  // Scores and dp of the keys k0 + [begin, end) and the vectors [first, last).
   static void tile_scores(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0, int64_t begin,
-                          int64_t end, int64_t first, bool plain, Broadcast<W> key, Broadcast<W> value) {
+                          int64_t end, int64_t first, int64_t last, Broadcast<W> key, Broadcast<W> value) {
     const int64_t block = scores.q0 / kQueries * kQueries, skip = scores.q0 - block + first * V::L;
-    const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv), at = begin * kQueries + first * V::L;
-    const W *q = w.q + block * Dw + skip, *grad_o = w.grad_o + block * Dvw + skip;
-    Blocks::product_along_d(a, end - begin, scores.vectors - first, key.at(begin, 0), q, Dw, w.s + at);
-    Blocks::product_along_d(a, end - begin, scores.vectors - first, value.at(begin, 0), grad_o, Dvw, w.dp + at);
-    if (!plain) scores.finish(w.s, k0, begin, end, first);
+    const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv), at = begin * kRow + first * V::L;
+    const W *q = w.q + transposed(block) * Dw + skip, *grad_o = w.grad_o + transposed(block) * Dvw + skip;
+    Blocks::product_along_d(a, end - begin, last - first, key.at(begin, 0), q, Dw, w.s + at);
+    Blocks::product_along_d(a, end - begin, last - first, value.at(begin, 0), grad_o, Dvw, w.dp + at);
+    if (!scores.plain() || scores.cut(k0 + begin, end - begin, first * V::L, (last - first) * V::L))
+      scores.finish(w.s, k0, begin, end, first, last);
+  }
+
+  // p and the gradients of the scores of keys k0 + [0, keys) for the vectors [begin, last); ends[v] tells of how many
+  // of these keys vector v has any.
+  static void panel(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0, int64_t keys,
+                    int64_t begin, int64_t last, Broadcast<W> key, Broadcast<W> value, int64_t* ends) {
+    const int64_t q0 = scores.q0 + begin * V::L, n = last - begin;
+    const Range range = visible_keys(a, q0, n * V::L);
+    keys = clamp(range.end - k0, 0, keys);
+    for (int64_t v = begin; v < last; ++v) ends[v] = 0;
+    int64_t first;
+    for (int64_t k = 0, end; k < keys; k = end) {
+      end = run_end<V>(a, q0, k0 + k, k0 + keys, n, first) - k0;
+      first += begin;
+      for (int64_t v = first; v < last; ++v) ends[v] = end;
+      tile_scores(a, w, scores, k0, k, end, first, last, key, value);
+      score_gradients(w, k, end, first, last, scores.plain() ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
+                      a.dlse, scores.q0);
+      if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first, last);
+      if (a.dbias.data && a.dbias.type == kFloat) add_bias_gradient<T>(a, w.dp, scores, k0, k, end, first, last);
+      if (a.softcap > 0) cap_gradients(w, k, end, first, last);
+      if constexpr (kPer == 2) to_words(w, k, end, first, last);
+    }
+    if constexpr (kJoined)
+      for (int64_t v = begin; v + 1 < last; ++v)
+        for (; ends[v] < ends[last - 1]; ++ends[v]) {
+          V::set(0).store(w.s + ends[v] * kRow + v * V::L);
+          V::set(0).store(w.dp + ends[v] * kRow + v * V::L);
+        }
   }
 
   static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
@@ -270,30 +307,26 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     const int64_t q0 = scores.q0, n = scores.queries, vectors = scores.vectors;
     const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
     if (!scores.load(k0, keys)) return;
-    const bool plain = scores.plain(k0, keys);
-    int64_t first;
-    for (int64_t k = 0, end; k < keys; k = end) {
-      end = run_end<V>(a, q0, k0 + k, k0 + keys, vectors, first) - k0;
-      const int64_t run = end - k, columns = vectors - first, skip = first * V::L;
-      tile_scores(a, w, scores, k0, k, end, first, plain, key, value);
-      score_gradients(w, k, end, first, vectors, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
-                      a.dlse, q0);
-      if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first);
-      if (a.dbias.data && a.dbias.type == kFloat) add_bias_gradient<T>(a, w.dp, scores, k0, k, end, first);
-      if (a.softcap > 0) cap_gradients(w, k, end, first, vectors);
+    int64_t ends[kVectors];
+    for (int64_t v = 0; v < vectors; v += kPanel)
+      panel(a, w, scores, k0, keys, v, v + clamp(vectors - v, 0, kPanel), key, value, ends);
 
-      Broadcast<W> p{(const W*)w.s, kQueries, 1}, ds{(const W*)w.dp, kQueries, 1};
-      if constexpr (kPer == 2) {
-        to_words(w, k, end, first, vectors);
-        p = {w.p_words, kQueries / 2, 1};
-        ds = {w.ds_words, kQueries / 2, 1};
-      }
-      const int64_t steps = (n - skip + kPer - 1) / kPer;
+    // Keys whose first vector of queries is the same share a product, and so do vectors with the same keys.
+    const Broadcast<W> p{kPer == 2 ? w.p_words : (const W*)w.s, kRow / kPer, 1};
+    const Broadcast<W> ds{kPer == 2 ? w.ds_words : (const W*)w.dp, kRow / kPer, 1};
+    for (int64_t v = 0, k = 0; v < vectors; ++v) {
+      if (ends[v] <= k) continue;
+      const int64_t rows = ends[v] - k, skip = v * V::L, steps = (n - skip + kPer - 1) / kPer;
       const W *q_rows = w.q_rows + (q0 + skip) / kPer * D, *grad_o_rows = w.grad_o_rows + (q0 + skip) / kPer * Dv;
-      product<Start::kAdd, V>(run, Dv / V::L, p.at(k, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
-      product<Start::kAdd, V>(run, D / V::L, ds.at(k, skip / kPer), q_rows, D, steps, dk + k * D, D);
-      product<Start::kAdd, V>(a.D, columns, key_rows.at(0, k / kPer), (const W*)w.dp + k / kPer * kQueries + skip,
-                              kQueries, (run + kPer - 1) / kPer, w.dq + q0 * a.D + skip, kQueries);
+      product<Start::kAdd, V>(rows, Dv / V::L, p.at(k, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
+      product<Start::kAdd, V>(rows, D / V::L, ds.at(k, skip / kPer), q_rows, D, steps, dk + k * D, D);
+      k = ends[v];
+    }
+    for (int64_t v = 0, next; v < vectors; v = next) {
+      for (next = v + 1; next < vectors && ends[next] == ends[v];) ++next;
+      const int64_t skip = v * V::L;
+      product<Start::kAdd, V>(a.D, next - v, key_rows, (const W*)w.dp + skip, kRow, (ends[v] + kPer - 1) / kPer,
+                              w.dq + transposed(q0) * a.D + skip, kRow);
     }
   }
 
@@ -310,6 +343,28 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       for (int64_t kv = kv0; kv < a.Hkv; kv += heads_apart(a)) run_head(a, b, kv, part, memory);
   }
 
+  // What the keys [first, first + n) and head h's queries add to dq, dk and dv; dk and dv begin at key `origin`.
+  static void add_keys(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t kv, int64_t first,
+                       int64_t origin, int64_t n) {
+    const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
+    const Broadcast<W> key = Blocks::along_d(a.k, b, kv, first, n, a.D, w.keys);
+    const Broadcast<W> value = Blocks::along_d(a.v, b, kv, first, n, a.Dv, w.values);
+    const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, first, n, a.D, w.key_rows);
+    const Range range = seeing_queries(a, first, n);
+    for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
+      const int64_t queries = clamp(a.T - q0, 0, kQueries), vectors = (queries + V::L - 1) / V::L;
+      const ScoreTile<V> scores{
+          a, b, h, q0, queries, vectors, T(a.scale), w.mask, w.bias, w.keep, a.softcap > 0 ? w.slope : nullptr};
+      const Range seen = visible_keys(a, q0, queries);
+      for (int64_t k = 0; k < n; k += kKeys) {
+        const int64_t keys = clamp(n - k, 0, kKeys), k0 = first + k;
+        if (seen.begin < k0 + keys && k0 < seen.end)
+          tile_gradients(a, w, scores, k0, keys, key.at(k, 0), value.at(k, 0), key_rows.at(0, k / kPer),
+                         w.dk + (k0 - origin) * D, w.dv + (k0 - origin) * Dv);
+      }
+    }
+  }
+
   static void run_head(const Attention& a, int64_t b, int64_t kv, int64_t part, void* memory) {
     const int64_t begin = clamp(part * chunk(a), 0, a.S), end = clamp(begin + chunk(a), 0, a.S), G = a.H / a.Hkv;
     const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
@@ -320,21 +375,9 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
       prepare_queries(a, w, b, h);
       if (a.sink && part == 0) sink_gradient(a, w, b, h);
-      memset(w.dq, 0, blocks(a) * kQueries * a.D * sizeof(T));
-      for (int64_t k0 = begin; k0 < end; k0 += kKeys) {
-        const int64_t keys = clamp(end - k0, 0, kKeys);
-        const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
-        const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
-        const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, k0, keys, a.D, w.key_rows);
-        const Range range = seeing_queries(a, k0, keys);
-        for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
-          const int64_t n = clamp(a.T - q0, 0, kQueries), vectors = (n + V::L - 1) / V::L;
-          const ScoreTile<V> scores{
-              a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, a.softcap > 0 ? w.slope : nullptr};
-          tile_gradients(a, w, scores, k0, keys, key, value, key_rows, w.dk + (k0 - begin) * D,
-                         w.dv + (k0 - begin) * Dv);
-        }
-      }
+      memset(w.dq, 0, blocks(a) * kRow * a.D * sizeof(T));
+      for (int64_t k0 = begin; k0 < end; k0 += span(a))
+        add_keys(a, w, b, h, kv, k0, begin, clamp(end - k0, 0, span(a)));
       write_dq(a, w, b, h, part);
     }
     write_rows(w.dk, D, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
@@ -361,10 +404,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const int64_t n = clamp(a.T - q0, 0, kQueries);
       if (a.chunks == 1) {
         S* to = (S*)Blocks::row(a.dq, b, h, q0);
-        Blocks::unpack_transposed(w.dq + q0 * a.D, factor, n, a.D, to, a.dq.t, a.dq.d);
+        Blocks::unpack_transposed(w.dq + transposed(q0) * a.D, factor, n, a.D, to, a.dq.t, a.dq.d);
       } else {
         T* to = (T*)a.dq_partial + (((b * a.H + h) * a.chunks + part) * a.T + q0) * a.D;
-        AttentionBlocks<V, T, W>::unpack_transposed(w.dq + q0 * a.D, factor, n, a.D, to, a.D, 1);
+        AttentionBlocks<V, T, W>::unpack_transposed(w.dq + transposed(q0) * a.D, factor, n, a.D, to, a.D, 1);
       }
     }
   }

@@ -1,8 +1,8 @@
 // Which keys a block of queries sees, and its scores: the one place where scores are made (ScoreOf), forward, backward
 // and decoding.
 //
-// Tiles are [key][query]: kKeys rows of `row` queries. Query i of the block at q0 stands at key position q0 + i +
-// q_offset.
+// Tiles are [key][query]: kKeys rows of kRow numbers, kQueries of them used. Query i of the block at q0 stands at key
+// position q0 + i + q_offset.
 
 #include "philox.inl"
 
@@ -117,7 +117,10 @@ struct ScoreOf {
 template <class V>
 struct ScoreTile {
   using T = typename V::T;
-  static constexpr int64_t kQueries = V::L >= 8 ? 64 : 8 * V::L;  // a row of a tile
+  static constexpr int64_t kQueries = V::L >= 8 ? 64 : 8 * V::L;  // of a block
+  // From row to row of a tile. Where a product takes only some of a row's vectors, a row of 256 bytes would leave three
+  // quarters of the cache's sets unused: one line more, an odd number, takes all of them in turn.
+  static constexpr int64_t kRow = Tiles::kColumns * V::L >= kQueries ? kQueries : kQueries + 64 / int64_t(sizeof(T));
 
   const Attention& a;
   int64_t b, h, q0, queries, vectors;
@@ -125,23 +128,24 @@ struct ScoreTile {
   T *mask, *bias, *keep;  // tiles, for what the call has of them
   T* slope;               // backward with a soft-cap: d(capped score) / d(score)
 
-  // Whether the scores need no more than the scale, which the exponential can take on the way.
-  bool plain(int64_t k0, int64_t keys) const {
-    const int64_t first = q0 + a.q_offset, last = first + queries - 1;
-    return !a.mask.data && !a.bias.data && !a.alibi_slopes && a.softcap == 0 &&
-           (a.right < 0 || k0 + keys - 1 <= first + a.right) && (a.left < 0 || k0 >= last - a.left);
+  // Whether the scores are q.k times a positive scale, which the exponential and the maximum can take on the way.
+  bool plain() const { return !a.mask.data && !a.bias.data && !a.alibi_slopes && a.softcap == 0 && scale > 0; }
+  // Whether position hides some of the keys [k0, k0 + keys) from some of the n queries from q on.
+  bool cut(int64_t k0, int64_t keys, int64_t q, int64_t n) const {
+    const int64_t first = q0 + q + a.q_offset, last = first + n - 1;
+    return (a.right >= 0 && k0 + keys - 1 > first + a.right) || (a.left >= 0 && k0 < last - a.left);
   }
 
   // Reads what belongs to the keys [k0, k0 + keys); false if the mask hides all of them.
   bool load(int64_t k0, int64_t keys) const {
     if (a.mask.data) {
-      load_scores<V>(a.mask, b, h, q0, k0, keys, queries, vectors, kQueries, mask);
+      load_scores<V>(a.mask, b, h, q0, k0, keys, queries, vectors, kRow, mask);
       V any = V::set(0);
       for (int64_t k = 0; k < keys; ++k)
-        for (int64_t v = 0; v < vectors; ++v) any = max(any, V::load(mask + k * kQueries + v * V::L));
+        for (int64_t v = 0; v < vectors; ++v) any = max(any, V::load(mask + k * kRow + v * V::L));
       if (!(max_of(any) > 0)) return false;
     }
-    if (a.bias.data) load_scores<V>(a.bias, b, h, q0, k0, keys, queries, vectors, kQueries, bias);
+    if (a.bias.data) load_scores<V>(a.bias, b, h, q0, k0, keys, queries, vectors, kRow, bias);
     if (a.dropout_p > 0) draw(k0, keys);
     return true;
   }
@@ -164,24 +168,25 @@ struct ScoreTile {
           for (int i = 0; i < V::L; ++i) lanes[j][i] = words[j][i] < threshold ? T(0) : kept;
         const int64_t k = group * 4 - k0;  // of the group's first key
         for (int64_t j = k < 0 ? -k : 0; j < 4 && k + j < keys; ++j)
-          V::load(lanes[j]).store(keep + (k + j) * kQueries + v * V::L);
+          V::load(lanes[j]).store(keep + (k + j) * kRow + v * V::L);
       }
   }
 
-  // s[k][q] holds q.k for the keys k0 + [begin, end) and the vectors from `first`; it becomes the score, -inf where
-  // hidden.
-  void finish(T* s, int64_t k0, int64_t begin, int64_t end, int64_t first) const {
+  // s[k][q] holds q.k for the keys k0 + [begin, end) and the vectors [first, last); it becomes the score (q.k still
+  // where that is plain), -inf where hidden.
+  void finish(T* s, int64_t k0, int64_t begin, int64_t end, int64_t first, int64_t last) const {
     const V hidden = V::set(-INFINITY);
     const ScoreOf<V> score(a, b, h);
+    const bool raw = plain();
     for (int64_t k = begin; k < end; ++k) {
       const int64_t at = k0 + k - a.q_offset - q0;  // the query of this block at this key's position
       const V low = V::set(a.right < 0 ? T(-1) : T(clamp(at - a.right, -1, queries)));
       const V high = V::set(a.left < 0 ? T(kQueries) : T(clamp(at + a.left, -1, kQueries)));
-      for (int64_t v = first; v < vectors; ++v) {
-        const int64_t place = k * kQueries + v * V::L;
+      for (int64_t v = first; v < last; ++v) {
+        const int64_t place = k * kRow + v * V::L;
         const V i = V::iota() + V::set(T(v * V::L));
-        V x = score(V::load(s + place), bias ? bias + place : nullptr, i - V::set(T(at)),
-                    slope ? slope + place : nullptr);
+        V x = V::load(s + place);
+        if (!raw) x = score(x, bias ? bias + place : nullptr, i - V::set(T(at)), slope ? slope + place : nullptr);
         x = select_lt(i, low, hidden, select_lt(high, i, hidden, x));
         if (a.mask.data) x = select_lt(V::set(0), V::load(mask + place), x, hidden);
         x.store(s + place);

@@ -13,6 +13,10 @@ using VecD = ArrayVec<double, 4>;
 struct Tiles {  // 32 registers: 6 x 4 sums, 4 right words, 1 left word; with fewer columns more rows hide the latency
   static constexpr int kColumns = 4;
   static constexpr int rows(int columns) { return columns == 4 ? 6 : 8; }
+  static constexpr int64_t height(int64_t rest, int columns) {
+    return rest >= rows(columns) ? rows(columns) : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
+  }
+  static constexpr int below(int height) { return height > 4 ? 4 : height / 2; }
 };
 #include "pair_avx512.inl"
 using BFloat16Word = Pair;

@@ -7,7 +7,7 @@ inline Vec exp_fma(Vec a, Vec b, Vec c, Vec low) {
   // sum. n ln2_high is exact, so that r has no more than the rounding of c - n ln2_high, which is as large as a b. The
   // polynomial (degree 6 on [-0.347, 0.347], 5e-9) is exact at 0.
   const Vec magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
-  const Vec ln2_high = Vec::set(0.693359375f), ln2_low = Vec::set(-2.12194440e-4f), zero = Vec::set(0.0f);
+  const Vec ln2_high = Vec::set(0.693359375f), ln2_low = Vec::set(-2.12194440e-4f);
   const Vec x = fma(a, b, c), shifted = fma(x, log2e, magic), minus_n = magic - shifted;
   const Vec r = fma(minus_n, ln2_low, fma(a, b, fma(minus_n, ln2_high, c))) - low;
   Vec p = Vec::set(1.381443348e-03f);
@@ -17,7 +17,7 @@ inline Vec exp_fma(Vec a, Vec b, Vec c, Vec low) {
   p = fma(p, r, Vec::set(4.999999404e-01f));
   p = fma(p, r, Vec::set(1.0f));
   p = fma(p, r, Vec::set(1.0f));
-  return select_lt(x, Vec::set(-87.33654f), zero, scale_by_power_of_two(p, shifted));
+  return zero_below(x, Vec::set(-87.33654f), scale_by_power_of_two(p, shifted));
 }
 inline VecD exp_fma(VecD a, VecD b, VecD c, VecD low) { return exp(fma(a, b, c) - low); }
 inline Vec exp(Vec x) { return exp_fma(x, Vec::set(1.0f), Vec::set(0.0f), Vec::set(0.0f)); }

@@ -14,8 +14,8 @@ struct Broadcast {  // a(i, k) = data[i * row + k * step]
 enum class Start { kZero, kAdd, kScale };  // c was zero, is added to, or is multiplied with scale[j] and added to
 
 template <Start kStart, int R, int N, class V, class W>
-inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c, int64_t c_row,
-                 const V* scale) {
+INLINED inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c, int64_t c_row,
+                         const V* scale) {
   using X = Words<V, W>;
   using T = typename V::T;
   V sum[R][N];
@@ -38,20 +38,18 @@ inline void tile(Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename 
   }
 }
 
-// Rows in tiles of kRows<N>, and the rest in smaller ones.
+// Rows in tiles of R, and the rest in smaller ones.
 template <Start kStart, int R, int N, class V, class W>
-inline void rows_in_tiles(int64_t& i, int64_t rows, Broadcast<W> a, const W* b, int64_t b_row, int64_t K,
+inline void rows_in_tiles(int64_t i, int64_t rows, Broadcast<W> a, const W* b, int64_t b_row, int64_t K,
                           typename V::T* c, int64_t c_row, const V* scale) {
-  for (; i + R <= rows; i += R) tile<kStart, R, N, V>(a.at(i, 0), b, b_row, K, c + i * c_row, c_row, scale);
+  for (; i < rows && Tiles::height(rows - i, N) >= R; i += R)
+    tile<kStart, R, N, V>(a.at(i, 0), b, b_row, K, c + i * c_row, c_row, scale);
+  if constexpr (R > 1) rows_in_tiles<kStart, Tiles::below(R), N, V>(i, rows, a, b, b_row, K, c, c_row, scale);
 }
 template <Start kStart, int N, class V, class W>
 NOINLINE void product_columns(int64_t rows, Broadcast<W> a, const W* b, int64_t b_row, int64_t K, typename V::T* c,
                               int64_t c_row, const V* scale) {
-  int64_t i = 0;
-  rows_in_tiles<kStart, Tiles::rows(N), N, V>(i, rows, a, b, b_row, K, c, c_row, scale);
-  rows_in_tiles<kStart, 4, N, V>(i, rows, a, b, b_row, K, c, c_row, scale);
-  rows_in_tiles<kStart, 2, N, V>(i, rows, a, b, b_row, K, c, c_row, scale);
-  rows_in_tiles<kStart, 1, N, V>(i, rows, a, b, b_row, K, c, c_row, scale);
+  rows_in_tiles<kStart, Tiles::rows(N), N, V>(0, rows, a, b, b_row, K, c, c_row, scale);
 }
 
 // The product with `vectors` vectors of columns; words of b and numbers of c have the same column index.

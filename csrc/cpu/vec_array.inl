@@ -84,6 +84,9 @@ ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b){
     for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
   return a.v[0];
 }
+ARRAY_VEC ArrayVec<T, L> zero_below(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> x) {
+  return select_lt(a, b, ArrayVec<T, L>::set(0), x);
+}
 ARRAY_VEC T max_of(ArrayVec<T, L> a) {
   T m = a.v[0];
   for (int i = 1; i < L; ++i) m = a.v[i] > m ? a.v[i] : m;

@@ -88,6 +88,9 @@ inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+inline Vec zero_below(Vec a, Vec b, Vec x) {  // 0 where a < b, else x
+  return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec swap_neighbours(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 inline float sum(Vec a) {
