@@ -27,6 +27,7 @@ KINDS = ("encoder", "decoder", "encoder-decoder")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("sinusoidal", "learned", "rotary")
 ACTIVATIONS = ("relu", "gelu", "swiglu")
+POOLINGS = ("mean", "mean-max")
 LARGE_VOCAB = 4096  # where one product of all rows stops to be faster than many of 128
 
 
@@ -34,9 +35,10 @@ LARGE_VOCAB = 4096  # where one product of all rows stops to be faster than many
 class Config:
     """The sizes and choices of a transformer. The defaults are the sizes of Vaswani et al. 2017 (arXiv:1706.03762).
 
-    classes > 0 gives an encoder a classification head (mean over what is not padding), with per_token one for every
-    position; masked_lm gives it one over the vocabulary for every position. dropout is that of the paper, on the
-    embeddings and on what every block adds; attention_dropout is the one on attention probabilities.
+    classes > 0 gives an encoder a classification head over what is not padding (pooling="mean", or "mean-max", both
+    side by side), with per_token one for every position; masked_lm gives it one over the vocabulary for every position.
+    dropout is that of the paper, on the embeddings and on what every block adds; attention_dropout is the one on
+    attention probabilities.
     scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables. head_dim
     is d_model / heads unless it is given.
     Raises ValueError for a name that is not offered and for sizes that do not fit together.
@@ -62,9 +64,11 @@ class Config:
     window: tuple[int, int] | None = None
     max_len: int = 2048
     head_dim: int | None = None
+    pooling: str = "mean"
 
     def __post_init__(self):
-        for name, offered in (("kind", KINDS), ("norm", NORMS), ("positions", POSITIONS), ("activation", ACTIVATIONS)):
+        choices = dict(kind=KINDS, norm=NORMS, positions=POSITIONS, activation=ACTIVATIONS, pooling=POOLINGS)
+        for name, offered in choices.items():
             if getattr(self, name) not in offered:
                 raise ValueError(f"Config: {name} must be one of {', '.join(offered)}, got {getattr(self, name)!r}")
         for name in ("vocab", "d_model", "heads", "layers", "d_ff", "max_len"):
@@ -293,7 +297,8 @@ class Transformer(nn.Module):
         if config.kind != "encoder":
             self.decoder = Stack(config, parts, causal=True, cross=config.kind == "encoder-decoder", rotary=rotary)
         if config.classes:
-            self.head = parts.linear(config.d_model, config.classes)
+            pooled = 1 if config.per_token else len(config.pooling.split("-"))
+            self.head = parts.linear(pooled * config.d_model, config.classes)
         elif config.kind != "encoder" or config.masked_lm:
             self.head = parts.linear(config.d_model, config.vocab, bias=False)
         self._initialise()
@@ -357,7 +362,9 @@ class Transformer(nn.Module):
             if not self.config.masked_lm:
                 if targets is not None:
                     raise ValueError("Transformer: kind='encoder' takes no targets without masked_lm")
-                return self.head(x if self.config.per_token else pool(x, mask)) if self.config.classes else x
+                if not self.config.classes:
+                    return x
+                return self.head(x if self.config.per_token else pool(x, mask, self.config.pooling))
         else:
             context = None if source is None else self.encode(source, source_mask)
             x = self.decode(tokens, mask, context, source_mask, cu_seqlens=cu_seqlens)
@@ -412,9 +419,15 @@ class Transformer(nn.Module):
         return tokens
 
 
-def pool(x, mask):
-    """The mean of x [B, T, D] over the positions that are not padding: [B, D]."""
+def pool(x, mask, pooling="mean"):
+    """The mean of x [B, T, D] over the positions that are not padding, [B, D]; with "mean-max" their largest values
+    behind it, [B, 2 D]."""
     if mask is None:
-        return x.mean(1)
-    kept = mask.unsqueeze(-1).to(x.dtype)
-    return (x * kept).sum(1) / kept.sum(1).clamp(min=1)
+        mean = x.mean(1)
+    else:
+        kept = mask.unsqueeze(-1).to(x.dtype)
+        mean = (x * kept).sum(1) / kept.sum(1).clamp(min=1)
+    if pooling == "mean":
+        return mean
+    hidden = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).min)
+    return torch.cat([mean, hidden.amax(1)], -1)

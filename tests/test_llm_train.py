@@ -87,7 +87,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer, stop", [("adamw", 1), ("adam", 5), ("sgd", 23), ("adamw", 40)])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, optimizer, stop):
-    options = dict(optimizer=optimizer, precision="bf16" if stop == 23 else "fp32")
+    options = dict(optimizer=optimizer, precision="bf16" if stop == 23 else "fp32", average=0.8 if stop == 5 else 0.0)
     whole = fit(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts", stop=stop, **options)
@@ -96,6 +96,37 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, optimizer, stop):
     assert same(parts[0], whole[0])
     again = fit(tmp_path / "parts", resume=True, stop=1, **options)  # it is done: no step is taken
     assert happened(again[1]) == happened(whole[1]) and same(again[0], whole[0])
+
+
+def test_the_average_is_what_is_evaluated_kept_and_returned(tmp_path):
+    """It is computed here from the parameters behind each step, by the formula."""
+    seen, evaluated, recipe = [], [], train.Recipe(**RECIPE | dict(average=0.7, save_every=24))
+    model = make()
+    mean = [p.detach().clone() for p in model.parameters()]
+
+    def loss(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return loss_of(model, batch)
+
+    def evaluate(model):
+        evaluated.append([p.detach().clone() for p in model.parameters()])
+        return dict(loss=-len(evaluated))  # the last is the best
+
+    with Run(tmp_path / "run") as run:
+        parts = model, Windows(TEXT, 12, 2, 0), loss, torch.numel, recipe
+        train.train(*parts, run=run, tokenizer=Tokenizer.bytes(), evaluate=evaluate)
+    for step, after in enumerate(seen[2::2]):  # two batches a step; what is before step n + 1 is behind step n
+        share = 1 - min(0.7, (1 + step) / (10 + step))
+        for one, parameter in zip(mean, after, strict=True):
+            one.lerp_(parameter, share)
+        if step == 15:
+            assert all(map(torch.equal, mean, evaluated[1])) and not any(map(torch.equal, after[:1], evaluated[1]))
+    assert all(map(torch.equal, model.parameters(), evaluated[2]))
+    assert same(load_model(tmp_path / "run").model, model)
+    plain = train.train(make(), Windows(TEXT, 12, 2, 0), loss_of, torch.numel, recipe)  # without an evaluation
+    assert plain["best"] is None
+    with pytest.raises(ValueError, match=r"average must be in \[0, 1\)"):
+        train.Recipe(average=1.0)
 
 
 SCRIPT = """

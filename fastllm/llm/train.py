@@ -25,6 +25,7 @@ from fastllm.llm.ranks import Ranks, StandIn
 from fastllm.optim import AdamW
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
+STEPPED = "stepped."  # of names in training.safetensors: the parameters that the next step changes
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -34,6 +35,8 @@ class Recipe:
 
     A step is `accumulate` batches, whose gradients are added up as one batch of that size would have them. weight_decay
     spares embeddings, norms and biases. precision="bf16" is autocast: parameters and optimizer stay in fp32.
+    With average, the model that is evaluated, kept and returned is the mean of the parameters of all steps, the weight
+    of a step falling by that factor with each later one (at first faster: min(average, (1 + step) / (10 + step))).
     checkpointing keeps a block's input for the backward pass, not what it computes, and computes that again.
     Training stops early when `patience` evaluations in a row have not improved the validation loss (0: never), and
     after `seconds` of steps where that is given: then what a run reaches depends on the machine. save_every is
@@ -47,6 +50,7 @@ class Recipe:
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
+    average: float = 0.0
     accumulate: int = 1
     precision: str = "fp32"
     checkpointing: bool = False
@@ -64,6 +68,8 @@ class Recipe:
         for name, least in (("steps", 1), ("evaluate_every", 1), ("accumulate", 1), ("warmup", 0), ("lr", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"Recipe: {name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"Recipe: average must be in [0, 1), got {self.average}")
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
@@ -142,6 +148,39 @@ def adamw(groups, **options):
     return AdamW(groups, **options) if whole else torch.optim.AdamW(groups, **options, fused=True)
 
 
+class Average:
+    """The mean of a model's parameters over its steps, the older the less (Polyak and Juditsky 1992; with weights that
+    fall exponentially, and a warm-up)."""
+
+    def __init__(self, model, factor: float):
+        self.factor = factor
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.kept = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def add(self, step: int):
+        """The parameters as they are behind step 0, 1, ..."""
+        share = 1 - min(self.factor, (1 + step) / (10 + step))
+        for kept, parameter in zip(self.kept, self.parameters, strict=True):
+            kept.lerp_(parameter, share)
+
+    @torch.no_grad()
+    def exchange(self):
+        """The model gets the mean, and what it had is kept here; again, and it is as before."""
+        for kept, parameter in zip(self.kept, self.parameters, strict=True):
+            mean = kept.clone()
+            kept.copy_(parameter)
+            parameter.copy_(mean)
+
+    @contextlib.contextmanager
+    def instead(self):
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+
 def counted(count_of, batch):
     return 0 if isinstance(batch, StandIn) else count_of(batch)
 
@@ -192,12 +231,14 @@ class Trainer:
         """
         recipe, model = self.recipe, self.model
         self.history = dict(recipe=asdict(recipe), loss=[], seconds=[], tokens=[], evaluations=[], best=None)
-        self.since_best, self.best_state, self.writer = 0, None, None
+        self.since_best, self.best_state, self.writer, self.average = 0, None, None, None
         model.train()
         if recipe.checkpointing:
             model.gradient_checkpointing_enable()
         options = dict(weight_of=self.weight_of, ranks=self.ranks, groups=self.groups, measure=True)
         self.stepper = Stepper(model, recipe, self.loss_of, **options)
+        if recipe.average:
+            self.average = Average(model, recipe.average)
         with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
             if self.run is not None:
                 self.resume()
@@ -229,6 +270,8 @@ class Trainer:
         batches = self.ranks.batches(self.batches, taken, recipe.accumulate)
         before = time.perf_counter()
         loss = self.stepper(batches)
+        if self.average is not None:
+            self.average.add(taken)
         seconds = self.ranks.tell(time.perf_counter() - before)  # all stop at the same step
         if not math.isfinite(loss):
             raise FloatingPointError(f"{self.what}: the loss is {loss} at step {taken + 1}; try a lower learning rate")
@@ -255,7 +298,8 @@ class Trainer:
         """Evaluate. True where this is the best so far."""
         self.model.eval()
         with torch.no_grad(), autocast(self.model, self.recipe.precision), self.ranks.evaluating(self.model):
-            found = dict(step=self.stepper.taken) | self.evaluate(self.model)
+            with self.averaged():
+                found = dict(step=self.stepper.taken) | self.evaluate(self.model)
         self.model.train()
         self.history["evaluations"].append(found)
         self.log(evaluation=found)
@@ -265,8 +309,13 @@ class Trainer:
             return False
         self.history["best"], self.since_best = found, 0
         if self.run is None:
-            self.best_state = copy.deepcopy(self.ranks.model_state(self.model))
+            with self.averaged():
+                self.best_state = copy.deepcopy(self.ranks.model_state(self.model))
         return True
+
+    def averaged(self):
+        """A context in which the model has the parameters to evaluate and to keep."""
+        return contextlib.nullcontext() if self.average is None else self.average.instead()
 
     def sampled(self):
         self.model.eval()
@@ -279,18 +328,27 @@ class Trainer:
 
     def save(self, better):
         training = dict(best=self.history["best"], since_best=self.since_best)
-        state = self.ranks.model_state(self.model)
         tensors = self.ranks.optimizer_state(self.model, self.stepper.optimizer)
-        if self.ranks.first:
-            meta = dict(self.meta or {}, metrics=(self.history["evaluations"] or [None])[-1])
-            saved = self.model, self.tokenizer, training, tensors
-            self.run.save(self.stepper.taken, *saved, state=state, best=better, **meta)
+        if self.average is not None:  # to go on from, where the model that is kept is another
+            own = self.ranks.model_state(self.model)
+            tensors = dict(tensors) | {f"{STEPPED}{name}": x.clone() for name, x in own.items()}
+        with self.averaged():
+            state = self.ranks.model_state(self.model)
+            if self.ranks.first:
+                meta = dict(self.meta or {}, metrics=(self.history["evaluations"] or [None])[-1])
+                saved = self.model, self.tokenizer, training, tensors
+                self.run.save(self.stepper.taken, *saved, state=state, best=better, **meta)
 
     def resume(self):
         found = self.run.latest() if self.run.resumed else None
         if found is not None:
             training, tensors, state = found
             self.ranks.load_model_state(self.model, state)
+            if self.average is not None:
+                self.average = Average(self.model, self.recipe.average)
+                own = {name: x for name, x in tensors.items() if name.startswith(STEPPED)}
+                tensors = {name: x for name, x in tensors.items() if name not in own}
+                self.ranks.load_model_state(self.model, {n.removeprefix(STEPPED): x for n, x in own.items()})
             self.ranks.load_optimizer_state(self.model, self.stepper.optimizer, tensors)
             self.stepper.taken, self.since_best = training["step"], training["since_best"]
             self.history["best"] = training["best"]
@@ -307,6 +365,8 @@ class Trainer:
             self.best_state = self.run.best_state()
         if self.best_state is not None:
             self.ranks.load_model_state(self.model, self.best_state)
+        elif self.average is not None:
+            self.average.exchange()
         self.model.eval()
         history["tokens_per_s"] = sum(history["tokens"][3:]) / (sum(history["seconds"][3:]) or math.inf)
         history["activation_bytes"] = self.stepper.activations
