@@ -117,22 +117,26 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
     )
 
 
+LOWER_IS_BETTER = ("bits_per_character",)
 SCORES = {"bits_per_character": "bits per character", "bleu": "BLEU", "rougeL": "ROUGE-L"}
 
 
 def llm_block(kept: dict) -> str:
-    """Markdown of bench/results/llm.json, which `python -m fastllm.bench.llm` writes."""
-    lines = []
+    """Markdown of bench/results/llm.json, which `python -m fastllm.bench.llm` writes, and what is worse than beside."""
+    lines, worse = [], []
     for name, found in kept["results"].items():
         ours, beside = found["test"][found["score"]], found["beside"]
         score = SCORES.get(found["score"], found["score"])
+        if (ours > beside["value"]) == (found["score"] in LOWER_IS_BETTER):
+            worse.append(f"`{name}`")
         timed = found.get("time")
         speed = f"{timed['ratios'][0]:.2f} to {timed['ratios'][-1]:.2f}" if timed else "not measured"
         lines.append(
             [f"`{name}`: {found['title']}", score, f"{ours:.4g}", f"{beside['value']:.4g}", beside["name"], speed]
         )
     header = ["", "on test", "ours", "beside", "which is", "time a step, plain PyTorch's over ours"]
-    return "\n".join(markdown(header, lines))
+    said = ["", f"Below what it stands beside: {', '.join(worse)}."] if worse else []
+    return "\n".join(markdown(header, lines) + said)
 
 
 def main():

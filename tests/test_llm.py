@@ -139,6 +139,18 @@ def test_compare_gives_both_the_same_batches(registered):
     json.dumps(found)
 
 
+def test_words_that_are_dropped_are_read_as_unknown(registered):
+    task = tiny_task(registered)
+    model, batch, unknown = Transformer(task.config(**TINY)), task.epochs(16, 0)[0], task.tokenizer.unknown
+    read = []
+    model.embedding.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    for share in (0.0, 0.4, 1.0):
+        classify.loss_of(model, batch, share, unknown)
+    assert torch.equal(read[0], batch.tokens) and bool((read[2] == unknown).all())
+    dropped = read[1] != batch.tokens
+    assert bool((read[1][dropped] == unknown).all()) and 0.2 < float(dropped.float().mean()) < 0.6
+
+
 def test_classes_that_train_lacks_are_left_out(registered):
     folder = registered / "tiny"
     data.build("tiny", folder)

@@ -65,7 +65,7 @@ def assert_same_training(ours, peer, exact, kind, seen_as):
         dict(norm=n, positions=p, activation=a)
         for n, p, a in zip((*NORMS, "rmsnorm"), POSITIONS, ACTIVATIONS, strict=True)
     ]
-    + [dict(window=(3, 3), tie_embeddings=False, scale_embedding=False)],
+    + [dict(window=(3, 3), tie_embeddings=False, scale_embedding=False, pooling="mean-max")],
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_accelerated_is_naive(kind, options):
@@ -81,15 +81,19 @@ def test_shapes():
     tokens = torch.randint(41, (2, 10))
     assert make(kind="encoder")(tokens).shape == (2, 10, 32)
     assert make(kind="encoder", classes=3)(tokens).shape == (2, 3)
+    assert make(kind="encoder", classes=3, pooling="mean-max").head.weight.shape == (3, 64)
+    assert make(kind="encoder", classes=3, per_token=True, pooling="mean-max")(tokens).shape == (2, 10, 3)
     assert make(kind="decoder")(tokens).shape == (2, 10, 41)
     assert make(kind="encoder-decoder")(tokens, source=tokens[:, :4]).shape == (2, 10, 41)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "encoder-decoder"])
+@pytest.mark.parametrize(
+    "kind, pooling", [("encoder", "mean"), ("encoder", "mean-max"), ("encoder-decoder", "mean")], ids=" ".join
+)
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_padding_changes_nothing(accelerated, kind):
+def test_padding_changes_nothing(accelerated, kind, pooling):
     """A sequence alone and the same one padded in a batch agree in fp64 far better than fp32 knows."""
-    model = make(accelerated, kind=kind, classes=3 if kind == "encoder" else 0)
+    model = make(accelerated, kind=kind, classes=3 if kind == "encoder" else 0, pooling=pooling)
     tokens, others = data(kind)
     inputs = dict(tokens=tokens, **others)
     name, mask = ("tokens", "mask") if kind == "encoder" else ("source", "source_mask")
@@ -204,6 +208,7 @@ def test_compiles_whole(kind):
     [
         (lambda: Config(vocab=5, kind="sideways"), "kind must be one of"),
         (lambda: Config(vocab=5, norm="batchnorm"), "norm must be one of"),
+        (lambda: Config(vocab=5, pooling="max"), "pooling must be one of mean, mean-max"),
         (lambda: Config(vocab=0), "vocab must be at least 1"),
         (lambda: Config(vocab=5, d_model=30, heads=4), "heads must divide d_model"),
         (lambda: Config(vocab=5, kv_heads=3), "kv_heads divide heads"),
