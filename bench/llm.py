@@ -37,7 +37,7 @@ class Recipe:
 
 
 CLASSIFY = "classify {data} --out {out} "
-LARGER = "--preset cpu --batch 32 --vocabulary 20000 --lr 1e-3 --dropout 0.3 --word-dropout 0 --average 0"
+LARGER = "--preset cpu --batch 32 --vocabulary 20000 --lr 1e-3 --dropout 0.3 --word-dropout 0 --average 0 --best loss"
 TFIDF = "TF-IDF + logistic regression"
 MINILM = "finetune classification --model {minilm} --data {data} --out {out} --epochs 1 --batch 32 --max-len 64 "
 RECIPES = {

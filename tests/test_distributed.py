@@ -57,12 +57,19 @@ def counted(batch):
     return int((batch[1] != -100).sum())
 
 
-def one_run(ranks, folder, accumulate, dtype=torch.float32, optimizer="sgd", resume=False):
+def one_run(ranks, folder, accumulate, dtype=torch.float32, optimizer="sgd", average=0.0, resume=False):
     torch.manual_seed(1 if resume else 0)  # what is loaded decides
     sizes = dict(vocab=40, d_model=16, heads=2, layers=2, d_ff=24, dropout=0.0, max_len=LENGTH, positions="learned")
     model = Transformer(Config(**sizes)).to(dtype)
     recipe = Recipe(
-        steps=STEPS, optimizer=optimizer, lr=0.05, warmup=2, accumulate=accumulate, evaluate_every=2, patience=0
+        steps=STEPS,
+        optimizer=optimizer,
+        lr=0.05,
+        warmup=2,
+        accumulate=accumulate,
+        average=average,
+        evaluate_every=2,
+        patience=0,
     )
     held_out = Batches()[1000]
     with distributed.shared(ranks, lambda: Run(folder, resume=resume, keep=STEPS)) as run:
@@ -165,7 +172,11 @@ def test_goes_on_with_other_ranks(folder, alone, saved, count, settings):
 
 @pytest.mark.parametrize("mode", distributed.MODES)
 def test_goes_on_bit_for_bit(folder, mode):
-    whole, settings, options = folder / f"adamw-{mode}", dict(mode=mode), dict(accumulate=1, optimizer="adamw")
+    whole, settings, options = (
+        folder / f"adamw-{mode}",
+        dict(mode=mode),
+        dict(accumulate=1, optimizer="adamw", average=0.8),
+    )
     processes.run_launched(one_rank, 2, whole, settings, options)
     parts = interrupted(folder, whole.name, f"{whole.name}-parts")
     processes.run_launched(one_rank, 2, parts, settings, options | dict(resume=True))

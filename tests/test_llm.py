@@ -81,6 +81,18 @@ def test_early_stopping_keeps_the_best(registered, tmp_path):
     assert not model.training
 
 
+def test_the_best_is_known_by_the_score_that_is_named(registered):
+    task = tiny_task(registered)
+    model, found = Transformer(task.config(**TINY)), iter([(1.0, 0.5), (2.0, 0.7), (3.0, 0.7), (4.0, 0.6), (0.1, 0.9)])
+    recipe = train.Recipe(steps=50, evaluate_every=2, patience=2, best="accuracy")
+    history = train.train(
+        *(model, task.epochs(8, 0), classify.loss_of, classify.tokens_in, recipe),
+        evaluate=lambda model: dict(zip(("loss", "accuracy"), next(found), strict=True)),
+    )
+    assert history["best"] == dict(step=4, loss=2.0, accuracy=0.7) and len(history["loss"]) == 8
+    assert history["stopped"] == "early: no better validation accuracy in 2 evaluations"
+
+
 def test_time_that_is_used_up_ends_a_run(registered):
     task = tiny_task(registered)
     models = [Transformer(task.config(**TINY)) for _ in range(2)]

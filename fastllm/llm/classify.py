@@ -179,6 +179,7 @@ def run(
     average=0.99,
     weight_decay=0.05,
     patience=3,
+    best="accuracy",
     seed=0,
     naive=False,
     resume=False,
@@ -202,6 +203,7 @@ def run(
         average=average,
         evaluate_every=per_epoch,
         patience=patience,
+        best=best,
         seed=seed,
     )
     config = task.config(preset, dropout=dropout)
@@ -227,6 +229,8 @@ def add_arguments(subparsers):
     parser.add_argument("--out", default="runs/classify")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="default small")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    help_best = "what the best evaluation is known by: loss (the lowest) or accuracy (default)"
+    parser.add_argument("--best", choices=("loss", "accuracy"), default="accuracy", help=help_best)
     for name, kind, default in (
         ("epochs", int, 5),
         ("batch", int, 64),

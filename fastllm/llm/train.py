@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fastllm.llm import meter, require
+from fastllm.llm.average import Average
 from fastllm.llm.ranks import Ranks, StandIn
 from fastllm.optim import AdamW
 
@@ -38,9 +39,10 @@ class Recipe:
     With average, the model that is evaluated, kept and returned is the mean of the parameters of all steps, the weight
     of a step falling by that factor with each later one (at first faster: min(average, (1 + step) / (10 + step))).
     checkpointing keeps a block's input for the backward pass, not what it computes, and computes that again.
-    Training stops early when `patience` evaluations in a row have not improved the validation loss (0: never), and
-    after `seconds` of steps where that is given: then what a run reaches depends on the machine. save_every is
-    evaluate_every where it is 0; sample_every 0 is never.
+    Training stops early when `patience` evaluations in a row have not improved on the best (0: never), which is that
+    of the lowest validation loss, or of the largest of another score that is named in `best`; and after `seconds` of
+    steps where that is given: then what a run reaches depends on the machine. save_every is evaluate_every where it is
+    0; sample_every 0 is never.
     """
 
     steps: int = 1000
@@ -58,6 +60,7 @@ class Recipe:
     save_every: int = 0
     sample_every: int = 0
     patience: int = 3
+    best: str = "loss"
     seconds: float | None = None
     seed: int = 0
 
@@ -148,39 +151,6 @@ def adamw(groups, **options):
     return AdamW(groups, **options) if whole else torch.optim.AdamW(groups, **options, fused=True)
 
 
-class Average:
-    """The mean of a model's parameters over its steps, the older the less (Polyak and Juditsky 1992; with weights that
-    fall exponentially, and a warm-up)."""
-
-    def __init__(self, model, factor: float):
-        self.factor = factor
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.kept = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def add(self, step: int):
-        """The parameters as they are behind step 0, 1, ..."""
-        share = 1 - min(self.factor, (1 + step) / (10 + step))
-        for kept, parameter in zip(self.kept, self.parameters, strict=True):
-            kept.lerp_(parameter, share)
-
-    @torch.no_grad()
-    def exchange(self):
-        """The model gets the mean, and what it had is kept here; again, and it is as before."""
-        for kept, parameter in zip(self.kept, self.parameters, strict=True):
-            mean = kept.clone()
-            kept.copy_(parameter)
-            parameter.copy_(mean)
-
-    @contextlib.contextmanager
-    def instead(self):
-        self.exchange()
-        try:
-            yield
-        finally:
-            self.exchange()
-
-
 def counted(count_of, batch):
     return 0 if isinstance(batch, StandIn) else count_of(batch)
 
@@ -197,8 +167,9 @@ class Trainer:
     batches[n] is batch number n of the run, the same whenever it is asked for; loss_of(model, batch) is a scalar
     tensor, the mean over weight_of(batch) things (default: batches count alike); tokens_in(batch) a number, and length
     how long a sequence is, for the estimate of FLOPs.
-    evaluate(model) returns a dict with "loss", by which the best is chosen; it is called every evaluate_every steps and
-    at the end. sample(model) returns a text to show, every sample_every steps. groups is `Stepper`'s.
+    evaluate(model) returns a dict with "loss" and recipe.best, by which the best is chosen; it is called every
+    evaluate_every steps and at the end. sample(model) returns a text to show, every sample_every steps. groups is
+    `Stepper`'s.
     With run (a `runs.Run`) there is a checkpoint every save_every steps, at each evaluation that is the best and at the
     end, with the tokenizer and meta; SIGTERM and Ctrl-C end the run behind the next one. A run that is resumed goes on
     from its last checkpoint. ranks is a `Ranks`.
@@ -260,7 +231,7 @@ class Trainer:
         if taken >= recipe.steps:
             return "all steps done"
         if recipe.patience and self.since_best >= recipe.patience:
-            return f"early: no better validation loss in {self.since_best} evaluations"
+            return f"early: no better validation {recipe.best} in {self.since_best} evaluations"
         if recipe.seconds is not None and sum(self.history["seconds"]) > recipe.seconds:
             return f"{recipe.seconds:.0f} s were used up after {taken} of {recipe.steps} steps"
         return None
@@ -304,7 +275,10 @@ class Trainer:
         self.history["evaluations"].append(found)
         self.log(evaluation=found)
         best = self.history["best"]
-        if best is not None and not found["loss"] < best["loss"]:
+        if (by := self.recipe.best) not in found:
+            raise ValueError(f"{self.what}: best={by!r} is no score of the evaluation, which has {', '.join(found)}")
+        sign = -1 if by == "loss" else 1
+        if best is not None and not sign * found[by] > sign * best[by]:
             self.since_best += 1
             return False
         self.history["best"], self.since_best = found, 0
