@@ -13,7 +13,7 @@ PUBLIC = {"attention", "bias_gelu", "geglu", "layer_norm", "log_softmax", "rms_n
 MODELS = OPS | PUBLIC | {"nn", "model", "backend", "tune_allocator"}
 MODELS |= {"cross_entropy", "linear", "linear_cross_entropy", "lora_linear"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "generation", "hf", "info", "kernels", "llm", "text", "verify"}
-TOP |= {"drawing", "__version__", "beam", "decoder", "optim", "sampling", "session"}
+TOP |= {"drawing", "__version__", "beam", "decoder", "optim", "patch", "sampling", "session"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
