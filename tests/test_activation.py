@@ -8,6 +8,7 @@ from check import compare, run
 import fastllm
 from fastllm import dispatch, reference
 from fastllm.ops import activation as ops
+from fastllm.ops.linear import ACTIVATIONS, bias_act_fwd
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3,), (3, 4), (2, 7, 16), (5, 31), (9, 65), (70, 100), (2, 3, 768), (3, 1025)]
@@ -154,3 +155,15 @@ def test_opcheck():
     for bias in (b, None):
         torch.library.opcheck(ops.bias_gelu_fwd.dispatched, (gate, bias, True))
         torch.library.opcheck(ops.bias_gelu_bwd.dispatched, (up, gate, bias, False))
+
+
+@pytest.mark.parametrize("size", [15, 16, 17, 4096])
+def test_bf16_is_rounded_to_nearest_even(cpu_backend, size):
+    """As PyTorch rounds: halves between two numbers to the even one, to infinity at the end; NaNs of any bits stay."""
+    upper = torch.randint(0, 0x8000, (size,), generator=torch.Generator().manual_seed(size))
+    upper[: size // 4] |= 0x7F80  # infinity and NaNs
+    upper[:6] = torch.tensor([0x7FFF, 0x7FC0, 0x7F7F, 0x7F80, 0, 0x3F80])
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (upper << 16 | lower).int().view(torch.float32)
+        y = bias_act_fwd(torch.zeros(1, size, dtype=torch.bfloat16), x, ACTIVATIONS["relu"])
+        torch.testing.assert_close(y[0], x.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -12,7 +12,7 @@ inline void for_pieces(int64_t D, int64_t begin, int64_t end, F f) {
 }
 
 template <class V, class S, class Act>
-void gated_fwd_as(const Gated& a, int64_t begin, int64_t end) {
+FLATTENED void gated_fwd_as(const Gated& a, int64_t begin, int64_t end) {
   for_pieces(a.D, begin, end, [&](int64_t row, int64_t column, int64_t count) {
     const S* gate = (const S*)a.gate + row * a.gate_stride + column;
     const S* up = (const S*)a.up + row * a.up_stride + column;
@@ -22,7 +22,7 @@ void gated_fwd_as(const Gated& a, int64_t begin, int64_t end) {
   });
 }
 template <class V, class S, class Act>
-void gated_bwd_as(const Gated& a, int64_t begin, int64_t end) {
+FLATTENED void gated_bwd_as(const Gated& a, int64_t begin, int64_t end) {
   for_pieces(a.D, begin, end, [&](int64_t row, int64_t column, int64_t count) {
     const S* gate = (const S*)a.gate + row * a.gate_stride + column;
     const S* up = (const S*)a.up + row * a.up_stride + column;
@@ -39,36 +39,50 @@ void gated_bwd_as(const Gated& a, int64_t begin, int64_t end) {
 }
 
 template <class V, class S, class Act>
-void bias_act_fwd_as(const BiasAct& a, int64_t begin, int64_t end) {
+FLATTENED void bias_act_fwd_as(const BiasAct& a, int64_t begin, int64_t end) {
   using T = typename V::T;
   for_pieces(a.D, begin, end, [&](int64_t row, int64_t column, int64_t count) {
     const S* x = (const S*)a.x + row * a.D + column;
-    const T* bias = (const T*)a.bias + (a.bias ? column : 0);
+    const T* bias = a.bias ? (const T*)a.bias + column : nullptr;
     S* y = (S*)a.y + row * a.D + column;
     for_vectors<V>(count, [&](int64_t i, int64_t n) {
       const V v = load<V>(x + i, n);
-      store(Act::of(a.bias ? v + load<V>(bias + i, n) : v).y, y + i, n);
+      store(Act::of(bias ? v + load<V>(bias + i, n) : v).y, y + i, n);
     });
   });
 }
 
-// Rows [begin, end): dx = dy * act'(x + bias), and its sum over the rows into this stripe's partial sums.
+// dx = dy * act'(x + bias) in kRows rows from `row` on, and dbias += dx; the bias is loaded, and its gradient stored,
+// once for all the rows.
+template <class V, class S, class Act, int kRows>
+FLATTENED void bias_act_bwd_rows(const BiasAct& a, int64_t row, typename V::T* dbias) {
+  using T = typename V::T;
+  const int64_t D = a.D;
+  const T* bias = (const T*)a.bias;
+  const S *x = (const S*)a.x + row * D, *dy = (const S*)a.dy + row * D;
+  S* dx = (S*)a.dx + row * D;
+  for_vectors<V>(D, [&](int64_t i, int64_t n) {
+    const V b = bias ? load<V>(bias + i, n) : V::set(0);
+    V sum = dbias ? load<V>(dbias + i, n) : V::set(0);
+    UNROLLED for (int k = 0; k < kRows; ++k) {
+      const V d = load<V>(dy + k * D + i, n) * Act::of(load<V>(x + k * D + i, n) + b).slope;
+      store(d, dx + k * D + i, n);
+      sum = sum + d;
+    }
+    if (dbias) store(sum, dbias + i, n);
+  });
+}
+
+// Rows [begin, end), the sum of which are the partial sums of this stripe of rows.
 template <class V, class S, class Act>
 void bias_act_bwd_as(const BiasAct& a, int64_t stripe, int64_t begin, int64_t end) {
   using T = typename V::T;
-  const T* bias = (const T*)a.bias;
+  constexpr int kRows = 2;
   T* dbias = a.dbias ? (T*)a.dbias + stripe * a.D : nullptr;
   if (dbias) memset(dbias, 0, a.D * sizeof(T));
-  for (int64_t row = begin; row < end; ++row) {
-    const S *x = (const S*)a.x + row * a.D, *dy = (const S*)a.dy + row * a.D;
-    S* dx = (S*)a.dx + row * a.D;
-    for_vectors<V>(a.D, [&](int64_t i, int64_t n) {
-      const V v = load<V>(x + i, n);
-      const V d = load<V>(dy + i, n) * Act::of(bias ? v + load<V>(bias + i, n) : v).slope;
-      store(d, dx + i, n);
-      if (dbias) store(load<V>(dbias + i, n) + d, dbias + i, n);
-    });
-  }
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) bias_act_bwd_rows<V, S, Act, kRows>(a, row, dbias);
+  for (; row < end; ++row) bias_act_bwd_rows<V, S, Act, 1>(a, row, dbias);
 }
 
 template <class V, class S>
@@ -88,5 +102,5 @@ void bias_act_bwd(const BiasAct& a, int64_t stripe, int64_t begin, int64_t end) 
   BY_ACTIVATION(a.activation, bias_act_bwd_as, a, stripe, begin, end)
 }
 
-constexpr ActivationKernels kTable = {PER_TYPE(gated_fwd), PER_TYPE(gated_bwd), PER_TYPE(bias_act_fwd),
-                                      PER_TYPE(bias_act_bwd)};
+constexpr ActivationKernels kTable = {PER_WIDE(gated_fwd), PER_WIDE(gated_bwd), PER_WIDE(bias_act_fwd),
+                                      PER_WIDE(bias_act_bwd)};

@@ -5,10 +5,10 @@ struct Response {  // act(x) and its derivative, from one exponential
   V y, slope;
 };
 
-// x * sigmoid(u) and its derivative, given u(x) and u'(x). u may be of any size: beyond 87 the sigmoid is 0 or 1.
+// x * sigmoid(u) and its derivative, given u(x) and u'(x), for u within [-87, 87]: beyond, the sigmoid is 0 or 1.
 template <class V>
 inline Response<V> sigmoid_gate(V x, V bounded, V u, V du) {
-  const V one = V::set(1), e = exp_normal(within(V::set(0) - u, 87)), s = one / (one + e), xs = bounded * s;
+  const V one = V::set(1), e = exp_minus(u), s = one / (one + e), xs = bounded * s;
   return {max(V::set(-87), x) * s, fma(xs * du, e * s, s)};  // e * s is 1 - s, without its cancellation
 }
 
@@ -32,7 +32,7 @@ struct GeluTanh {  // (1 + tanh(u / 2)) / 2 = sigmoid(u), with u = sqrt(8 / pi) 
   static Response<V> of(V x) {
     using T = typename V::T;
     constexpr double a = 1.5957691216057307, b = a * 0.044715;
-    const V bounded = within(x, 87), xx = bounded * bounded;
+    const V bounded = within(x, T(9.96)), xx = bounded * bounded;
     const V u = bounded * fma(xx, V::set(T(b)), V::set(T(a))), du = fma(xx, V::set(T(3 * b)), V::set(T(a)));
     return sigmoid_gate(x, bounded, u, du);
   }
@@ -41,8 +41,8 @@ template <class V>
 struct GeluErf {  // x Phi(x) = max(x, 0) - |x| tail(|x|)
   static Response<V> of(V x) {
     using T = typename V::T;
-    const V zero = V::set(0), bounded = within(x, 30), a = max(bounded, zero - bounded);
-    const V e = exp_fma(a, a * V::set(T(-0.5)), zero, zero), tail = e * normal_tail_over_exp(a);
+    const V zero = V::set(0), bounded = within(x, 13), a = max(bounded, zero - bounded);
+    const V e = exp_fma_bounded(a, a * V::set(T(-0.5)), zero, zero), tail = e * normal_tail_over_exp(a);
     const V below = select_lt(x, zero, tail, V::set(1) - tail);  // Phi(x)
     return {max(zero, x) - a * tail, fma(bounded * e, V::set(T(0.3989422804014327)), below)};
   }

@@ -8,6 +8,16 @@ namespace {
 #include "vec_avx2.inl"
 using VecD = ArrayVec<double, 4>;
 #include "math.inl"
+template <class S>
+struct Lie {
+  using Order = Halves;
+};
+template <>
+struct Lie<bf16> {
+  using Order = EvenOdd;
+};
+template <class S>
+using Wide = Two<Vec, typename Lie<S>::Order>;  // of long chains of instructions
 #include "words.inl"
 
 struct Tiles {  // 16 registers: 6 x 2 sums, 2 right words, 1 left word

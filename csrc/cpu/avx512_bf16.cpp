@@ -8,6 +8,8 @@ namespace {
 #include "vec_avx512.inl"
 using VecD = ArrayVec<double, 4>;
 #include "math.inl"
+template <class S>
+using Wide = Two<Vec, Halves>;  // of long chains of instructions
 #include "words.inl"
 
 struct Tiles {  // 32 registers: 6 x 4 sums, 4 right words, 1 left word; with fewer columns more rows hide the latency

@@ -165,7 +165,7 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
   const Tensor y = empty(shape_of(x), x.scalar_type());
   a.y = y.data_ptr();
   a.stream = !causal && streams(y, a.S);
-  const int64_t rows = a.S ? x.numel() / a.S : 0, bytes = (a.S + 16) * (t == kDouble ? 8 : 4);
+  const int64_t rows = a.S ? x.numel() / a.S : 0, bytes = (a.S + 32) * (t == kDouble ? 8 : 4);
   const auto kernel = kernels().softmax->fwd[t];
   if (rows && a.S)
     for_range(rows, kGrain / a.S + 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end, workspace(bytes)); });

@@ -28,7 +28,7 @@ bool is_largest(const S* x, int64_t t, int64_t size) {
 }
 
 template <class V, class S, bool kCapped>
-void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
+FLATTENED void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
   using T = typename V::T;
   const S* x = (const S*)a.x + row * a.V;
   const T* weight = (const T*)a.weight;
@@ -38,9 +38,16 @@ void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
   for (int64_t start = 0; start < a.V; start += kLogits) {
     const int64_t size = a.V - start < kLogits ? a.V - start : kLogits;
     if (kCapped)
-      for_vectors<V>(
-          size, [&](int64_t i, int64_t n) { store(softcapped(load<V>(x + start + i, n), a.softcap), capped + i, n); });
-    auto z = [&](int64_t i, int64_t n) { return kCapped ? load<V>(capped + i, n) : load<V>(x + start + i, n); };
+      for_vectors<V>(size,
+                     [&](int64_t i, int64_t n) { keep(softcapped(load<V>(x + start + i, n), a.softcap), capped + i); });
+    auto z = [&](int64_t i, int64_t n) {
+      V v;
+      if (kCapped)
+        recall(capped + i, v);
+      else
+        v = load<V>(x + start + i, n);
+      return v;
+    };
 
     const double largest = max_over<V>(size, z);
     if (largest > m) {
@@ -82,7 +89,7 @@ void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
 }
 
 template <class V, class S, bool kCapped>
-void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
+FLATTENED void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
   using T = typename V::T;
   const S* x = (const S*)a.x + row * a.V;
   S* dx = (S*)a.dx + row * a.V;
@@ -98,18 +105,20 @@ void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
 
   // exp(z - lse) = exp(z - high) exp(high - lse): the rounding of lse to T goes into the factor.
   const T high = T(lse);
-  const V lse_high = V::set(high), one = V::set(1);
+  const V lse_high = V::set(high), one = V::set(1), zero = V::set(0);
   const V each = V::set(T(a.dloss[row] * total * ::exp(double(high) - lse))),
           flat = V::set(T(-a.dloss[row] * s / double(a.V)));
   const V inverse_cap = V::set(T(kCapped ? 1 / a.softcap : 0));
+  const bool smooth = s != 0;
+  const double softcap = a.softcap;
   for_vectors<V>(a.V, [&](int64_t i, int64_t n) {
     V z = load<V>(x + i, n);
-    if (kCapped) z = softcapped(z, a.softcap);
+    if (kCapped) z = softcapped(z, softcap);
     V d = exp(z - lse_high) * each;
-    if (s) d = weight ? fma(load<V>(weight + i, n), flat, d) : d + flat;
+    if (smooth) d = weight ? fma(load<V>(weight + i, n), flat, d) : d + flat;
     if (kCapped) {
       const V u = z * inverse_cap;
-      d = d * fma(V::set(0) - u, u, one);
+      d = d * fma(zero - u, u, one);
     }
     store(d, dx + i, n);
   });
@@ -126,4 +135,4 @@ void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   }
 }
 
-constexpr CrossEntropyKernels kTable = {PER_TYPE(cross_entropy_fwd), PER_TYPE(cross_entropy_bwd)};
+constexpr CrossEntropyKernels kTable = {PER_WIDE(cross_entropy_fwd), PER_WIDE(cross_entropy_bwd)};

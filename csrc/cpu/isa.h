@@ -24,6 +24,14 @@
 #define INLINED
 #endif
 
+// Of a kernel: everything it calls is inlined, and what that calls. Functions of a Vec pass it through memory, and work
+// out what only some of their callers use.
+#if defined(__GNUC__)
+#define FLATTENED __attribute__((flatten))
+#else
+#define FLATTENED
+#endif
+
 // Asks for a cache line ahead of its use; harmless past the end of memory.
 #if defined(__GNUC__)
 #define PREFETCH(address) __builtin_prefetch(address)

@@ -24,6 +24,9 @@ struct Arena {  // pieces of one block of memory, each on its own cache line; wi
 #define ENTRIES(f, b, h, d) {f, b, h, d}
 #endif
 #define PER_TYPE(kernel) ENTRIES((kernel<Vec, float>), (kernel<Vec, bf16>), (kernel<Vec, half>), (kernel<VecD, double>))
+// Element by element, or sums over a row: two vectors at a time.
+#define PER_WIDE(kernel) \
+  ENTRIES((kernel<Wide<float>, float>), (kernel<Wide<bf16>, bf16>), (kernel<Wide<half>, half>), (kernel<VecD, double>))
 #define PER_TYPE_AND_WORD(kernel)                                                                     \
   ENTRIES((kernel<Vec, float, float>), (kernel<Vec, bf16, BFloat16Word>), (kernel<Vec, half, float>), \
           (kernel<VecD, double, double>))

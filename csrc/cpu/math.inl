@@ -1,80 +1,112 @@
 // Functions of a Vec, written once for every width.
 
-// e^(a b + c - low), as if a b + c were not rounded: |low| is far below 1. Below log(2^-126) the result is exactly 0;
-// NaN stays.
-inline Vec exp_fma(Vec a, Vec b, Vec c, Vec low) {
-  // e^x = 2^n e^r with n = round(x / ln 2): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
-  // sum. n ln2_high is exact, so that r has no more than the rounding of c - n ln2_high, which is as large as a b. The
-  // polynomial (degree 6 on [-0.347, 0.347], 5e-9) is exact at 0.
-  const Vec magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
-  const Vec ln2_high = Vec::set(0.693359375f), ln2_low = Vec::set(-2.12194440e-4f);
-  const Vec x = fma(a, b, c), shifted = fma(x, log2e, magic), minus_n = magic - shifted;
-  const Vec r = fma(minus_n, ln2_low, fma(a, b, fma(minus_n, ln2_high, c))) - low;
-  Vec p = Vec::set(1.381443348e-03f);
-  p = fma(p, r, Vec::set(8.368796669e-03f));
-  p = fma(p, r, Vec::set(4.166839644e-02f));
-  p = fma(p, r, Vec::set(1.666651964e-01f));
-  p = fma(p, r, Vec::set(4.999999404e-01f));
-  p = fma(p, r, Vec::set(1.0f));
-  p = fma(p, r, Vec::set(1.0f));
-  return zero_below(x, Vec::set(-87.33654f), scale_by_power_of_two(p, shifted));
-}
-inline VecD exp_fma(VecD a, VecD b, VecD c, VecD low) { return exp(fma(a, b, c) - low); }
-inline Vec exp(Vec x) { return exp_fma(x, Vec::set(1.0f), Vec::set(0.0f), Vec::set(0.0f)); }
+// A function of a vector of floats is a template on it, so that one of Two vectors has it too. VecD, whose numbers are
+// double, has its own.
 
-// e^x for sums of which the largest term is 1: at least 2^-126, which is as good as 0 there, and without the digits of
-// x log2(e) that only a small term would need.
-inline Vec exp_normal(Vec x) {
-  // e^x = 2^n 2^r with n = round(x log2(e)): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
-  // sum. The polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0. max keeps a NaN that is its second argument.
-  const Vec lowest = Vec::set(-87.33654f), magic = Vec::set(12582912.0f), log2e = Vec::set(1.44269504f);
-  const Vec clamped = max(lowest, x);
-  const Vec shifted = fma(clamped, log2e, magic), n = shifted - magic;
-  const Vec r = fma(clamped, log2e, Vec::set(0.0f) - n);
-  Vec p = Vec::set(1.545316336e-04f);
-  p = fma(p, r, Vec::set(1.339086331e-03f));
-  p = fma(p, r, Vec::set(9.618083015e-03f));
-  p = fma(p, r, Vec::set(5.550356954e-02f));
-  p = fma(p, r, Vec::set(2.402265072e-01f));
-  p = fma(p, r, Vec::set(6.931471825e-01f));
-  p = fma(p, r, Vec::set(1.0f));
+// e^r 2^n: n is in the low bits of `shifted`, and r in [-0.347, 0.347].
+template <class V>
+inline V exp_reduced(V r, V shifted) {
+  // Degree 6 (5e-9), exact at 0.
+  V p = V::set(1.381443348e-03f);
+  p = fma(p, r, V::set(8.368796669e-03f));
+  p = fma(p, r, V::set(4.166839644e-02f));
+  p = fma(p, r, V::set(1.666651964e-01f));
+  p = fma(p, r, V::set(4.999999404e-01f));
+  p = fma(p, r, V::set(1.0f));
+  p = fma(p, r, V::set(1.0f));
   return scale_by_power_of_two(p, shifted);
 }
+
+// e^(a b + c - low), as if a b + c were not rounded: |low| is far below 1, and a b + c within [-87, 87].
+template <class V>
+inline V exp_fma_bounded(V a, V b, V c, V low) {
+  // e^x = 2^n e^r with n = round(x / ln 2): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the
+  // sum. n ln2_high is exact, so that r has no more than the rounding of c - n ln2_high, which is as large as a b.
+  const V magic = V::set(12582912.0f), log2e = V::set(1.44269504f);
+  const V ln2_high = V::set(0.693359375f), ln2_low = V::set(-2.12194440e-4f);
+  const V shifted = fma(fma(a, b, c), log2e, magic), minus_n = magic - shifted;
+  return exp_reduced(fma(minus_n, ln2_low, fma(a, b, fma(minus_n, ln2_high, c))) - low, shifted);
+}
+inline VecD exp_fma_bounded(VecD a, VecD b, VecD c, VecD low) { return exp(fma(a, b, c) - low); }
+
+// The same of any a b + c up to 87: below log(2^-126) the result is exactly 0; NaN stays.
+template <class V>
+inline V exp_fma(V a, V b, V c, V low) {
+  return zero_below(fma(a, b, c), V::set(-87.33654f), exp_fma_bounded(a, b, c, low));
+}
+inline VecD exp_fma(VecD a, VecD b, VecD c, VecD low) { return exp_fma_bounded(a, b, c, low); }
+template <class V>
+inline V exp(V x) {
+  const V magic = V::set(12582912.0f), shifted = fma(x, V::set(1.44269504f), magic), minus_n = magic - shifted;
+  const V r = fma(minus_n, V::set(-2.12194440e-4f), fma(minus_n, V::set(0.693359375f), x));
+  return zero_below(x, V::set(-87.33654f), exp_reduced(r, shifted));
+}
+
+// 2^(x factor) for x factor within [-126, 127], without the digits of the product that only a result far from 1 needs.
+template <class V>
+inline V power_of_two(V x, V factor) {
+  // 2^y = 2^n 2^r with n = round(y): adding 1.5 * 2^23 rounds in the adder and leaves n in the low bits of the sum. The
+  // polynomial (degree 6 on [-0.5, 0.5], 9e-9) is exact at 0.
+  const V magic = V::set(12582912.0f), shifted = fma(x, factor, magic), r = fma(x, factor, magic - shifted);
+  V p = V::set(1.545316336e-04f);
+  p = fma(p, r, V::set(1.339086331e-03f));
+  p = fma(p, r, V::set(9.618083015e-03f));
+  p = fma(p, r, V::set(5.550356954e-02f));
+  p = fma(p, r, V::set(2.402265072e-01f));
+  p = fma(p, r, V::set(6.931471825e-01f));
+  p = fma(p, r, V::set(1.0f));
+  return scale_by_power_of_two(p, shifted);
+}
+
+// e^x for sums of which the largest term is 1: at least 2^-126, which is as good as 0 there. max keeps a NaN that is
+// its second argument.
+template <class V>
+inline V exp_normal(V x) {
+  return power_of_two(max(V::set(-87.33654f), x), V::set(1.44269504f));
+}
 inline VecD exp_normal(VecD x) { return exp(x); }
+
+// e^-x for x within [-87, 87].
+template <class V>
+inline V exp_minus(V x) {
+  return power_of_two(x, V::set(-1.44269504f));
+}
+inline VecD exp_minus(VecD x) { return exp(VecD::set(0) - x); }
 
 // x within [-bound, bound]; a NaN stays one.
 template <class V>
 inline V within(V x, typename V::T bound) {
-  const V zero = V::set(0), low = V::set(-bound);
-  return max(low, zero - max(low, zero - x));
+  return max(V::set(-bound), min(V::set(bound), x));
 }
 
-inline Vec tanh(Vec x) {
+template <class V>
+inline V tanh(V x) {
   // Near 0 an odd polynomial (Cephes, 2 ulp below 0.625); elsewhere 1 - 2 / (e^2|x| + 1), which would cancel there.
-  const Vec zero = Vec::set(0.0f), one = Vec::set(1.0f), y = max(zero - x, x), z = x * x;
-  Vec p = Vec::set(-5.70498872745e-3f);
-  p = fma(p, z, Vec::set(2.06390887954e-2f));
-  p = fma(p, z, Vec::set(-5.37397155531e-2f));
-  p = fma(p, z, Vec::set(1.33314422036e-1f));
-  p = fma(p, z, Vec::set(-3.33332819422e-1f));
-  const Vec limit = Vec::set(20.0f), bounded = select_lt(limit, y, limit, y);  // e^2y must not overflow; NaN stays
-  const Vec near = fma(p * z, x, x), far = one - Vec::set(2.0f) / (exp(bounded + bounded) + one);
-  return select_lt(y, Vec::set(0.625f), near, select_lt(x, zero, zero - far, far));
+  const V zero = V::set(0.0f), one = V::set(1.0f), y = max(zero - x, x), z = x * x;
+  V p = V::set(-5.70498872745e-3f);
+  p = fma(p, z, V::set(2.06390887954e-2f));
+  p = fma(p, z, V::set(-5.37397155531e-2f));
+  p = fma(p, z, V::set(1.33314422036e-1f));
+  p = fma(p, z, V::set(-3.33332819422e-1f));
+  const V two = V::set(2.0f), bounded = min(V::set(20.0f), y);  // e^2y must not overflow; NaN stays
+  const V near = fma(p * z, x, x), far = one - two / (exp_fma_bounded(bounded, two, zero, zero) + one);
+  return select_lt(y, V::set(0.625f), near, select_lt(x, zero, zero - far, far));
 }
 
 // The upper tail of the normal distribution over e^(-a^2/2), for a >= 0: erfc(a / sqrt(2)) / 2 = e^(-a^2/2) * this. A
 // polynomial (1.8e-8) in t = 1 / (1 + 0.2625 a); the error function itself would cancel against 1 where a is large.
-inline Vec normal_tail_over_exp(Vec a) {
-  const Vec one = Vec::set(1.0f), t = one / fma(a, Vec::set(0.2625f), one);
-  Vec p = Vec::set(0.030745646f);
-  p = fma(p, t, Vec::set(-0.148811087f));
-  p = fma(p, t, Vec::set(0.234762862f));
-  p = fma(p, t, Vec::set(-0.133393079f));
-  p = fma(p, t, Vec::set(0.149139374f));
-  p = fma(p, t, Vec::set(0.0558488742f));
-  p = fma(p, t, Vec::set(0.102818646f));
-  p = fma(p, t, Vec::set(0.104138881f));
-  p = fma(p, t, Vec::set(0.104749881f));
+template <class V>
+inline V normal_tail_over_exp(V a) {
+  const V one = V::set(1.0f), t = one / fma(a, V::set(0.2625f), one);
+  V p = V::set(0.030745646f);
+  p = fma(p, t, V::set(-0.148811087f));
+  p = fma(p, t, V::set(0.234762862f));
+  p = fma(p, t, V::set(-0.133393079f));
+  p = fma(p, t, V::set(0.149139374f));
+  p = fma(p, t, V::set(0.0558488742f));
+  p = fma(p, t, V::set(0.102818646f));
+  p = fma(p, t, V::set(0.104138881f));
+  p = fma(p, t, V::set(0.104749881f));
   return p * t;
 }
 
@@ -96,30 +128,80 @@ inline void store(V x, S* p, int64_t n) {
   n == V::L ? x.store(p) : x.store(p, n);
 }
 
-// A store of an output, past the caches where `stream` says so; then n is always V::L.
+// A store of an output, past the caches where `stream` says so and the vector is whole.
 template <class V, class S>
 inline void store_output(bool stream, V x, S* p, int64_t n) {
-  stream ? x.stream(p) : store(x, p, n);
+  stream&& n == V::L ? x.stream(p) : store(x, p, n);
 }
 
-// The lanes of a vector that lie inside a row, zero elsewhere.
+// The numbers of a vector that lie inside a row, others elsewhere.
+template <class V>
+inline V inside(V x, int64_t n, V outside) {
+  return n == V::L ? x : select_lt(V::iota(), V::set(typename V::T(n)), x, outside);
+}
 template <class V>
 inline V inside(V x, int64_t n) {
-  return n == V::L ? x : select_lt(V::iota(), V::set(typename V::T(n)), x, V::set(0));
+  return inside(x, n, V::set(0));
 }
 
-// kSums sums over a row: f(s, i, n) adds the terms at [i, i + n) to s[0], s[1], ... Four independent chains: faster,
-// and rounding errors grow four times slower.
+// For a while to memory that nobody else reads, in whatever order is cheapest: a whole vector.
+template <class V>
+inline void keep(V x, typename V::T* p) {
+  x.store(p);
+}
+template <class V>
+inline void recall(const typename V::T* p, V& x) {
+  x = V::load(p);
+}
+
+// The sum of the vectors that Two are; a vector alone is itself.
+template <class V>
+inline V joined(V x) {
+  return x;
+}
+
+#include "vec_two.inl"
+
+// kSums sums over a row: f(s, i, n) adds the terms at [i, i + n) to s[0], s[1], ... in V::kChains independent chains
+// (four of single vectors): faster, and rounding errors grow that much slower.
 template <class V, int kSums, class F>
 inline void sums_over(int64_t D, typename V::T* totals, F f) {
-  V s[4][kSums];
-  UNROLLED for (int u = 0; u < 4; ++u) UNROLLED for (int k = 0; k < kSums; ++k) s[u][k] = V::set(0);
+  constexpr int C = V::kChains;
+  V s[C][kSums];
+  UNROLLED for (int u = 0; u < C; ++u) UNROLLED for (int k = 0; k < kSums; ++k) s[u][k] = V::set(0);
   int64_t i = 0;
-  for (; i + 4 * V::L <= D; i += 4 * V::L) UNROLLED for (int u = 0; u < 4; ++u) f(s[u], i + u * V::L, int64_t(V::L));
+  for (; i + C * V::L <= D; i += C * V::L) UNROLLED for (int u = 0; u < C; ++u) f(s[u], i + u * V::L, int64_t(V::L));
   for (; i + V::L <= D; i += V::L) f(s[0], i, int64_t(V::L));
   if (i < D) f(s[1], i, D - i);
-  UNROLLED for (int k = 0; k < kSums; ++k) totals[k] = sum((s[0][k] + s[1][k]) + (s[2][k] + s[3][k]));
+  UNROLLED for (int k = 0; k < kSums; ++k) {
+    auto one = joined(s[0][k]) + joined(s[1][k]);
+    if constexpr (C == 4) one = one + (s[2][k] + s[3][k]);
+    totals[k] = sum(one);
+  }
 }
+// The same, the lanes of every chain added in double: for a sum that something close to it is subtracted from.
+template <class V, int kSums, class F>
+inline void wide_sums_over(int64_t D, double* totals, F f) {
+  constexpr int C = V::kChains, L = V::L;
+  V s[C][kSums];
+  UNROLLED for (int u = 0; u < C; ++u) UNROLLED for (int k = 0; k < kSums; ++k) s[u][k] = V::set(0);
+  int64_t i = 0;
+  for (; i + C * L <= D; i += C * L) UNROLLED for (int u = 0; u < C; ++u) f(s[u], i + u * L, int64_t(L));
+  for (; i + L <= D; i += L) f(s[0], i, int64_t(L));
+  if (i < D) f(s[1], i, D - i);
+  for (int k = 0; k < kSums; ++k) {
+    double sum[L] = {};
+    for (int u = 0; u < C; ++u) {
+      typename V::T lanes[L];
+      keep(s[u][k], lanes);
+      for (int j = 0; j < L; ++j) sum[j] += double(lanes[j]);
+    }
+    for (int n = L / 2; n > 0; n /= 2)
+      for (int j = 0; j < n; ++j) sum[j] += sum[j + n];
+    totals[k] = sum[0];
+  }
+}
+
 // One sum: f(s, i, n) is s with the terms at [i, i + n).
 template <class V, class F>
 inline typename V::T sum_over(int64_t D, F f) {
@@ -132,11 +214,14 @@ inline typename V::T sum_over(int64_t D, F f) {
 template <class V, class F>
 inline typename V::T max_over(int64_t D, F f) {
   const V lowest = V::set(-INFINITY);
-  V m[4] = {lowest, lowest, lowest, lowest};
+  constexpr int C = V::kChains;
+  V m[C];
+  UNROLLED for (int u = 0; u < C; ++u) m[u] = lowest;
   int64_t i = 0;
-  for (; i + 4 * V::L <= D; i += 4 * V::L)
-    UNROLLED for (int u = 0; u < 4; ++u) m[u] = max(m[u], f(i + u * V::L, int64_t(V::L)));
+  for (; i + C * V::L <= D; i += C * V::L)
+    UNROLLED for (int u = 0; u < C; ++u) m[u] = max(m[u], f(i + u * V::L, int64_t(V::L)));
   for (; i + V::L <= D; i += V::L) m[0] = max(m[0], f(i, int64_t(V::L)));
-  if (i < D) m[1] = max(m[1], select_lt(V::iota(), V::set(typename V::T(D - i)), f(i, D - i), lowest));
-  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
+  if (i < D) m[1] = max(m[1], inside(f(i, D - i), D - i, lowest));
+  UNROLLED for (int u = 1; u < C; ++u) m[0] = max(m[0], m[u]);
+  return max_of(m[0]);
 }

@@ -42,11 +42,19 @@ inline const S* residual_sum(const Norm& a, int64_t row) {
   return h;
 }
 
-template <class V, class S, bool kCentred>
-void norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+// Of the weights and sums that a norm may have, a layer_norm has all or an rms_norm its own: then nothing is asked of
+// each vector.
+template <bool kCentred>
+inline bool has_all(const void* weight, const void* bias) {
+  return weight && (bias != nullptr) == kCentred;
+}
+
+template <class V, class S, bool kCentred, bool kAll>
+void norm_rows_fwd(const Norm& a, int64_t begin, int64_t end) {
   using T = typename V::T;
   const int64_t D = a.D;
   const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
+  const bool has_weight = kAll || weight, has_bias = kAll ? kCentred : bias != nullptr;
   const bool stream = a.stream;
   const V offset = V::set(T(a.weight_offset));
   for (int64_t row = begin; row < end; ++row) {
@@ -88,12 +96,17 @@ void norm_fwd(const Norm& a, int64_t begin, int64_t end) {
       if (next_residual) PREFETCH(next_residual + i);
       const V x = load<V>(h + i, n);
       V v = kCentred ? (x - mu) * r : x * r;
-      if (weight) v = v * (kCentred ? load<V>(weight + i, n) : load<V>(weight + i, n) + offset);
-      if (bias) v = v + load<V>(bias + i, n);
+      if (has_weight) v = v * (kCentred ? load<V>(weight + i, n) : load<V>(weight + i, n) + offset);
+      if (has_bias) v = v + load<V>(bias + i, n);
       store_output(stream, v, y + i, n);
     });
   }
-  if (a.stream) STREAM_FENCE();
+  if (stream) STREAM_FENCE();
+}
+template <class V, class S, bool kCentred>
+void norm_fwd(const Norm& a, int64_t begin, int64_t end) {
+  has_all<kCentred>(a.weight, a.bias) ? norm_rows_fwd<V, S, kCentred, true>(a, begin, end)
+                                      : norm_rows_fwd<V, S, kCentred, false>(a, begin, end);
 }
 template <class V, class S>
 void layer_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
@@ -108,11 +121,12 @@ void rms_norm_fwd(const Norm& a, int64_t begin, int64_t end) {
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh, without mean(g) for rms_norm
 // (this is the residual's gradient; x's has dropout's factor), and the sums dweight += dy * xhat, dbias += dy, which
 // may be null. Weights and sums are loaded, and stored, once for all the rows.
-template <class V, class S, bool kCentred, int kRows>
+template <class V, class S, bool kCentred, int kRows, bool kAll>
 void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename V::T* dbias) {
   using T = typename V::T;
   const int64_t D = a.D;
   const T* weight = (const T*)a.weight;
+  const bool has_weight = kAll || weight, has_dweight = kAll || dweight, has_dbias = kAll ? kCentred : dbias != nullptr;
   const V offset = V::set(T(a.weight_offset)), zero = V::set(0);
   const S *h = (const S*)a.h + row * D, *dy = (const S*)a.dy + row * D;
   T rstd[kRows];
@@ -127,7 +141,7 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
   };
   for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
     const V w = weights(i, n);
-    V dw = dweight ? load<V>(dweight + i, n) : zero, db = dbias ? load<V>(dbias + i, n) : zero;
+    V dw = has_dweight ? load<V>(dweight + i, n) : zero, db = has_dbias ? load<V>(dbias + i, n) : zero;
     UNROLLED for (int k = 0; k < kRows; ++k) {
       const V d = load<V>(dy + k * D + i, n), v = load<V>(h + k * D + i, n), x = (kCentred ? v - mu[k] : v) * r[k];
       const V g = weight ? d * w : d;
@@ -136,8 +150,8 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
       dw = fma(d, x, dw);
       db = db + d;
     }
-    if (dweight) store(dw, dweight + i, n);
-    if (dbias) store(db, dbias + i, n);
+    if (has_dweight) store(dw, dweight + i, n);
+    if (has_dbias) store(db, dbias + i, n);
   });
 
   // dx = (g - mean(g) - (h - mean) * rstd * mean(g * xhat)) * rstd: differences first, which are exactly 0 in rows
@@ -158,7 +172,7 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
     return dh ? d + load<V>(dh + at, n) : d;
   };
   const bool stream = a.stream;
-  if (a.dropout_p > 0)
+  if (!kAll && a.dropout_p > 0)
     for (int k = 0; k < kRows; ++k)
       for_kept<V>(a, row + k, [&](int64_t i, int64_t n, V keep) {
         const V d = gradient(k, weights(i, n), i, n);
@@ -173,8 +187,8 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
 }
 
 // Rows [begin, end), the sums of which are the partial sums of this stripe of rows.
-template <class V, class S, bool kCentred>
-void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
+template <class V, class S, bool kCentred, bool kAll>
+void norm_stripe_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
   using T = typename V::T;
   constexpr int kRows = 2;
   T* dweight = a.dweight ? (T*)a.dweight + stripe * a.D : nullptr;
@@ -182,9 +196,15 @@ void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
   if (dweight) memset(dweight, 0, a.D * sizeof(T));
   if (dbias) memset(dbias, 0, a.D * sizeof(T));
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) norm_bwd_rows<V, S, kCentred, kRows>(a, row, dweight, dbias);
-  for (; row < end; ++row) norm_bwd_rows<V, S, kCentred, 1>(a, row, dweight, dbias);
+  for (; row + kRows <= end; row += kRows) norm_bwd_rows<V, S, kCentred, kRows, kAll>(a, row, dweight, dbias);
+  for (; row < end; ++row) norm_bwd_rows<V, S, kCentred, 1, kAll>(a, row, dweight, dbias);
   if (a.stream) STREAM_FENCE();
+}
+template <class V, class S, bool kCentred>
+void norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
+  has_all<kCentred>(a.dweight, a.dbias) && a.weight&& a.dropout_p == 0
+      ? norm_stripe_bwd<V, S, kCentred, true>(a, stripe, begin, end)
+      : norm_stripe_bwd<V, S, kCentred, false>(a, stripe, begin, end);
 }
 template <class V, class S>
 void layer_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
@@ -195,5 +215,5 @@ void rms_norm_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) {
   norm_bwd<V, S, false>(a, stripe, begin, end);
 }
 
-constexpr NormKernels kTable = {PER_TYPE(layer_norm_fwd), PER_TYPE(layer_norm_bwd), PER_TYPE(rms_norm_fwd),
+constexpr NormKernels kTable = {PER_WIDE(layer_norm_fwd), PER_TYPE(layer_norm_bwd), PER_WIDE(rms_norm_fwd),
                                 PER_TYPE(rms_norm_bwd)};

@@ -8,6 +8,8 @@ namespace {
 using Vec = ArrayVec<float, 8>;
 using VecD = ArrayVec<double, 4>;
 #include "math.inl"
+template <class S>
+using Wide = Vec;  // of long chains of instructions
 #include "words.inl"
 
 struct Tiles {  // a Vec is two SSE registers: 12 of 16 are sums

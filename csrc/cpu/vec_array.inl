@@ -3,7 +3,7 @@
 template <class Number, int Lanes>
 struct ArrayVec {
   using T = Number;
-  static constexpr int L = Lanes;
+  static constexpr int L = Lanes, kChains = 4;
   T v[L];
 
   static ArrayVec set(T x) {
@@ -76,7 +76,8 @@ inline double fma1(double a, double b, double c) { return a * b + c; }
 ARRAY_VEC ArrayVec<T, L> fma(ArrayVec<T, L> a, ArrayVec<T, L> b, ArrayVec<T, L> c){LANES(fma1(a.v[i], b.v[i], c.v[i]))}
 
 ARRAY_VEC ArrayVec<T, L> max(ArrayVec<T, L> a, ArrayVec<T, L> b){
-    LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i])} ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b,
+    LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i])} ARRAY_VEC ArrayVec<T, L> min(ArrayVec<T, L> a, ArrayVec<T, L> b){
+    LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i])} ARRAY_VEC ArrayVec<T, L> select_lt(ArrayVec<T, L> a, ArrayVec<T, L> b,
                                                                                  ArrayVec<T, L> x, ArrayVec<T, L> y){
     LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i])} ARRAY_VEC T
     sum(ArrayVec<T, L> a) {  // in halves: three roundings for eight lanes, not seven

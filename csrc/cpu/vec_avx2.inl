@@ -2,7 +2,7 @@
 
 struct Vec {
   using T = float;
-  static constexpr int L = 8;
+  static constexpr int L = 8, kChains = 4;
   __m256 v;
 
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }
@@ -85,12 +85,11 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-inline Vec zero_below(Vec a, Vec b, Vec x) {  // 0 where a < b, else x
-  return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)};
-}
+inline Vec zero_below(Vec a, Vec b, Vec x) { return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)}; }
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec swap_neighbours(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 inline float sum(Vec a) {
@@ -107,6 +106,75 @@ inline Vec scale_by_power_of_two(Vec x, Vec n_plus_magic) {
   return {_mm256_castsi256_ps(
       _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n_plus_magic.v), 23)))};
 }
+
+// How bf16 lies in Two vectors: numbers at even places in one, at odd places in the other. Then 16 are widened by a
+// shift and a mask, and rounded together, as halves of 16 bits.
+struct EvenOdd {
+  static void load(const bf16* p, Vec& even, Vec& odd) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int32_t(0xffff0000))));
+  }
+  static void load(const bf16* p, int64_t n, Vec& even, Vec& odd) {
+    bf16 lanes[16] = {};
+    for (int i = 0; i < 16 && i < n; ++i) lanes[i] = p[i];
+    load(lanes, even, odd);
+  }
+  static void sort(Vec& a, Vec& b) {
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd));
+    a.v = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    b.v = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+  }
+  static void load(const float* p, Vec& even, Vec& odd) {
+    even = Vec::load(p), odd = Vec::load(p + 8);
+    sort(even, odd);
+  }
+  static void load(const float* p, int64_t n, Vec& even, Vec& odd) {
+    even = Vec::load(p, n), odd = Vec::load(p + 8, n - 8);
+    sort(even, odd);
+  }
+
+  static __m256i narrow(Vec even, Vec odd) {  // round to nearest even; a NaN stays one
+    const __m256i a = _mm256_castps_si256(even.v), b = _mm256_castps_si256(odd.v), one = _mm256_set1_epi16(1);
+    const __m256i high = _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xaa);
+    const __m256i low = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
+    // Up where the low half is more than half a step, or is that and the high half is odd: where low | odd is above
+    // 0x8000, unsigned.
+    const __m256i low_or_odd = _mm256_or_si256(low, _mm256_and_si256(high, one));
+    const __m256i up = _mm256_cmpgt_epi16(_mm256_xor_si256(low_or_odd, _mm256_set1_epi16(-0x8000)),
+                                          _mm256_setzero_si256());  // -1 there
+    const __m256i rounded = _mm256_sub_epi16(high, up);
+    if (_mm256_movemask_ps(_mm256_cmp_ps(even.v, odd.v, _CMP_UNORD_Q)) == 0) return rounded;
+    const __m256i a_nan = _mm256_castps_si256(_mm256_cmp_ps(even.v, even.v, _CMP_UNORD_Q));
+    const __m256i b_nan = _mm256_castps_si256(_mm256_cmp_ps(odd.v, odd.v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi16(0x7fc0), _mm256_blend_epi16(a_nan, b_nan, 0xaa));
+  }
+  static void store(Vec even, Vec odd, bf16* p) { _mm256_storeu_si256((__m256i*)p, narrow(even, odd)); }
+  static void stream(Vec even, Vec odd, bf16* p) { _mm256_stream_si256((__m256i*)p, narrow(even, odd)); }
+  static void store(Vec even, Vec odd, bf16* p, int64_t n) {
+    bf16 lanes[16];
+    store(even, odd, lanes);
+    for (int i = 0; i < 16 && i < n; ++i) p[i] = lanes[i];
+  }
+  static void join(Vec& even, Vec& odd) {
+    const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+    even.v = _mm256_permute2f128_ps(low, high, 0x20);
+    odd.v = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static void store(Vec even, Vec odd, float* p) {
+    join(even, odd);
+    even.store(p), odd.store(p + 8);
+  }
+  static void store(Vec even, Vec odd, float* p, int64_t n) {
+    join(even, odd);
+    even.store(p, n), odd.store(p + 8, n - 8);
+  }
+  static void inside(Vec& even, Vec& odd, int64_t n, Vec outside) {
+    even = select_lt(Vec::iota(), Vec::set(float((n + 1) / 2)), even, outside);
+    odd = select_lt(Vec::iota(), Vec::set(float(n / 2)), odd, outside);
+  }
+};
 
 inline void transpose(Vec* r) {  // 8 x 8 in place: pairs of rows, then of pairs, then halves
   __m256 t[8], u[8];
