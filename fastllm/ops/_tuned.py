@@ -2,7 +2,7 @@
 
 An entry is keyed by what decides the speed: the CPU's vendor, family and model, the instruction set that our kernels
 use, and the number of threads. What nobody measured gets PyTorch's kernel; but products in bf16 and fp16 get ours on
-CPUs where oneDNN has none, and PyTorch is left with loops that are ten to hundreds of times slower.
+CPUs where oneDNN has none, and PyTorch is left with plain loops (bench/NOTES.md has what was measured).
 """
 
 import functools

@@ -1,7 +1,7 @@
 """linear: the matrix product with bias and activation, forward and backward, by our kernel where it beats PyTorch's.
 
 Every product of 16-bit matrices on a CPU that is not attention's goes through this file (`linear`, `product`,
-`matmul`, `addmm_`): where oneDNN has none, PyTorch's own take from ten to hundreds of times longer.
+`matmul`, `addmm_`): where oneDNN has none, PyTorch's own are plain loops (bench/NOTES.md has what was measured).
 """
 
 import functools
