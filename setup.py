@@ -245,6 +245,7 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
             "fastllm.kernels",
             "fastllm.llm",
             "fastllm.llm.tasks",
+            "fastllm.nn",
             "fastllm.ops",
         ],
         package_data={

@@ -14,9 +14,9 @@ from torch import nn
 from fastllm import trial
 from fastllm.compat.pytorch import scaled_dot_product_attention
 from fastllm.mlp import match_gated_mlp, match_gelu
-from fastllm.nn import flat_norm, is_pytorchs
+from fastllm.nn.norm import flat_norm
 from fastllm.ops.attention import attention
-from fastllm.ops.linear import linear
+from fastllm.ops.linear import is_pytorchs, linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.swap import Unsupported, forward_of, names_used, swap
 

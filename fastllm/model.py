@@ -174,7 +174,7 @@ KERNELS = Parts(
     fastllm.nn.RMSNorm,
     fastllm.nn.Rotary,
     fastllm.nn.Linear,
-    fastllm.nn.activated,
+    fastllm.nn.linear.activated,
     fastllm.swiglu,
 )
 
@@ -330,7 +330,7 @@ class Transformer(nn.Module):
         if self.sequence is not None:
             at, end = self.sequence.positions(tokens.shape[1], tokens.device), tokens.shape[1] * self.sequence.ranks
         if cu_seqlens is not None:
-            at, end = fastllm.nn.packed_positions(cu_seqlens, tokens.shape[1]), int(cu_seqlens.diff().max())
+            at, end = fastllm.nn.attention.packed_positions(cu_seqlens, tokens.shape[1]), int(cu_seqlens.diff().max())
         if end > self.config.max_len:
             raise ValueError(f"Transformer: {end} positions, but max_len={self.config.max_len}")
         x = self.embedding(tokens)

@@ -23,7 +23,7 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/dispatch.py": {"_C", "kernels"},
     "fastllm/explain.py": {"dispatch", "text"},
     "fastllm/ops": {"dispatch", "ops", "reference"},
-    "fastllm/nn.py": OPS,
+    "fastllm/nn": OPS | {"nn"},
     "fastllm/compat": OPS | {"compat"},
     "fastllm/optim.py": OPS,
     "fastllm/swap.py": set(),

@@ -7,6 +7,7 @@ from check import assert_as_accurate, compare
 
 import fastllm
 import fastllm.nn as fnn
+from fastllm.nn.linear import activated
 
 NORMS = [
     (fnn.LayerNorm, torch.nn.LayerNorm, {}),
@@ -89,13 +90,13 @@ def test_activated_is_one_op_on_our_linear(activation):
     torch.manual_seed(3)
     ours, theirs, x = fnn.Linear(20, 30), torch.nn.Linear(20, 30), torch.randn(4, 20)
     theirs.load_state_dict(ours.state_dict())
-    calls = fastllm.explain(fnn.activated, ours, x, activation).calls
+    calls = fastllm.explain(activated, ours, x, activation).calls
     assert [call.op for call in calls] == ["linear"]
     with fastllm.backend("cpu"):
-        y = fnn.activated(ours, x, activation)
+        y = activated(ours, x, activation)
     exact = getattr(F, activation)(F.linear(x.double(), ours.weight.double(), ours.bias.double()))
-    assert_as_accurate(y, fnn.activated(theirs, x, activation), exact)
-    assert_as_accurate(fnn.activated(theirs, x, activation), fnn.activated(ours, x, activation), exact)
+    assert_as_accurate(y, activated(theirs, x, activation), exact)
+    assert_as_accurate(activated(theirs, x, activation), activated(ours, x, activation), exact)
 
 
 def test_norm_names_the_shape_it_wants():
