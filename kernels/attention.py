@@ -8,7 +8,6 @@ The attention files import one another and are copied into another project toget
 Source: Dao 2023, arXiv:2307.08691.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from .attention_scores import (
     _walk_keys,
     _walk_queries,
 )
+from .device import entry, gpu_name
 
 
 @triton.jit
@@ -344,14 +344,7 @@ WARP_SPECIALISED: dict[str, tuple[int, ...]] = {}
 
 
 def _warp_specialised(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return WARP_SPECIALISED.get(name, WARP_SPECIALISED.get("any", ()))
-
-
-@functools.cache
-def _table(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return LAUNCHES.get(name, LAUNCHES["any"])
+    return WARP_SPECIALISED.get(gpu_name(device), WARP_SPECIALISED.get("any", ()))
 
 
 class Call(NamedTuple):
@@ -367,7 +360,7 @@ class Call(NamedTuple):
         """Block sizes, warps, stages."""
         if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
             return dict(BLOCK_M=32, BLOCK_N=16)
-        found = _table(x.device)[kernel, self.kind][self.sizes["BLOCK_D"]]
+        found = entry(LAUNCHES, x.device)[kernel, self.kind][self.sizes["BLOCK_D"]]
         return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), found))
 
     def view(self, x):

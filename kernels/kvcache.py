@@ -6,7 +6,6 @@ waits for it. Goes into another project together with attention.py and attention
 Source: Dao et al. 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180 (pages).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 
 from .attention import _attend, _like_heads, scoring_of
 from .attention_scores import LOWEST, Pages, View, Walk, Window, _walk_keys
+from .device import entry, processors
 
 
 class Angles(NamedTuple):
@@ -204,23 +204,12 @@ def _kvcache_merge(parts, part_lse_ptr, o, lse_ptr, N, H, T, RANGES, D_V: tl.con
 LAUNCHES = {"any": {32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)}}
 
 
-@functools.cache
-def _table(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return LAUNCHES.get(name, LAUNCHES["any"])
-
-
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _launch_for(x, rows, BLOCK_D):
     """Block sizes, warps, stages for `rows` queries that share their keys."""
     if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
         return dict(BLOCK_M=16, BLOCK_N=16)
     BLOCK_M = min(64, max(16, triton.next_power_of_2(rows)))
-    BLOCK_N, warps, stages = _table(x.device)[BLOCK_D]
+    BLOCK_N, warps, stages = entry(LAUNCHES, x.device)[BLOCK_D]
     if x.dtype == torch.float32 or BLOCK_M > 16:
         BLOCK_N, warps, stages = max(16, BLOCK_N // 2), 8, 2
         BLOCK_M = min(BLOCK_M, 32) if x.dtype == torch.float32 else BLOCK_M
@@ -231,7 +220,7 @@ def _ranges(x, programs, capacity, BLOCK_N):
     """How many ranges of keys give every multiprocessor about two programs; none is shorter than four blocks."""
     if x.device.type == "cpu":
         return 3
-    return max(1, min(triton.cdiv(2 * _processors(x.device), programs), capacity // (4 * BLOCK_N), 64))
+    return max(1, min(triton.cdiv(2 * processors(x.device), programs), capacity // (4 * BLOCK_N), 64))
 
 
 def attention_kvcache_fwd(

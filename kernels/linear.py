@@ -5,13 +5,12 @@ where K is large that is little of the whole, and a product by cuBLAS with `bias
 Goes into another project together with activation.py.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from .activation import GELU_ERF, GELU_TANH, RELU, SILU, _activation, bias_act_backward, bias_act_forward
+from .device import entry
 
 ACTIVATIONS = (RELU, GELU_ERF, GELU_TANH, SILU)  # as fastllm/ops/linear.py numbers them
 
@@ -69,17 +68,11 @@ def _linear_act_fwd(
 LAUNCHES = {"any": {16: (128, 128, 64, 8, 3), 32: (64, 32, 32, 8, 2)}}
 
 
-@functools.cache
-def _table(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return LAUNCHES.get(name, LAUNCHES["any"])
-
-
 def _launch_for(x):
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
     if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32)
-    return dict(zip(names, _table(x.device)[8 * x.element_size()], strict=True))
+    return dict(zip(names, entry(LAUNCHES, x.device)[8 * x.element_size()], strict=True))
 
 
 def linear_act_fwd(x, weight, bias, activation, needs_z):

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import processors
+
 
 class Dropout(NamedTuple):
     """Elements whose random word is below `threshold` are dropped, the others weighted."""
@@ -286,8 +288,7 @@ def _launch_for(direction, x):
 
 def _stripes(N, device):
     """Stripes of rows in the backward pass: a few for each multiprocessor, so that none waits long for the last."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    rows_per_stripe = triton.cdiv(N, 4 * processors)
+    rows_per_stripe = triton.cdiv(N, 4 * processors(device, elsewhere=2))
     return triton.cdiv(N, rows_per_stripe), rows_per_stripe
 
 

@@ -4,11 +4,11 @@ Rows of up to 16384 elements are read once and kept on chip, several short ones 
 blocks, twice. Source for the walk (maximum and sum in one pass): Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from .device import entry
 
 # Where a running maximum starts. Finite: exp(-inf - LOWEST) is 0, but exp(-inf - -inf) would be NaN.
 LOWEST = tl.constexpr(-3.0e38)
@@ -149,15 +149,9 @@ def _softmax_bwd_long(dy_ptr, y_ptr, dx_ptr, S, scale, LOG: tl.constexpr, BLOCK:
 LAUNCHES = {"any": dict(longest=16384, program=2048, warp=1024, most_warps=16, long=dict(BLOCK=4096, num_warps=8))}
 
 
-@functools.cache
-def _table(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return LAUNCHES.get(name, LAUNCHES["any"])
-
-
 def _launch_for(S, device):
     """Rows, columns and warps of a program."""
-    table = _table(device)
+    table = entry(LAUNCHES, device)
     if S > table["longest"]:
         return dict(table["long"])
     BLOCK = triton.next_power_of_2(S)

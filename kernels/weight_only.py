@@ -6,11 +6,11 @@ order instead, which is much smaller. Where there are fewer programs than the GP
 ranges, whose sums are added afterwards in a fixed order: no atomics.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from .device import entry, processors
 
 PANEL = tl.constexpr(16)  # rows of a packed weight that lie together
 
@@ -170,22 +170,11 @@ def _dequantize(
 LAUNCHES = {"any": {16: (64, 128, 4, 3), 32: (32, 64, 4, 2)}}
 
 
-@functools.cache
-def _table(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    return LAUNCHES.get(name, LAUNCHES["any"])
-
-
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _launch_for(x, M):
     """Blocks of rows of x, of rows and of columns of the weight; warps, stages."""
     if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
         return dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32 if x.dtype == torch.float32 else 64)
-    BLOCK_N, BLOCK_K, warps, stages = _table(x.device)[8 * x.element_size()]
+    BLOCK_N, BLOCK_K, warps, stages = entry(LAUNCHES, x.device)[8 * x.element_size()]
     most = 16 if x.dtype == torch.float32 else 64
     BLOCK_M = min(most, max(16, triton.next_power_of_2(M)))
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages)
@@ -195,7 +184,7 @@ def _ranges(x, programs, blocks):
     """How many ranges of columns give every multiprocessor about four programs; none is shorter than four blocks."""
     if x.device.type == "cpu":
         return min(2, blocks)
-    return max(1, min(triton.cdiv(4 * _processors(x.device), programs), blocks // 4, 16))
+    return max(1, min(triton.cdiv(4 * processors(x.device), programs), blocks // 4, 16))
 
 
 def _check(x):
