@@ -87,6 +87,18 @@ def outcome(out):
     ), history["tokens"]
 
 
+def in_fp64(monkeypatch, module, name):
+    """What `module.name` loads from now on computes in fp64."""
+    load = getattr(module, name)
+
+    def exact(*args, **options):
+        loaded = load(*args, **options)
+        loaded.model.double()
+        return loaded
+
+    monkeypatch.setattr(module, name, exact)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_two_ranks_take_the_steps_of_one(folder, name, monkeypatch):
     if "bert" in name:
@@ -94,14 +106,7 @@ def test_two_ranks_take_the_steps_of_one(folder, name, monkeypatch):
     one_rank(folder, name, folder / f"one {name}", {})
     mode = "fsdp" if "fsdp" in name else "ddp"
     processes.run_launched(one_rank, 2, folder, name, folder / f"two {name}", {}, mode)
-    prepare = finetune.prepare
-
-    def exact(*args, **options):
-        loaded = prepare(*args, **options)
-        loaded.model.double()
-        return loaded
-
-    monkeypatch.setattr(finetune, "prepare", exact)
+    in_fp64(monkeypatch, finetune, "prepare")
     one_rank(folder, name, folder / f"exact {name}", {})
     (two, tokens), (one, expected), (truth, _) = (outcome(folder / f"{n} {name}") for n in ("two", "one", "exact"))
     assert tokens == expected
@@ -147,14 +152,7 @@ def test_two_ranks_score_what_one_does(folder, name, monkeypatch):
     for key, value in one.items():
         if not isinstance(value, float) and key != "examples":
             assert several[key] == value, key
-    load = evaluate.load_model
-
-    def exact(*args, **options):
-        loaded = load(*args, **options)
-        loaded.model.double()
-        return loaded
-
-    monkeypatch.setattr(evaluate, "load_model", exact)
+    in_fp64(monkeypatch, evaluate, "load_model")
     truth = floats(evaluated(folder, name)["scores"])
     assert_as_accurate(floats(several).float(), floats(one).float(), truth, name)
     assert len(several.get("examples", [])) == len(one.get("examples", []))

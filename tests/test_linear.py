@@ -422,10 +422,9 @@ def test_autocast_chooses_the_dtype(onednn):
         assert y.dtype == torch.bfloat16 and (torch.equal(y, F.linear(x, w, b)) or not onednn)
         assert torch.equal(fastllm.linear(x.bfloat16(), w, b), y)
     given, dy = [t.detach() for t in (x, w, b)], torch.randn(8, 6)
-    ours, theirs = (
-        [t.float() for found in run(under_autocast(f), given, [dy.bfloat16()]) for t in found]
-        for f in (fastllm.linear, F.linear)
-    )
-    for got, peer in zip(ours, theirs, strict=True):
+    grads = [dy.bfloat16()]
+    ours, theirs = (sum(run(under_autocast(f), given, grads), []) for f in (fastllm.linear, F.linear))
+    exact = sum(run(F.linear, [t.bfloat16() for t in given], grads, dtype=torch.float64), [])
+    for got, peer, true in zip(ours, theirs, exact, strict=True):
         assert got.dtype == peer.dtype
-        torch.testing.assert_close(got, peer, rtol=2e-2, atol=2e-2)
+        assert_as_accurate(got, peer, true)
