@@ -238,9 +238,7 @@ def read_of(moved: int, device="cpu", sets=1):
 
 
 def ceilings(device="cpu", seconds=0.3) -> dict:
-    """What this machine can do, measured now: bandwidth of memory, rates of matrix products and, if known, of FMA."""
-    from fastllm import dispatch
-
+    """What this machine can do, measured now: bandwidth of memory and rates of matrix products."""
     found = {
         f"{name}_gb_per_s": (256 << 20) / _best(call(256 << 20, device), seconds) / 1e9
         for name, call in (("copy", copy_of), ("read", read_of))
@@ -253,9 +251,6 @@ def ceilings(device="cpu", seconds=0.3) -> dict:
             found[f"{name}_gflop_per_s"] = product_rate(dtype, device, seconds) / 1e9
     finally:
         torch.set_float32_matmul_precision(before)
-    peak = getattr(dispatch.extension, "peak", None) if device == "cpu" else None
-    if peak:
-        found |= {"fma_float32_gflop_per_s": peak("fp32"), "fma_bfloat16_gflop_per_s": peak("bf16")}
     return found
 
 

@@ -84,7 +84,7 @@ def loss_of(model, batch, word_dropout=0.0, unknown=0):
     """The mean cross-entropy; a share word_dropout of the words is read as the unknown one (Iyyer et al. 2015)."""
     tokens = batch.tokens
     if word_dropout:
-        tokens = tokens.masked_fill(torch.rand(tokens.shape) < word_dropout, unknown)
+        tokens = tokens.masked_fill(torch.rand(tokens.shape, device=tokens.device) < word_dropout, unknown)
     return F.cross_entropy(model(tokens, batch.mask), batch.labels)
 
 
