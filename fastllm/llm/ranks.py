@@ -183,8 +183,12 @@ class Processes(Ranks):
         norm = nn.utils.clip_grad_norm_(list(parameters), limit)
         return float(norm.full_tensor() if self.mode == "fsdp" else norm)
 
+    @contextlib.contextmanager
     def evaluating(self, model):
-        return contextlib.nullcontext() if self.sequence is None else self.sequence.off(model)
+        with contextlib.nullcontext() if self.sequence is None else self.sequence.off(model):
+            yield
+        if self.mode == "fsdp":  # a forward pass without a backward one leaves whole what is in no layer
+            model.reshard()
 
     def model_state(self, model) -> dict:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
