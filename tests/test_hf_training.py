@@ -33,23 +33,26 @@ def test_gradient_checkpointing(family, reentrant):
     assert layers and all(row.calls == 2 for row in layers), "each layer runs again in the backward pass"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss", "gpt2", "bert", "t5"])
+# T5 gated: where a ReLU's input is nearly 0, its sign and with it a gradient hang on a rounding, whoever rounds.
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss", "gpt2", "bert", "t5, gated"])
 def test_bf16_autocast(family):
-    """As far as bf16 tells: beside eager under autocast, against eager in fp32."""
-    model, batch = make(family), inputs(family)
-    exact = run(model, batch)
-    found = []
-    for options in (None, {}):
-        if options is not None:
-            fastllm.accelerate(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(run(model, batch))
-    peer, got = found
-    assert got[0].dtype == peer[0].dtype
-    for n in (0, 1):
-        assert_as_accurate(got[n].bfloat16(), peer[n].bfloat16(), exact[n].double())
-    vectors = [torch.cat([g[2][name].flatten() for name in exact[2]]) for g in (got, peer, exact)]
-    assert_as_accurate(vectors[0].bfloat16(), vectors[1].bfloat16(), vectors[2].double())
+    """As far as bf16 tells: beside eager under autocast, against eager in fp32. Of several models together: of the few
+    numbers of one, chance decides whose are nearer by a tenth."""
+    draws = []
+    for seed in range(4):
+        model, batch = make(family, seed=seed), inputs(family, seed + 1)
+        found = [run(model, batch)]
+        for options in (None, {}):
+            if options is not None:
+                fastllm.accelerate(model)
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(run(model, batch))
+        exact, peer, got = found
+        assert got[0].dtype == peer[0].dtype
+        draws.append([(g[0], g[1], torch.cat([g[2][name].flatten() for name in exact[2]])) for g in (got, peer, exact)])
+    for kind in zip(*(zip(*draw) for draw in draws)):
+        got, peer, exact = (torch.cat([x.flatten() for x in numbers]) for numbers in zip(*kind))
+        assert_as_accurate(got.bfloat16(), peer.bfloat16(), exact.double())
 
 
 @pytest.mark.slow
