@@ -43,7 +43,7 @@ _layer_norm_forward.runs, _rms_norm_forward.runs = "layer_norm", "rms_norm"
 def match_torch_norm(module, row):
     for theirs, forward in ((nn.LayerNorm, _layer_norm_forward), (nn.RMSNorm, _rms_norm_forward)):
         if isinstance(module, theirs):
-            if type(module).__module__ == "fastllm.nn":
+            if type(module).__module__.startswith("fastllm."):
                 return
             if type(module).forward is not theirs.forward:
                 raise Unsupported("its class has a forward of its own")
