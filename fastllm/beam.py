@@ -16,15 +16,17 @@ def beam_search(
     length_penalty=1.0,
     early_stopping=False,
     repetition_penalty=1.0,
+    seen=None,
 ) -> list[int]:
     """The tokens that continue `prompt` [length] int64, as Hugging Face's beam search chooses them.
 
     The score of a text is the sum of its tokens' log-probabilities over length ** length_penalty. It ends when `beams`
-    texts are complete and the best unfinished one scores below them all (early_stopping: when they are complete). The
-    session has at least `beams` slots, all of which are this search's. A beam keeps its slot as long as something
-    continues it; a second continuation takes that of a beam that nothing continues, and only what follows the prompt
-    is copied.
+    texts are complete and the best unfinished one scores below them all (early_stopping: when they are complete).
+    repetition_penalty falls on the tokens `seen` (default: the prompt) and on those that are chosen. The session has at
+    least `beams` slots, all of which are this search's. A beam keeps its slot as long as something continues it; a
+    second continuation takes that of a beam that nothing continues, and only what follows the prompt is copied.
     """
+    seen = prompt if seen is None else seen
     for slot in range(beams):
         session.clear(slot)
     logits = session.prefill([prompt], torch.tensor([0]))
@@ -34,7 +36,7 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         logp = logits.log_softmax(-1)
         if repetition_penalty != 1.0:
-            ids = torch.stack([torch.cat([prompt, torch.tensor(tokens, dtype=torch.int64)]) for *_, tokens in running])
+            ids = torch.stack([torch.cat([seen, torch.tensor(tokens, dtype=torch.int64)]) for *_, tokens in running])
             logp = penalised(logp, ids, repetition_penalty)
         total = torch.tensor([score for score, *_ in running])[:, None] + logp
         # So many that, whatever ends, as many go on.

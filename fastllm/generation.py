@@ -58,9 +58,10 @@ def generate(
     token sees. A sequence that has produced an eos_token_id (a number, or several; default: the model's own) goes on
     with pad_token_id, and generation ends when all have. do_sample=False takes the likeliest token: of a model in fp32
     with weights="model" the same as the model itself; with num_beams above 1 beam search takes the likeliest text.
-    do_sample=True draws: repetition_penalty, temperature, top_k, top_p and min_p are applied, in this order. streamer
-    gets `put(tokens)`, first of the prompt and then of every step, and `end()`; or it is a function of the tokens.
-    `weights` is that of `Plan`. Computed in fp32, prompts in the model's dtype.
+    do_sample=True draws: repetition_penalty, temperature, top_k, top_p and min_p are applied, in this order. The
+    penalty leaves padding out, except where model.generate penalises it too (transformers before 5.23). streamer gets
+    `put(tokens)`, first of the prompt and then of every step, and `end()`; or it is a function of the tokens. `weights`
+    is that of `Plan`. Computed in fp32, prompts in the model's dtype.
 
     What this cannot do (another family of models, arguments beside these, beams that are drawn or streamed, a model on
     a GPU) goes to model.generate; `fastllm.explain` says so, a warning does once, and FASTLLM_STRICT=1 makes it an
@@ -108,11 +109,17 @@ def generate(
     if not all(map(len, prompts)):
         raise ValueError("generate: attention_mask leaves nothing of a prompt")
     batch, longest = len(prompts), max(map(len, prompts))
+    seen = input_ids
+    if repetition_penalty != 1.0 and not kept.all() and not _penalises_padding(model):
+        seen = torch.where(kept, input_ids, torch.stack([prompt[0] for prompt in prompts])[:, None])
     if num_beams > 1:
         session = made.session(num_beams, longest + max_new_tokens)
         options = dict(length_penalty=length_penalty, early_stopping=early_stopping)
         options["repetition_penalty"] = repetition_penalty
-        found = [beam_search(session, prompt, num_beams, max_new_tokens, eos, **options) for prompt in prompts]
+        found = [
+            beam_search(session, prompt, num_beams, max_new_tokens, eos, seen=row, **options)
+            for prompt, row in zip(prompts, seen, strict=True)
+        ]
         fresh = input_ids.new_full((batch, max(map(len, found))), pad)
         for row, tokens in zip(fresh, found, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
@@ -127,7 +134,7 @@ def generate(
     for n in range(max_new_tokens):
         logits = session.prefill(prompts) if n == 0 else session.step(ids[:, width + n - 1])
         if repetition_penalty != 1.0:
-            logits = penalised(logits, ids[:, : width + n], repetition_penalty)
+            logits = penalised(logits, torch.cat([seen, ids[:, width : width + n]], 1), repetition_penalty)
         if do_sample:
             chosen = sample(logits, temperature, top_k, top_p, min_p or 0.0, generator)
         else:
@@ -144,6 +151,18 @@ def generate(
     if end is not None:
         end()
     return ids
+
+
+def _penalises_padding(model) -> bool:
+    """Whether the repetition penalty of model.generate falls on padding tokens too: what its own processor does.
+
+    Transformers has a public class of this processor, but what it is told of the padding is decided where it is made.
+    """
+    if not hasattr(model, "_get_logits_processor"):
+        return False
+    config = type(model.generation_config)(repetition_penalty=2.0)
+    made = model._get_logits_processor(config, 2, model_kwargs={"attention_mask": torch.tensor([[0, 1]])})
+    return bool(made(torch.tensor([[0, 1]]), torch.ones(1, 2))[0, 0] != 1)
 
 
 def _by_the_model(model, input_ids, attention_mask, max_new_tokens, chosen, eos, pad, streamer, others):

@@ -198,6 +198,33 @@ def test_beams_of_hugging_face(one_thread, name):
             assert torch.equal(found, wanted), more
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_penalty_on_padding_is_that_of_hugging_face(one_thread, beams):
+    """The padding is the token that would come next: whether it is penalised, versions of transformers disagree."""
+    model, prompt = hugging_face("Llama"), torch.randint(3, 67, (1, 6))
+    pad = int(logits_of(model, prompt)[0, -1].argmax())
+    tokens = torch.cat([torch.full((1, 4), pad), prompt], 1)
+    mask = (torch.arange(10) >= 4).long()[None]
+    options = dict(max_new_tokens=6, attention_mask=mask, pad_token_id=pad, eos_token_id=2, num_beams=beams)
+    wanted = model.generate(tokens, do_sample=False, repetition_penalty=3.0, **options)
+    assert torch.equal(fastllm.generate(model, tokens, repetition_penalty=3.0, **options), wanted)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_is_not_penalised_where_no_other_generate_does(one_thread, beams):
+    model, prompt = ours("learned gelu window"), torch.randint(61, (1, 6))
+    pad = int(logits_of(model, prompt)[0, -1].argmax())
+    options = dict(max_new_tokens=6, repetition_penalty=3.0, num_beams=beams)
+    alone = fastllm.generate(model, prompt, **options)[:, 6:]
+    for padding, place in (
+        (torch.tensor([[0] * 4 + [1] * 6]), slice(4, 10)),
+        (torch.tensor([[1] * 6 + [0] * 4]), slice(6)),
+    ):
+        tokens = torch.full((1, 10), pad)
+        tokens[:, place] = prompt
+        assert torch.equal(fastllm.generate(model, tokens, padding, **options)[:, 10:], alone)
+
+
 def test_sampling_draws_what_hugging_face_draws(one_thread):
     model, tokens = hugging_face("Llama"), torch.randint(3, 67, (3, 10))
     for options in (
