@@ -24,7 +24,9 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # What has a CUDA C++ kernel, as `choose` calls it; its schemas are defined once more, in a library of their own.
-CUDA_OPS = frozenset({"attention", "cross_entropy", "layer_norm", "rms_norm", "softmax", "log_softmax"})
+CUDA_OPS = frozenset(
+    {"attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "log_softmax", "rms_norm", "softmax"}
+)
 
 # (op, name of the GPU) -> "cuda", where the CUDA C++ kernel was measured to be the faster one; else Triton runs.
 # Nothing has been measured yet.
@@ -332,3 +334,6 @@ class Composite(Op):
 
     def triton(self, *args):
         return self.body("triton", *args)
+
+    def cuda(self, *args):
+        return self.body("cuda", *args)

@@ -14,7 +14,7 @@ from check import compare
 
 import fastllm
 from fastllm import dispatch, info, reference
-from fastllm.ops import attention, cross_entropy, norm, softmax
+from fastllm.ops import attention, cross_entropy, linear_cross_entropy, norm, softmax
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler for the emulator")
 
@@ -67,7 +67,7 @@ def test_rows_that_do_not_start_at_a_multiple_of_16_bytes(arch):
 
 @needs_compiler
 def test_the_long_rows_of_a_vocabulary(arch):
-    """The longest that has to work. On sm_90 eight blocks share a row of softmax, on sm_80 one walks over it."""
+    """The longest that has to work. On sm_90 eight blocks share a row, on sm_80 one walks over it."""
     x, target = torch.randn(1, 262144).bfloat16(), torch.tensor([123456])
     options = dict(label_smoothing=0.1, reduction="none")
     compare(
@@ -79,6 +79,45 @@ def test_the_long_rows_of_a_vocabulary(arch):
         x.dtype,
     )
     compare(fastllm.softmax, lambda x: x.softmax(-1), lambda x: x.softmax(-1), [x], [torch.randn(x.shape)], x.dtype)
+
+
+# On sm_90: rows that a cluster keeps, of 2 or 4 blocks, or of 8 by element (the last may have nothing), and one that
+# eight blocks walk over, as 50001 are too many to keep by element. On sm_80 a block walks over each.
+LONG_ROWS = [
+    (3, 33000, torch.bfloat16),
+    (2, 70000, torch.float16),
+    (1, 20001, torch.float32),
+    (1, 50001, torch.bfloat16),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, dict(label_smoothing=0.1, z_loss=0.01), dict(softcap=3.0)], ids=str)
+@pytest.mark.parametrize("shape", LONG_ROWS, ids=str)
+def test_losses_of_long_rows(arch, shape, options):
+    """Forward alone, backward alone, and both in one kernel over the logits, as linear_cross_entropy has it."""
+    N, V, dtype = shape
+    x, target = 3 * torch.randn(N, V), torch.randint(V, (N,))
+    target[0] = -100 if N == 3 else V - 1
+    ours = lambda x: fastllm.cross_entropy(x, target, **options)  # noqa: E731
+    exact = lambda x: reference.cross_entropy(x, target, **options)  # noqa: E731
+    compare(ours, exact, exact, [x], [torch.tensor(0.7)], dtype)
+
+    # With one hidden number, which is 1, the weights of the layer are the logits of every row.
+    logits, target = 3 * torch.randn(V, 1), torch.tensor([V - 1, 5])
+    ours = lambda w: fastllm.linear_cross_entropy(w.new_ones(2, 1), w, target, **options)  # noqa: E731
+    exact = lambda w: reference.linear_cross_entropy(w.new_ones(2, 1), w, target, **options)  # noqa: E731
+    compare(ours, exact, exact, [logits], [torch.tensor(0.7)], dtype)
+
+
+@needs_compiler
+def test_token_accuracy_of_long_rows(arch):
+    x = torch.randn(4, 40000).bfloat16()
+    largest = x.float().argmax(1)
+    x[1, 39999] = x[1, largest[1]]  # of equals the first is the largest
+    target = torch.tensor([largest[0], 39999, largest[2], (largest[3] + 1) % 40000])
+    _, right = fastllm.cross_entropy(x, target, reduction="none", return_token_accuracy=True)
+    assert right.tolist() == [1, float(largest[1] == 39999), 1, 0]
 
 
 @needs_compiler
@@ -118,6 +157,12 @@ def test_opcheck(arch):
         loss, lse, _ = cross_entropy.cross_entropy_fwd.cuda(logits, target, None, -100, reduction, 0.0, 0.0, 0.0, True)
         check(cross_entropy.cross_entropy_fwd.cuda, (logits, target, None, -100, reduction, 0.1, 2.0, 0.1, accuracy))
         check(cross_entropy.cross_entropy_bwd.cuda, (loss, logits, target, None, lse, -100, reduction, 0.1, 2.0, 0.1))
+    total = linear_cross_entropy.cross_entropy_total.cuda(target, None, 7, -100)
+    check(linear_cross_entropy.cross_entropy_total.cuda, (target, torch.rand(7), 7, -100))
+    for dloss in (None, torch.tensor(2.0), torch.randn(4)):
+        check(
+            linear_cross_entropy.cross_entropy_rows.cuda, (logits, target, None, total, dloss, -100, 0.1, 0, 0.1, True)
+        )
     q, do = (torch.randn(2, 5, 4, 8).bfloat16().transpose(1, 2) for _ in range(2))  # heads inside positions
     k, bias, sink = torch.randn(2, 2, 6, 8).bfloat16(), torch.randn(1, 4, 5, 6), torch.randn(4)
     options = (None, bias, None, sink, None, 0.3, 0.0, 1, -1, 0, 0.0)

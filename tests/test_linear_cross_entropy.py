@@ -77,7 +77,7 @@ PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair != ("none",
 def test_options(backend, names, dtype):
     """Each option and each pair; the mean, and ignored rows, wherever these do not say otherwise; two chunks."""
     options = {k: v for name in names for k, v in OPTIONS[name].items()}
-    x, w, b, target, weight = make(R + 9, 12, 37, backend, ignored=2)
+    x, w, b, target, weight = make(R + 8, 12, 37, backend, ignored=2)
     target[4:6] = 3
     if options.get("ignore_index") == 3:
         target[:2] = 3

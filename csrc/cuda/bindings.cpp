@@ -158,24 +158,42 @@ constexpr int64_t kNone = 0, kMean = 1;  // of the reductions; 2 is the sum
 
 // A call of cross-entropy in the kernels' terms, and the tensors that it needed.
 struct LossCall {
+  const char* op;
   CrossEntropy a{};
-  MaybeTensor weight;
-  Tensor total;
+  MaybeTensor weight, grad;
+  Tensor sums;
 
   LossCall(const char* op, const Tensor& x, const Tensor& target, const MaybeTensor& weight_in, int64_t ignore_index,
-           int64_t reduction, double label_smoothing, double softcap, double z_loss)
-      : total(empty(x, {3}, ScalarType::Double)) {
+           double label_smoothing, double softcap, double z_loss)
+      : op(op), sums(empty(x, {3}, ScalarType::Double)) {
     STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.is_contiguous(), op, ": x must be contiguous [N, V]");
-    a.N = x.size(0), a.V = x.size(1);
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous() && target.numel() == a.N, op,
+    take_targets(target, weight_in, x.size(1), ignore_index);
+    STD_TORCH_CHECK(a.N == x.size(0), op, ": target must have a number per row of x");
+    a.x = x.data_ptr();
+    a.label_smoothing = float(label_smoothing), a.softcap = float(softcap), a.z_loss = float(z_loss);
+    if (weight && label_smoothing > 0) a.weight_sum = (double*)sums.data_ptr() + 2;
+  }
+  // Without logits: for the sums over targets alone.
+  LossCall(const char* op, const Tensor& target, const MaybeTensor& weight_in, int64_t V, int64_t ignore_index)
+      : op(op), sums(empty(target, {2}, ScalarType::Double)) {
+    take_targets(target, weight_in, V, ignore_index);
+    take_mean();
+  }
+
+  void take_targets(const Tensor& target, const MaybeTensor& weight_in, int64_t V, int64_t ignore_index) {
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), op,
                     ": target must be contiguous int64 [N]");
-    weight = contiguous_vector(at_most_float(weight_in), a.V, op, "weight");
-    a.x = x.data_ptr(), a.target = (const int64_t*)target.data_ptr();
+    weight = contiguous_vector(at_most_float(weight_in), V, op, "weight");
+    a.N = target.numel(), a.V = V;
+    a.target = (const int64_t*)target.data_ptr();
     a.weight = vector(weight, op);
     a.ignore_index = ignore_index;
-    a.label_smoothing = float(label_smoothing), a.softcap = float(softcap), a.z_loss = float(z_loss);
-    a.mean = reduction == kMean;
-    if (a.mean || (weight && label_smoothing > 0)) a.total = (double*)total.data_ptr();
+  }
+  void take_mean() { a.total = (double*)sums.data_ptr(); }
+  void take_gradient(const Tensor& dloss, bool per_row) {
+    a.dloss_per_row = per_row;
+    grad = contiguous_vector(at_most_float(dloss), per_row ? a.N : 1, op, "dloss");
+    a.dloss = vector(grad, op);
   }
 };
 
@@ -183,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor x, Tensor target
                                                          int64_t ignore_index, int64_t reduction,
                                                          double label_smoothing, double softcap, double z_loss,
                                                          bool accuracy) {
-  const char* op = "cross_entropy_fwd";
-  LossCall call(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss);
+  LossCall call("cross_entropy_fwd", x, target, weight, ignore_index, label_smoothing, softcap, z_loss);
+  if (reduction == kMean) call.take_mean();
   CrossEntropy& a = call.a;
   const bool reduced = reduction != kNone;
   const Tensor loss = empty(x, reduced ? std::vector<int64_t>{} : std::vector<int64_t>{a.N}, ScalarType::Float);
@@ -196,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor x, Tensor target
   a.right = accuracy ? (bool*)right.data_ptr() : nullptr;
   if (a.N || reduced) {
     const OnDeviceOf device(x);
-    check(cross_entropy_fwd(type_of(x, op), a, reduced, device.stream()), op);
+    check(cross_entropy_fwd(type_of(x, call.op), a, reduced, device.stream()), call.op);
   }
   return {loss, lse, right};
 }
@@ -204,22 +222,51 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor x, Tensor target
 Tensor cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse,
                               int64_t ignore_index, int64_t reduction, double label_smoothing, double softcap,
                               double z_loss) {
-  const char* op = "cross_entropy_bwd";
-  LossCall call(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss);
+  LossCall call("cross_entropy_bwd", x, target, weight, ignore_index, label_smoothing, softcap, z_loss);
+  if (reduction == kMean) call.take_mean();
   CrossEntropy& a = call.a;
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.N && lse.scalar_type() == ScalarType::Double, op,
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.N && lse.scalar_type() == ScalarType::Double, call.op,
                   ": lse must be contiguous float64 [N]");
-  a.dloss_per_row = reduction == kNone;
-  const MaybeTensor grad = contiguous_vector(at_most_float(dloss), a.dloss_per_row ? a.N : 1, op, "dloss");
-  a.dloss = vector(grad, op);
+  call.take_gradient(dloss, reduction == kNone);
   a.lse = (double*)lse.data_ptr();
   const Tensor dx = empty(x, {a.N, a.V}, x.scalar_type());
   a.dx = dx.data_ptr();
   if (a.N) {
     const OnDeviceOf device(x);
-    check(cross_entropy_bwd(type_of(x, op), a, device.stream()), op);
+    check(cross_entropy_bwd(type_of(x, call.op), a, device.stream()), call.op);
   }
   return dx;
+}
+
+Tensor cross_entropy_totals(Tensor target, MaybeTensor weight, int64_t classes, int64_t ignore_index) {
+  const LossCall call("cross_entropy_total", target, weight, classes, ignore_index);
+  const OnDeviceOf device(target);
+  check(cross_entropy_total(call.a, device.stream()), call.op);
+  return call.sums;
+}
+
+// The rows' losses; x becomes their gradient where that of the loss is given.
+std::tuple<Tensor, Tensor> cross_entropy_of_rows(Tensor x, Tensor target, MaybeTensor weight, MaybeTensor total,
+                                                 MaybeTensor dloss, int64_t ignore_index, double label_smoothing,
+                                                 double softcap, double z_loss, bool accuracy) {
+  LossCall call("cross_entropy_rows", x, target, weight, ignore_index, label_smoothing, softcap, z_loss);
+  CrossEntropy& a = call.a;
+  STD_TORCH_CHECK(
+      !total || (total->is_contiguous() && total->numel() == 2 && total->scalar_type() == ScalarType::Double), call.op,
+      ": total must be contiguous float64 [2]");
+  a.total = total ? (double*)total->data_ptr() : nullptr;
+  const Tensor loss = empty(x, {a.N}, ScalarType::Double), right = empty(x, {accuracy ? a.N : 0}, ScalarType::Bool);
+  a.row_loss = (double*)loss.data_ptr();
+  a.right = accuracy ? (bool*)right.data_ptr() : nullptr;
+  if (dloss) {
+    call.take_gradient(*dloss, dloss->dim() > 0);
+    a.dx = x.data_ptr();
+  }
+  if (a.N) {
+    const OnDeviceOf device(x);
+    check(cross_entropy_rows(type_of(x, call.op), a, device.stream()), call.op);
+  }
+  return {loss, right};
 }
 
 }  // namespace
@@ -234,4 +281,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm_cuda, FASTLLM_CUDA_DEVICE, m) {
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cuda::softmax_backward));
   m.impl("cross_entropy_fwd", TORCH_BOX(&fastllm::cuda::cross_entropy_forward));
   m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cuda::cross_entropy_backward));
+  m.impl("cross_entropy_total", TORCH_BOX(&fastllm::cuda::cross_entropy_totals));
+  m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cuda::cross_entropy_of_rows));
 }

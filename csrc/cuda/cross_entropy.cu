@@ -1,9 +1,11 @@
-// Cross-entropy of rows of logits x [N, V], forward with an online log-sum-exp, backward from it.
+// Cross-entropy of rows of logits x [N, V], forward with an online log-sum-exp, backward from it, or both at once.
 //
 // With the soft-capped logits z, lse = log sum exp(z) and log p = z - lse, a row's loss is
 //   (1 - s) w[t] (lse - z[t]) + s / V sum_c w[c] (lse - z[c]) + z_loss lse^2.
 // Forward reads a row once, every thread keeping a maximum and a sum of its own; backward reads it once and writes the
-// gradient. A target that is no class makes the loss NaN: looking for one would mean to wait for the GPU.
+// gradient. Where the loss's gradient is known, one kernel makes both: it reads a row twice, the second time from the
+// cache. From sm_90 on a cluster of blocks shares a long row; it stays in their registers where it fits, and is read
+// once for loss and gradient. A target that is no class makes the loss NaN: looking for one would mean to wait.
 // Source of the walk: Milakov and Gimelshein 2018, arXiv:1805.02867.
 #include "cuda/row.cuh"
 
@@ -13,6 +15,13 @@ namespace {
 // Where a running maximum starts. Finite: exp(-inf - kLowest) is 0, but exp(-inf - -inf) would be NaN.
 constexpr float kLowest = -3.0e38f;
 constexpr int kMostThreads = 1024;
+
+// Rows are kept on chip by clusters alone: without them that kernel is empty.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
 
 struct CrossEntropyLaunch {
   CrossEntropy a;
@@ -49,19 +58,19 @@ DEVICE void load_class_weights(float (&w)[V], const CrossEntropy& a, int64_t c) 
 }
 
 // One block: over the rows that are not ignored, the sum of their weights and their number; the sum of all weights.
+// As much of it as is asked for.
 __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_total_kernel(CrossEntropy a) {
   double sums[3] = {0, 0, 0};
-  for (int64_t i = threadIdx.x; i < a.N; i += kMostThreads) {
+  for (int64_t i = threadIdx.x; a.total && i < a.N; i += kMostThreads) {
     const int64_t t = a.target[i];
     if (t == a.ignore_index) continue;
     if (is_class(a, t)) sums[0] += class_weight(a, t);
     sums[1] += 1;
   }
-  if (a.weight.data && a.label_smoothing > 0)
-    for (int64_t c = threadIdx.x; c < a.V; c += kMostThreads) sums[2] += number(a.weight, c);
+  for (int64_t c = threadIdx.x; a.weight_sum && c < a.V; c += kMostThreads) sums[2] += number(a.weight, c);
   sum_block(sums);
-  if (threadIdx.x == 0)
-    for (int n = 0; n < 3; ++n) a.total[n] = sums[n];
+  if (threadIdx.x == 0 && a.total) a.total[0] = sums[0], a.total[1] = sums[1];
+  if (threadIdx.x == 0 && a.weight_sum) a.weight_sum[0] = sums[2];
 }
 
 // What is alike for all logits of a row.
@@ -80,19 +89,53 @@ DEVICE LossRow loss_row(const CrossEntropy& a, int64_t row) {
   r.known = is_class(a, r.t);
   r.hot = (1.0f - a.label_smoothing) * class_weight(a, r.known ? r.t : 0);
   r.smooth = a.label_smoothing / float(a.V);
-  r.weight_sum = a.weight.data && a.label_smoothing > 0 ? float(a.total[2]) : float(a.V);
-  r.z_loss = a.mean ? a.z_loss * float(a.total[0] / a.total[1]) : a.z_loss;
+  r.weight_sum = a.weight_sum ? float(a.weight_sum[0]) : float(a.V);
+  r.z_loss = a.total ? a.z_loss * float(a.total[0] / a.total[1]) : a.z_loss;
   return r;
 }
 
 DEVICE float capped(const CrossEntropy& a, float x) { return a.softcap > 0 ? a.softcap * tanhf(x / a.softcap) : x; }
 DEVICE bool is_finite(float x) { return x - x == 0; }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_fwd_kernel(CrossEntropyLaunch launch) {
+// What the gradients of a row's logits have in common:
+//   dz = dloss (p (w[t] (1 - s) + s / V sum w + 2 z_loss lse) - s / V w - (1 - s) w[t] [c = t]).
+struct RowGradient {
+  float dloss;
+  float of_p;  // what p is multiplied by
+};
+DEVICE RowGradient row_gradient(const CrossEntropy& a, const LossRow& r, int64_t row, float lse) {
+  RowGradient g;
+  g.dloss = number(a.dloss, a.dloss_per_row ? row : 0);
+  if (a.total) g.dloss /= float(a.total[0]);
+  if (!r.known) g.dloss = NAN;
+  g.of_p = r.hot + r.smooth * r.weight_sum + 2.0f * r.z_loss * lse;
+  return g;
+}
+
+// The gradient of the logits i, i + 1, ..., of which e(z) * g.of_p makes the part that comes from p.
+template <class T, int V, class Exp>
+DEVICE Pack<T, V> gradient(const CrossEntropy& a, const LossRow& r, const RowGradient& g, const Pack<T, V>& x,
+                           int64_t i, Exp e) {
+  float weight[V] = {};
+  if (a.label_smoothing > 0) load_class_weights(weight, a, i);
+  Pack<T, V> d;
+#pragma unroll
+  for (int n = 0; n < V; ++n) {
+    const float z = capped(a, widen(x.x[n]));
+    float dz = e(z) * g.of_p;
+    if (i + n == r.t) dz -= r.hot;
+    if (a.label_smoothing > 0) dz -= r.smooth * weight[n];
+    if (a.softcap > 0) dz *= 1.0f - (z / a.softcap) * (z / a.softcap);
+    narrow(r.kept ? dz * g.dloss : 0.0f, d.x[n]);
+  }
+  return d;
+}
+
+template <class T, int V, bool kOnChip, bool kGradient>
+DEVICE void cross_entropy_of_rows(const CrossEntropyLaunch& launch) {
   const CrossEntropy& a = launch.a;
   Team team(launch.threads);
-  const int64_t row = int64_t(blockIdx.x) * launch.rows + team.row(), index = row < a.N ? row : 0;
+  const int64_t row = int64_t(blockIdx.x) / cluster_size() * launch.rows + team.row(), index = row < a.N ? row : 0;
   const LossRow r = loss_row(a, index);
   const int64_t columns = row < a.N && r.kept ? a.V : 0;
   const T* x = (const T*)a.x + index * a.V;
@@ -110,31 +153,40 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_fwd_kernel(Cros
     if (!is_finite(centre[0]) || centre[0] == kLowest) centre[0] = 0;
   }
 
+  Pack<T, V> kept[kOnChip ? kPacks : 1];
   float m[1] = {kLowest}, sums[2] = {0, 0};  // of exp(z - m), and of w (z - centre)
   float larger[1] = {0};                     // how many come before the target when logits are sorted
-  for_packs<false, V>(team, columns, [&](int, int64_t i) {
-    const Pack<T, V> pack = load<V>(x + i);
+  for_packs<kOnChip, V>(team, columns, [&](int pack, int64_t i) {
+    kept[pack] = load<V>(x + i);
     float z[V], weight[V];
     if (a.label_smoothing > 0) load_class_weights(weight, a, i);
     float largest = m[0];
 #pragma unroll
     for (int n = 0; n < V; ++n) {
-      const float logit = widen(pack.x[n]);
+      const float logit = widen(kept[pack].x[n]);
       z[n] = capped(a, logit);
       largest = Max()(largest, z[n]);
+      if (a.label_smoothing > 0) sums[1] += weight[n] * (z[n] - centre[0]);
       if (a.right) larger[0] += logit > target || (logit == target && i + n < r.t) || logit != logit ? 1.0f : 0.0f;
     }
-    sums[0] *= expf(m[0] - largest);
+    if constexpr (!kOnChip) {
+      sums[0] *= expf(m[0] - largest);
 #pragma unroll
-    for (int n = 0; n < V; ++n) {
-      sums[0] += expf(z[n] - largest);
-      if (a.label_smoothing > 0) sums[1] += weight[n] * (z[n] - centre[0]);
+      for (int n = 0; n < V; ++n) sums[0] += expf(z[n] - largest);
     }
     m[0] = largest;
   });
   const float own = m[0];
   team.reduce(m, Max());
-  sums[0] *= expf(own - m[0]);
+  if constexpr (kOnChip) {
+    forget_widened(kept);
+    for_packs<true, V>(team, columns, [&](int pack, int64_t) {
+#pragma unroll
+      for (int n = 0; n < V; ++n) sums[0] += expf(capped(a, widen(kept[pack].x[n])) - m[0]);
+    });
+  } else {
+    sums[0] *= expf(own - m[0]);
+  }
   team.reduce(sums, Sum());
   if (a.right) team.reduce(larger, Max());
 
@@ -146,13 +198,29 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_fwd_kernel(Cros
     loss += double(r.z_loss) * lse * lse;
     if (!r.known) loss = NAN;
     if (!r.kept) loss = 0;
-    a.lse[row] = r.kept ? lse : 0;
+    if (a.lse) a.lse[row] = r.kept ? lse : 0;
     if (a.row_loss)
       a.row_loss[row] = loss;
     else
       a.loss[row] = float(loss);
     if (a.right) a.right[row] = r.kept && r.known && target == target && larger[0] == 0;
   }
+
+  if constexpr (kGradient) {
+    sync_block();  // everybody has the target's logit, which is overwritten now where dx is x
+    RowGradient g = row_gradient(a, r, index, m[0] + logf(sums[0]));
+    g.of_p /= sums[0];
+    forget_widened(kept);
+    for_packs<kOnChip, V>(team, row < a.N ? a.V : 0, [&](int pack, int64_t i) {
+      if constexpr (!kOnChip) kept[pack] = load<V>(x + i);
+      store(gradient(a, r, g, kept[pack], i, [&](float z) { return expf(z - m[0]); }), (T*)a.dx + index * a.V + i);
+    });
+  }
+  team.leave();
+}
+template <class T, int V, bool kOnChip, bool kGradient>
+__global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_fwd_kernel(CrossEntropyLaunch launch) {
+  if constexpr (kClusters || !kOnChip) cross_entropy_of_rows<T, V, kOnChip, kGradient>(launch);
 }
 
 // One block: the sum of the rows' losses, over the sum of their weights where the mean is wanted.
@@ -160,47 +228,35 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_reduce_kernel(C
   double sum[1] = {0};
   for (int64_t i = threadIdx.x; i < a.N; i += kMostThreads) sum[0] += a.row_loss[i];
   sum_block(sum);
-  if (threadIdx.x == 0) a.loss[0] = float(a.mean ? sum[0] / a.total[0] : sum[0]);
+  if (threadIdx.x == 0) a.loss[0] = float(a.total ? sum[0] / a.total[0] : sum[0]);
 }
 
-// dz = dloss (p (w[t] (1 - s) + s / V sum w + 2 z_loss lse) - s / V w - (1 - s) w[t] [c = t])
 template <class T, int V>
 __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_bwd_kernel(CrossEntropyLaunch launch) {
   const CrossEntropy& a = launch.a;
   Team team(launch.threads);
   const int64_t row = int64_t(blockIdx.x) * launch.rows + team.row(), index = row < a.N ? row : 0;
   const LossRow r = loss_row(a, index);
-  const T* x = (const T*)a.x + index * a.V;
-  T* dx = (T*)a.dx + index * a.V;
   // lse in two parts: rounding it would be the largest error of the gradient.
   const double lse = a.lse[index];
   const float high = float(lse), low = float(lse - double(high));
-  float dloss = number(a.dloss, a.dloss_per_row ? index : 0);
-  if (a.mean) dloss /= float(a.total[0]);
-  if (!r.known) dloss = NAN;
-  const float total = r.hot + r.smooth * r.weight_sum + 2.0f * r.z_loss * high;
-
+  const RowGradient g = row_gradient(a, r, index, high);
   for_packs<false, V>(team, row < a.N ? a.V : 0, [&](int, int64_t i) {
-    const Pack<T, V> pack = load<V>(x + i);
-    Pack<T, V> d;
-    float weight[V];
-    if (a.label_smoothing > 0) load_class_weights(weight, a, i);
-#pragma unroll
-    for (int n = 0; n < V; ++n) {
-      const float z = capped(a, widen(pack.x[n]));
-      float dz = expf((z - high) - low) * total;
-      if (i + n == r.t) dz -= r.hot;
-      if (a.label_smoothing > 0) dz -= r.smooth * weight[n];
-      if (a.softcap > 0) dz *= 1.0f - (z / a.softcap) * (z / a.softcap);
-      narrow(r.kept ? dz * dloss : 0.0f, d.x[n]);
-    }
-    store(d, dx + i);
+    const Pack<T, V> x = load<V>((const T*)a.x + index * a.V + i);
+    store(gradient(a, r, g, x, i, [&](float z) { return expf((z - high) - low); }), (T*)a.dx + index * a.V + i);
   });
 }
 
-Error launch_rows(const CrossEntropy& a, int V, void (*kernel)(CrossEntropyLaunch), Stream stream) {
-  const Share s = share(a.V, V, kMostThreads, false);
-  return launch(kernel, Grid{(a.N + s.rows - 1) / s.rows, s.threads * s.rows, kScratchBytes},
+// How a pass goes through rows: `on_chip` in clusters where a row needs more than one block and fits into them,
+// `walking` else. A row that no cluster can keep has all blocks of the largest walking over it.
+Error launch_rows(const CrossEntropy& a, int V, void (*on_chip)(CrossEntropyLaunch),
+                  void (*walking)(CrossEntropyLaunch), Stream stream) {
+  const bool clusters = on_chip && has_clusters(on_chip);
+  const Share s = share(a.V, V, kMostThreads, clusters);
+  const int blocks = !clusters ? 1 : s.blocks ? s.blocks : kMostBlocks;
+  const int64_t groups = (a.N + s.rows - 1) / s.rows;
+  return launch(clusters && s.blocks > 1 ? on_chip : walking,
+                Grid{groups * blocks, s.threads * s.rows, kScratchBytes, blocks},
                 CrossEntropyLaunch{a, s.threads, s.rows}, stream);
 }
 
@@ -208,46 +264,60 @@ bool wide(const CrossEntropy& a, int V) {
   return a.V % V == 0 && aligned(a.x) && aligned(a.dx) && aligned(a.weight.data);
 }
 
+template <class T, int V>
+Error cross_entropy_fwd_in(const CrossEntropy& a, Stream stream) {
+  if (a.dx)
+    return launch_rows(a, V, cross_entropy_fwd_kernel<T, V, true, true>, cross_entropy_fwd_kernel<T, V, false, true>,
+                       stream);
+  return launch_rows(a, V, cross_entropy_fwd_kernel<T, V, true, false>, cross_entropy_fwd_kernel<T, V, false, false>,
+                     stream);
+}
 template <class T>
 Error cross_entropy_fwd_of(const CrossEntropy& a, Stream stream) {
-  constexpr int V = kWide<T>;
-  if (wide(a, V)) return launch_rows(a, V, cross_entropy_fwd_kernel<T, V>, stream);
-  return launch_rows(a, 1, cross_entropy_fwd_kernel<T, 1>, stream);
+  return wide(a, kWide<T>) ? cross_entropy_fwd_in<T, kWide<T>>(a, stream) : cross_entropy_fwd_in<T, 1>(a, stream);
 }
 template <class T>
 Error cross_entropy_bwd_of(const CrossEntropy& a, Stream stream) {
   constexpr int V = kWide<T>;
-  if (wide(a, V)) return launch_rows(a, V, cross_entropy_bwd_kernel<T, V>, stream);
-  return launch_rows(a, 1, cross_entropy_bwd_kernel<T, 1>, stream);
+  if (wide(a, V)) return launch_rows(a, V, nullptr, cross_entropy_bwd_kernel<T, V>, stream);
+  return launch_rows(a, 1, nullptr, cross_entropy_bwd_kernel<T, 1>, stream);
 }
 
-Error total(const CrossEntropy& a, Stream stream) {
-  if (!a.total) return nullptr;
-  return launch(cross_entropy_total_kernel, Grid{1, kMostThreads, kSumBytes}, a, stream);
+Error cross_entropy_fwd_of(Type type, const CrossEntropy& a, Stream stream) {
+  if (!a.N) return nullptr;
+  switch (type) {
+    case kFloat:
+      return cross_entropy_fwd_of<float>(a, stream);
+    case kBFloat16:
+      return cross_entropy_fwd_of<bf16>(a, stream);
+    default:
+      return cross_entropy_fwd_of<half>(a, stream);
+  }
 }
 
 }  // namespace
 
+Error cross_entropy_total(const CrossEntropy& a, Stream stream) {
+  if (!a.total && !a.weight_sum) return nullptr;
+  return launch(cross_entropy_total_kernel, Grid{1, kMostThreads, kSumBytes}, a, stream);
+}
+
 Error cross_entropy_fwd(Type type, const CrossEntropy& a, bool reduced, Stream stream) {
-  Error error = total(a, stream);
-  if (!error && a.N) {
-    switch (type) {
-      case kFloat:
-        error = cross_entropy_fwd_of<float>(a, stream);
-        break;
-      case kBFloat16:
-        error = cross_entropy_fwd_of<bf16>(a, stream);
-        break;
-      default:
-        error = cross_entropy_fwd_of<half>(a, stream);
-    }
-  }
+  Error error = cross_entropy_total(a, stream);
+  if (!error) error = cross_entropy_fwd_of(type, a, stream);
   if (error || !reduced) return error;
   return launch(cross_entropy_reduce_kernel, Grid{1, kMostThreads, kSumBytes}, a, stream);
 }
 
+Error cross_entropy_rows(Type type, const CrossEntropy& a, Stream stream) {
+  CrossEntropy weights = a;
+  weights.total = nullptr;  // of all rows: given
+  const Error error = cross_entropy_total(weights, stream);
+  return error ? error : cross_entropy_fwd_of(type, a, stream);
+}
+
 Error cross_entropy_bwd(Type type, const CrossEntropy& a, Stream stream) {
-  const Error error = total(a, stream);
+  const Error error = cross_entropy_total(a, stream);
   if (error || !a.N) return error;
   switch (type) {
     case kFloat:

@@ -56,19 +56,23 @@ struct CrossEntropy {
   Vector weight;          // [V]
   int64_t ignore_index;
   float label_smoothing, softcap, z_loss;
-  bool mean;
-  double* total;  // [3], written first: sum of the weights and number of the rows kept, sum of all weights. Needed for
-                  // the mean and for smoothed targets with weights
-  double* row_loss;  // [N] where the loss is reduced
-  float* loss;       // [1] where it is reduced, else [N]
-  double* lse;       // [N]
-  bool* right;       // [N], whether the target has the largest logit; may be null
-  Vector dloss;      // backward: [1], or [N]
+  double* total;       // [2], of the rows kept: the sum of their weights, their number. For the mean, else null
+  double* weight_sum;  // [1], of all classes. For smoothed targets with weights, else null
+  double* row_loss;    // [N] where the loss is reduced, else null
+  float* loss;         // [1] where it is reduced, else [N]
+  double* lse;         // [N]; forward: may be null
+  bool* right;         // [N], whether the target has the largest logit; may be null
+  Vector dloss;        // [1], or [N]
   bool dloss_per_row;
   void* dx;
 };
+Error cross_entropy_total(const CrossEntropy& a, Stream stream);  // writes total and weight_sum, as wanted
+// Both make total and weight_sum first.
 Error cross_entropy_fwd(Type type, const CrossEntropy& a, bool reduced, Stream stream);
 Error cross_entropy_bwd(Type type, const CrossEntropy& a, Stream stream);
+// row_loss and, where dx is not null, the gradient, which may overwrite x. total is read: it is of more rows than
+// these.
+Error cross_entropy_rows(Type type, const CrossEntropy& a, Stream stream);
 
 // A [B, H, T, D] tensor of 16-bit numbers, strides in elements. A row is contiguous; in what is read it starts at a
 // multiple of 16 bytes and is filled up with zeros to one.
@@ -108,7 +112,9 @@ struct Attention {
   void* dsink;               // [H], of sink's type; null without a sink
 };
 constexpr int kMostHeadSize = 128;
-Error attention_fwd(Type type, const Attention& a, Stream stream);
+Error attention_fwd(Type type, const Attention& a, Stream stream);  // on Hopper by its own kernel, where that can
+bool takes_attention_fwd_hopper(const Attention& a);
+Error attention_fwd_hopper(Type type, const Attention& a, Stream stream);
 Error attention_bwd(Type type, const Attention& a, Stream stream);
 
 }  // namespace fastllm::cuda
