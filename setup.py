@@ -34,7 +34,7 @@ ISA_FLAGS = {
 # Whose kernels an instruction set is needed for: it has those that they would only compile again (kernels.inl).
 COMPLETES = {"avx2": ("avx512", "avx512_bf16"), "avx512": ("avx512_bf16",)}
 
-# sm_90a adds clusters; what is newer than both runs the PTX of the first.
+# sm_90a adds clusters, wgmma and TMA; what is newer than both runs the PTX of the first.
 CUDA_ARCHS = os.environ.get("FASTLLM_CUDA_ARCHS", "")
 DEFAULT_CUDA_ARCHS = "80 90a"
 

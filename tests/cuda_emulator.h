@@ -22,6 +22,7 @@
 #define FASTLLM_EMULATED
 #define DEVICE inline
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 namespace fastllm::emulator {
@@ -47,11 +48,26 @@ struct Warp {
   Barrier barrier;
   Lane lanes[2][32];  // two places in turn, as whoever overwrites one has passed the barrier after the reads of it
 };
+struct Coming {  // a tile, and the barrier at which it arrives
+  uint32_t barrier;
+  std::function<void()> bring;
+};
 struct Block {
-  Barrier barrier;
+  Barrier barrier, named[16];
   std::vector<Warp> warps;
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
+  std::vector<Coming> coming;
+
+  void deliver(uint32_t barrier) {
+    std::vector<Coming> left;
+    for (const Coming& tile : coming)
+      if (tile.barrier == barrier)
+        tile.bring();
+      else
+        left.push_back(tile);
+    coming.swap(left);
+  }
 };
 
 struct Copy {  // an asynchronous one, that has not arrived yet
@@ -61,15 +77,27 @@ struct Copy {  // an asynchronous one, that has not arrived yet
   uint64_t group;
 };
 
+// A product of a warp group that has not been made yet, as one thread has it.
+struct Product {
+  float* sums;  // [N / 8][4]
+  int N;
+  const uint32_t* registers;  // a, or null
+  uint64_t a, b;
+  bool add, transposed;
+  float (*number)(uint16_t);
+  uint64_t group;
+};
+
 struct Fiber {
   jmp_buf here;
   int thread = 0, block_in_cluster = 0, turn = 0;
   Block* block = nullptr;
-  const Barrier* waits_for = nullptr;
-  uint64_t generation = 0;
+  std::function<bool()> may_go_on;  // or nothing, where it does not wait
   bool started = false, done = false;
   std::vector<Copy> copies;
   uint64_t group = 0;
+  std::vector<Product> products;
+  uint64_t product_group = 0;
 };
 
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 256;
@@ -77,7 +105,7 @@ constexpr char kCanary = 0x5a;
 
 struct Machine {
   int arch = 90;
-  uint64_t launches = 0;
+  uint64_t launches = 0, tiles = 0;
   // The launch that runs.
   int threads = 0, cluster = 1;
   int64_t first_block = 0;
@@ -100,17 +128,22 @@ inline int most_shared_bytes() {
   return (arch >= 90 ? 227 : arch > 80 ? 99 : 163) << 10;
 }
 
-inline void wait(Barrier& b) {
+inline void wait_until(std::function<bool()> condition) {
+  if (condition()) return;
   Machine& m = machine();
-  if (++b.arrived == b.expected) {
-    b.arrived = 0;
-    ++b.generation;
-    return;
-  }
   Fiber* self = m.current;
-  self->waits_for = &b;
-  self->generation = b.generation;
+  self->may_go_on = std::move(condition);
   if (!_setjmp(self->here)) _longjmp(m.scheduler, 1);
+}
+inline void arrive(Barrier& b) {
+  if (++b.arrived < b.expected) return;
+  b.arrived = 0;
+  ++b.generation;
+}
+inline void wait(Barrier& b) {
+  const uint64_t generation = b.generation;
+  arrive(b);
+  wait_until([&b, generation] { return b.generation != generation; });
 }
 
 inline void body() {
@@ -125,7 +158,7 @@ inline void resume(size_t n) {
   Machine& m = machine();
   Fiber& f = m.fibers[n];
   m.current = &f;
-  f.waits_for = nullptr;
+  f.may_go_on = nullptr;
   if (_setjmp(m.scheduler)) return;
   if (f.started) _longjmp(f.here, 1);
   f.started = true;
@@ -161,8 +194,8 @@ inline void run(int64_t blocks, int threads, int shared_bytes, int cluster, cons
       block.barrier.expected = threads;
       block.warps.resize(threads / 32);
       for (Warp& warp : block.warps) warp.barrier.expected = 32;
-      block.memory.reset(new char[shared_bytes + kGuardBytes + 128]);
-      block.shared = (char*)(((uintptr_t)block.memory.get() + 127) / 128 * 128);
+      block.memory.reset(new char[shared_bytes + kGuardBytes + 1024]);
+      block.shared = (char*)(((uintptr_t)block.memory.get() + 1023) / 1024 * 1024);
       memset(block.shared, 0xff, shared_bytes);  // NaN in every format
       memset(block.shared + shared_bytes, kCanary, kGuardBytes);
       for (int t = 0; t < threads; ++t) {
@@ -177,7 +210,7 @@ inline void run(int64_t blocks, int threads, int shared_bytes, int cluster, cons
       for (size_t k = 0; k < all; ++k) {
         const size_t n = pass % 2 ? k : all - 1 - k;
         Fiber& f = m.fibers[n];
-        if (!f.done && !(f.waits_for && f.waits_for->generation == f.generation)) {
+        if (!f.done && (!f.may_go_on || f.may_go_on())) {
           resume(n);
           progress = true;
         }
@@ -212,6 +245,10 @@ struct Index {
 // Which GPU it is: 80 and 86 have no clusters, 90 has; 86 has the least shared memory.
 extern "C" __attribute__((weak, visibility("default"))) void fastllm_emulate(int arch) {
   fastllm::emulator::machine().arch = arch;
+}
+// How many tiles the hardware has fetched so far, which only Hopper's kernels let it do.
+extern "C" __attribute__((weak, visibility("default"))) uint64_t fastllm_emulated_tiles() {
+  return fastllm::emulator::machine().tiles;
 }
 
 #define threadIdx (fastllm::emulator::Index{uint32_t(fastllm::emulator::machine().current->thread)})
@@ -333,3 +370,5 @@ const char* launch(void (*kernel)(Arguments), Grid grid, const Arguments& argume
 
 }  // namespace
 }  // namespace fastllm::cuda
+
+#include "cuda_emulator_hopper.h"

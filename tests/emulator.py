@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = ROOT / "tests" / "cuda_emulator.h"
+HEADER, HOPPER = (ROOT / "tests" / f"cuda_emulator{name}.h" for name in ("", "_hopper"))
 # FORTIFY checks that longjmp goes up the stack, which changing to another stack does not.
 FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-unused-function -U_FORTIFY_SOURCE"
 DEFINES = "-DTORCH_TARGET_VERSION=0x020b000000000000 -DFASTLLM_EMULATED -DFASTLLM_CUDA_DEVICE=CPU"
@@ -30,7 +30,7 @@ def build() -> Path:
     include = Path(torch.__file__).parent
     cuda = ROOT / "csrc" / "cuda"
     kernels, bindings = sorted(cuda.glob("*.cu")), sorted(cuda.glob("*.cpp"))
-    read = [*kernels, *bindings, *sorted(cuda.glob("*.*h")), ROOT / "csrc" / "cpu" / "float16.inl", HEADER]
+    read = [*kernels, *bindings, *sorted(cuda.glob("*.*h")), ROOT / "csrc" / "cpu" / "float16.inl", HEADER, HOPPER]
     key = hashlib.sha256(repr([FLAGS, DEFINES, torch.__version__, *(p.read_text() for p in read)]).encode())
     folder = ROOT / "build" / f"cuda-emulated-{key.hexdigest()[:16]}"
     library = folder / "libfastllm_cuda_emulated.so"
@@ -54,8 +54,19 @@ def build() -> Path:
 
 
 @functools.cache
-def load():
-    """`emulate(arch)`: from now on the emulated GPU is an sm_80 (without clusters) or an sm_90."""
+def library():
     path = build()
     torch.ops.load_library(path)
-    return ctypes.CDLL(str(path)).fastllm_emulate
+    return ctypes.CDLL(str(path))
+
+
+def load():
+    """`emulate(arch)`: from now on the emulated GPU is an sm_80 (without clusters) or an sm_90."""
+    return library().fastllm_emulate
+
+
+def fetched_tiles() -> int:
+    """How many tiles Hopper's kernels have fetched so far."""
+    tiles = library().fastllm_emulated_tiles
+    tiles.restype = ctypes.c_uint64
+    return tiles()

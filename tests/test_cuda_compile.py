@@ -73,6 +73,10 @@ INSTRUCTIONS = {  # what is counted in the machine code
     "ldmatrix": r"LDSM",
     "copy_async": r"LDGSTS",
     "load_16_bytes": r"LDG\.E\.128",
+    "wgmma": r"HGMMA",
+    "tile_copy": r"UTMALDG",
+    "registers_moved": r"USETMAXREG",
+    "cluster_barrier": r"UCGABAR_WAIT",
     "local": r"(?:LDL|STL)\b",
 }
 
@@ -108,15 +112,22 @@ def demangled(name: str) -> str:
     return re.sub(r"fastllm::cuda::|\(anonymous namespace\)::|\(.*", "", text)
 
 
-def broken_rules(kernel: str, row: dict):
+def broken_rules(kernel: str, row: dict, arch: str):
     if row["spilled_bytes"] or row.get("local"):
         yield f"spills {row['spilled_bytes']} bytes"
-    if re.search(r"<(float, 4|(bf16|half), 8)", kernel) and not row.get("load_16_bytes"):
+    is_empty = arch == "80" and re.match(r"cross_entropy_fwd_kernel<\w+, \d, true", kernel)  # it is for clusters
+    if re.search(r"<(float, 4|(bf16|half), 8)", kernel) and not row.get("load_16_bytes") and not is_empty:
         yield "does not load 16 bytes at a time"
+    needed = ()
     if kernel.startswith(("attention_fwd_kernel", "attention_bwd_kernel")):
-        for needed in ("mma", "ldmatrix", "copy_async"):
-            if not row.get(needed):
-                yield f"has no {needed}"
+        needed = ("mma", "ldmatrix", "copy_async")
+    if kernel.startswith("attention_fwd_hopper") and arch == "90a":  # elsewhere it is empty
+        needed = ("wgmma", "tile_copy", "registers_moved")
+    if re.match(r"(softmax|cross_entropy|norm)_fwd_kernel<\w+, \d, true", kernel) and arch != "80":
+        needed = ("cluster_barrier",)
+    for what in needed:
+        if not row.get(what):
+            yield f"has no {what}"
 
 
 def check(update: bool) -> tuple[str, str]:
@@ -139,7 +150,7 @@ def check(update: bool) -> tuple[str, str]:
         for file in fresh.values()
         for arch in ARCHS
         for kernel, row in file[f"sm_{arch}"].items()
-        for rule in broken_rules(kernel, row)
+        for rule in broken_rules(kernel, row, arch)
     ]
     kernels = sum(len(file[f"sm_{arch}"]) for file in fresh.values() for arch in ARCHS)
     said = [
@@ -164,10 +175,21 @@ def test_every_kernel_compiles():
 
 def test_rules_can_be_broken():
     good = {"registers": 40, "spilled_bytes": 0, "load_16_bytes": 2, "mma": 8, "ldmatrix": 8, "copy_async": 8}
-    assert not list(broken_rules("attention_fwd_kernel<bf16, 64>", good))
-    for field, value in {"spilled_bytes": 8, "mma": 0, "ldmatrix": 0, "copy_async": 0}.items():
-        assert list(broken_rules("attention_fwd_kernel<bf16, 64>", good | {field: value})), field
-    assert list(broken_rules("softmax_fwd_kernel<bf16, 8, true>", good | {"load_16_bytes": 0}))
+    good |= {"wgmma": 8, "tile_copy": 4, "registers_moved": 2, "cluster_barrier": 2}
+
+    def is_broken(kernel, arch, **changes):
+        return bool(list(broken_rules(kernel, good | changes, arch)))
+
+    for kernel, arch, fields in (
+        ("attention_fwd_kernel<bf16, 64>", "80", ("mma", "ldmatrix", "copy_async")),
+        ("attention_fwd_hopper_kernel<bf16, 64, 128>", "90a", ("wgmma", "tile_copy", "registers_moved")),
+        ("softmax_fwd_kernel<bf16, 8, true>", "90a", ("load_16_bytes", "cluster_barrier")),
+        ("cross_entropy_fwd_kernel<half, 8, true, false>", "100a", ("load_16_bytes", "cluster_barrier")),
+    ):
+        assert not is_broken(kernel, arch) and is_broken(kernel, arch, spilled_bytes=8)
+        for field in fields:
+            assert is_broken(kernel, arch, **{field: 0}), field
+    assert not is_broken("attention_fwd_hopper_kernel<bf16, 64, 128>", "80", wgmma=0)
 
 
 @pytest.mark.slow

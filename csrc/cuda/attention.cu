@@ -121,6 +121,7 @@ Error attention_fwd_of(const Attention& a, Stream stream) {
 }  // namespace
 
 Error attention_fwd(Type type, const Attention& a, Stream stream) {
+  if (takes_attention_fwd_hopper(a)) return attention_fwd_hopper(type, a, stream);
   return type == kBFloat16 ? attention_fwd_of<bf16>(a, stream) : attention_fwd_of<half>(a, stream);
 }
 

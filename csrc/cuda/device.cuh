@@ -58,9 +58,9 @@ DEVICE uint32_t pack(float low, float high) {
   return both;
 }
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the block, at a multiple of 1024 bytes.
 DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
