@@ -5,10 +5,13 @@
         kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
 
 That route reaches the layers that transformers has marked, of which RMSNorm is one of ours; `fastllm.accelerate`
-reaches the rest, and needs no `kernels`.
+reaches the rest, and needs no `kernels`. A version of transformers marks nothing beside a `kernels` that it does not
+accept; kernelize then changes nothing and says nothing, so `mapping` warns.
 """
 
 import json
+import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +50,15 @@ class Repository:
 
 def mapping() -> dict:
     """What use_kernel_mapping and register_kernel_mapping take: every layer here, on every device, in every mode."""
-    from kernels import Mode
+    from kernels import Mode, __version__
 
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and not transformers.utils.is_kernels_available():
+        warnings.warn(
+            f"transformers {transformers.__version__} does not accept kernels {__version__}: no layer is marked, and "
+            "kernelize leaves the model as it is. fastllm.accelerate(model) needs no kernels.",
+            stacklevel=2,
+        )
     both = Mode.TRAINING | Mode.TORCH_COMPILE  # what can do both serves every other mode
     return {name: {device: {both: Repository(name)} for device in DEVICES} for name in LAYERS}
 

@@ -10,6 +10,11 @@ transformers = pytest.importorskip("transformers", reason="the extra hf is not i
 
 import fastllm.hub  # noqa: E402
 
+marked = pytest.mark.skipif(
+    not transformers.utils.is_kernels_available(),
+    reason=f"transformers {transformers.__version__} does not accept kernels {kernels.__version__}",
+)
+
 
 def model():
     torch.manual_seed(0)
@@ -24,6 +29,7 @@ def gradients(model):
     return [found.logits, *(p.grad for p in model.parameters())]
 
 
+@marked
 @pytest.mark.parametrize("folder", [False, True], ids=["memory", "folder"])
 def test_kernelize(folder, tmp_path):
     expected, ours = gradients(model()), model()
@@ -39,12 +45,19 @@ def test_kernelize(folder, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@marked
 @pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING"])
 def test_every_mode_is_served(mode):
     ours = model()
     with kernels.use_kernel_mapping(fastllm.hub.mapping(), inherit_mapping=False):
         kernels.kernelize(ours, mode=getattr(kernels.Mode, mode), device="cpu")
     assert [call.op for call in fastllm.explain(ours, torch.arange(6)[None]).calls] == ["rms_norm"] * 5
+
+
+def test_a_version_that_marks_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_kernels_available", lambda: False)
+    with pytest.warns(UserWarning, match=f"does not accept kernels {kernels.__version__}"):
+        fastllm.hub.mapping()
 
 
 def test_the_wider_dtype_is_kept():

@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = "test_hf*.py", "test_patch*.py", "test_generation.py"
+TESTS = "test_hf*.py", "test_patch*.py", "test_generation.py", "test_hub.py"
 COUNTS = "passed", "skipped", "failed", "error"
 
 
