@@ -13,7 +13,7 @@ from torch import nn
 
 from fastllm import trial
 from fastllm.compat.pytorch import scaled_dot_product_attention
-from fastllm.mlp import match_gated_mlp, match_gelu
+from fastllm.mlp import match_experts, match_gated_mlp, match_gelu
 from fastllm.nn.norm import flat_norm
 from fastllm.ops.attention import attention
 from fastllm.ops.linear import is_pytorchs, linear
@@ -256,7 +256,7 @@ _linear_forward.runs = "linear"
 MATCHERS = {
     "attention": [match_multihead_attention, match_encoder, match_sdpa],
     "norms": [match_torch_norm, match_written_norm],
-    "mlp": [match_gated_mlp, match_gelu],
+    "mlp": [match_gated_mlp, match_experts, match_gelu],
     "rope": [],
     "linear": [match_linear],
     "loss": [],

@@ -179,6 +179,20 @@ def _activation(module):
         return None
 
 
+def match_experts(module, row):
+    """A mixture's experts, whose weights are stacked [experts, ...] in parameters of one module: always left alone.
+
+    They are called with the tokens and with the experts that a router chose for each.
+    """
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    inputs = inspect.signature(forward_of(module)).parameters
+    if len(stacks) < 2 or len({len(p) for p in stacks}) > 1 or len(stacks[0]) < 2 or len(inputs) < 3:
+        return
+    chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    runs = f"transformers' {chosen!r} runs" if chosen not in (None, "eager") else "its own loop over the experts runs"
+    raise Unsupported(f"no kernel takes experts in one stack of weights; {runs}")
+
+
 def match_gelu(module, row):
     """A GELU by tanh that is a module. The exact one is left to PyTorch, which is faster at it: our op has 0.7x to 0.8x
     of its speed in fp32, 0.5x to 0.7x in bf16, forward."""

@@ -19,7 +19,7 @@ def test_family(family):
     classes, configs = [type(m) for m in model.modules()], [getattr(m, "config", None) for m in model.modules()]
     report = fastllm.accelerate(model)
     assert_same(run(model, batch), expected)
-    assert not report.never_called and not report.left_alone, report
+    assert not report.never_called and all("Experts" in row.module for row in report.left_alone), report
     assert {"attention", "norms"} <= {row.kind for row in report.accelerated}
     assert list(model.state_dict()) == list(state)
     fastllm.restore(model)

@@ -82,6 +82,21 @@ def test_models_that_no_interface_reaches(family):
     assert [type(m) for m in model.modules()] == [type(m) for m in make(family).modules()]
 
 
+@pytest.mark.parametrize("chosen", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family, blocks", [("mixtral", (0, 1)), ("gpt_oss", (0, 1)), ("deepseek_v3", (1,))])
+def test_experts_are_reported(family, blocks, chosen):
+    """One row per block, with what runs there; the same experts as before run."""
+    model, batch = make(family), inputs(family)
+    model.config._experts_implementation = chosen
+    expected = run(model, batch)
+    report = fastllm.accelerate(model)
+    assert [row.name for row in report.left_alone] == [f"model.layers.{n}.mlp.experts" for n in blocks]
+    runs = "its own loop" if chosen == "eager" else "'grouped_mm' runs"
+    assert {row.kind for row in report.left_alone} == {"mlp"} and all(runs in row.reason for row in report.left_alone)
+    assert_same(run(model, batch), expected)
+    assert not fastllm.accelerate(model, mlp=False).left_alone
+
+
 def test_bloom_by_name_is_right_all_the_same():
     """It takes the setting, never calls the function, and adds the mask to its scores."""
     batch = inputs("llama")
