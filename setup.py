@@ -49,6 +49,7 @@ OPS = [
     "attention",
     "attention_bwd",
     "attention_decode",
+    "attention_decode_bwd",
     "weight_only",
     "linear",
     "generation",

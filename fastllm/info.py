@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fastllm
+import fastllm.optim
 from fastllm import dispatch
 from fastllm.ops import _tuned
 
@@ -152,6 +153,15 @@ def kernels_for(function, *args, **options) -> dict:
     raise RuntimeError(f"{function.__name__} chose no backend")
 
 
+def _adamw_step(p):
+    p = torch.nn.Parameter(p)
+    p.grad = torch.zeros_like(p)
+    fastllm.optim.AdamW([p]).step()
+
+
+_adamw_step.__name__ = "optim.AdamW"  # what the matrix calls it
+
+
 def _options(dtype):
     """Op -> option -> (inputs, keywords): the rows of the support matrix."""
     q, x = torch.zeros(1, 2, 4, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
@@ -239,6 +249,7 @@ def _options(dtype):
             "linear_bias, with cross_entropy's options": ((x, x, classes), {"linear_bias": w[:4]}),
             "targets that are probabilities": ((x, x, x[:, :4]), {}),
         },
+        _adamw_step: {"amsgrad, maximize; moments in fp32": ((x,), {})},
     }
 
 

@@ -269,6 +269,35 @@ def test_few_queries_or_keys(cpu_backend, T, S, D, keys, dtype):
     compare(ours, exact, exact, [*inputs, torch.randn(1, 8, T, S)], grads, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, S", [(1, 1100), (3, 600), (2, 513), (8, 70)])
+@pytest.mark.parametrize("name", ["plain", "lse", "causal", "window", "mask", "softcap", "sink", "all"])
+def test_few_queries_of_many_keys(cpu_backend, name, T, S, dtype):
+    """The rows of a key head together, forward and backward; where a bias has no gradient, with it."""
+    B, heads = 2, 8
+    inputs, do = tensors(B=B, H=heads, Hkv=heads // 2, T=T, S=S, D=40, Dv=24)
+    alibi, bias, sink = torch.rand(B, heads), torch.randn(B, 1, T, S), torch.randn(heads)
+    mask = torch.rand(B, 1, 1, S) < 0.7
+    options = {
+        "causal": dict(causal=True),
+        "window": dict(window=(S - 20, 2), q_offset=S - 40),
+        "mask": dict(mask=mask),
+        "softcap": dict(softcap=1.5),
+        "all": dict(causal=True, window=(S - 20, -1), softcap=1.5, alibi_slopes=alibi, bias=bias, mask=mask),
+    }.get(name, {})
+    leaves = [sink] if name in ("sink", "all") else []
+    of = arguments(**options)
+
+    def ours(q, k, v, *sink):
+        return fastllm.attention(q, k, v, return_lse=True, **options, **dict(zip(["sink"], sink, strict=False)))
+
+    def exact(q, k, v, *sink):
+        return reference.attention(q, k, v, **of(q, k), **dict(zip(["sink"], sink, strict=False)))
+
+    grads = [do, torch.randn(do.shape[:3]) if name in ("lse", "all") else None]
+    compare(ours, exact, exact, [*inputs, *leaves], grads, dtype)
+
+
 def test_row_that_sees_nothing(backend):
     (q, k, v), do = tensors(device=backend, T=20, S=12)
     mask = torch.ones(20, 12, dtype=torch.bool, device=backend)

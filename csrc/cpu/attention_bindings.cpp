@@ -21,6 +21,14 @@ MaybeTensor flat_dlse(const char* op, const MaybeTensor& dlse, const Tensor& lse
 // Whether some scores are never computed, so that nobody writes their bias's gradient.
 bool bias_skips(const Attention& a) { return a.mask.data || a.left >= 0 || a.right >= 0; }
 
+// Too few items for the threads: the keys are cut into ranges, whose dq are summed afterwards.
+int64_t ranges_for_threads(const Attention& a, int64_t items, bool threads) {
+  const int64_t wanted = threads ? 2 * torch::stable::get_num_threads() : 1;
+  const bool one_range = a.dbias.data && a.dbias.s == 0;  // a sum over all keys has one owner
+  if (items == 0 || items >= wanted || wanted == 2 || one_range) return 1;
+  return std::max<int64_t>(1, std::min(a.S / 96, (wanted + items - 1) / items));
+}
+
 // The sink's gradient: the sum over batch entries of dsink_partial [n, H].
 Tensor sum_sink(const char* op, const Attention& a, Type t, int64_t n, const Tensor& sink) {
   const Tensor dsink = empty({a.H}, sink.scalar_type());
@@ -105,19 +113,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     a.dsink_partial = dsink_partial.data_ptr();
   }
 
-  // Too few items for the threads: cut the keys into ranges, whose dq are summed afterwards.
   const Kernels& table = kernels();
+  const bool threads = worth_threads(a);
+  const int64_t ranges = table.attention_decode_bwd->ranges[t](a);
+  const bool few = ranges > 0;
   a.chunks = 1;
-  const int64_t items = table.attention_bwd->items[t](a),
-                threads = worth_threads(a) ? torch::stable::get_num_threads() : 1;
-  const bool one_range = a.dbias.data && a.dbias.s == 0;  // a sum over all keys has one owner
-  if (items > 0 && items < 2 * threads && threads > 1 && !one_range)
-    a.chunks = std::max<int64_t>(1, std::min(a.S / 96, (2 * threads + items - 1) / items));
+  const int64_t items = few ? a.B * a.Hkv : table.attention_bwd->items[t](a);
+  a.chunks = few ? ranges : ranges_for_threads(a, items, threads);
   Tensor dq_partial = none_like(q);
   if (a.chunks > 1) dq_partial = empty({a.B, a.H, a.chunks, a.T, a.D}, compute);
   a.dq_partial = dq_partial.data_ptr();
-  for_items(items * a.chunks, table.attention_bwd->bytes[t](a), threads > 1,
-            [&](int64_t item, void* memory) { table.attention_bwd->run[t](a, item, memory); });
+  auto* bytes = few ? table.attention_decode_bwd->bytes[t] : table.attention_bwd->bytes[t];
+  auto* run = few ? table.attention_decode_bwd->run[t] : table.attention_bwd->run[t];
+  for_items(items * a.chunks, bytes(a), threads, [&](int64_t item, void* memory) { run(a, item, memory); });
 
   if (a.chunks > 1)
     for_range(a.B * a.H * a.T, 64, [&](int64_t begin, int64_t end) { table.attention_bwd->sum_dq[t](a, begin, end); });

@@ -9,6 +9,29 @@
 #include "tile.inl"
 #include "attention_scores.inl"
 
+// Whether query t sees some keys, but few: its delta is then not taken from o (attention_bwd.inl).
+inline bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t) {
+  constexpr int64_t kFewKeys = 16;
+  const Range range = visible_keys(a, t, 1);
+  if (!a.mask.data) return range.begin < range.end && range.end - range.begin <= kFewKeys;
+  const uint8_t* mask = (const uint8_t*)a.mask.data + b * a.mask.b + h * a.mask.h + t * a.mask.t;
+  int64_t seen = 0;
+  for (int64_t k = range.begin; k < range.end && seen <= kFewKeys; ++k) seen += mask[k * a.mask.s] != 0;
+  return seen > 0 && seen <= kFewKeys;
+}
+
+// A head's sum of the sink's gradient. Its probability is exp(sink - lse), and its value is zero: d(score) = p * (0 -
+// delta), summed over queries into one number. In double: rounding delta would be its largest error.
+template <class T, class Lse, class Delta>
+inline double sink_sum(const Attention& a, int64_t b, int64_t h, Lse lse, Delta delta) {
+  const double sink = ((const T*)a.sink)[h];
+  const int64_t at = b * a.lse_b + h * a.lse_h;
+  double total = 0;
+  for (int64_t t = 0; t < a.T; ++t)
+    if (a.lse[at + t] != -INFINITY) total += ::exp(sink - lse(t)) * ((a.dlse ? a.dlse[at + t] : 0) - delta(t));
+  return total;
+}
+
 template <class V, class S, class W>
 struct AttentionBlocks {
   using T = typename V::T;

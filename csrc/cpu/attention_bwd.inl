@@ -102,16 +102,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // a query sees few keys that is most of dscore's error (of a single key, all of it: it is 0), and where scores are
   // few PyTorch sums p * dp. There it is summed here too, and with it p, which is then divided by its own sum. Of some
   // of the keys neither sum is known.
-  static constexpr int64_t kFewQueries = 16, kShort = 512, kFewKeys = 16;
-  static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t) {
-    const Range range = visible_keys(a, t, 1);
-    if (!a.mask.data) return range.begin < range.end && range.end - range.begin <= kFewKeys;
-    const uint8_t* mask = (const uint8_t*)a.mask.data + b * a.mask.b + h * a.mask.h + t * a.mask.t;
-    int64_t seen = 0;
-    for (int64_t k = range.begin; k < range.end && seen <= kFewKeys; ++k) seen += mask[k * a.mask.s] != 0;
-    return seen > 0 && seen <= kFewKeys;
-  }
-  static bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t n) {
+  static constexpr int64_t kFewQueries = 16, kShort = 512;
+  static bool sums_scores(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t n) {
     if (a.partial_keys) return false;
     if (a.T <= kFewQueries && a.S <= kShort) return true;
     for (int64_t i = 0; i < n; ++i)
@@ -179,7 +171,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
         keep_lse(w, q0 + i, i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i]);
       }
       for (int64_t i = 0; i < n; i += V::L)
-        if (sees_few(a, b, h, q0 + i, clamp(n - i, 0, V::L))) sum_scores(a, w, b, h, q0 + i);
+        if (sums_scores(a, b, h, q0 + i, clamp(n - i, 0, V::L))) sum_scores(a, w, b, h, q0 + i);
     }
   }
 
@@ -384,17 +376,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
   }
 
-  // The sink's probability is exp(sink - lse), and its value is zero: d(score) = p * (0 - delta), summed over queries
-  // into one number. In double: rounding delta would be its largest error.
   static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
-    const double sink = ((const T*)a.sink)[h];
-    const int64_t at = b * a.lse_b + h * a.lse_h;
-    double total = 0;
-    for (int64_t i = 0; i < a.T; ++i) {
-      const double delta = double(w.delta[i]) + w.delta_low[i], lse = double(w.lse[i]) + w.lse_low[i];
-      total += (a.lse[at + i] == -INFINITY ? 0 : ::exp(sink - lse)) * ((a.dlse ? a.dlse[at + i] : 0) - delta);
-    }
-    ((T*)a.dsink_partial)[b * a.H + h] = T(total);
+    ((T*)a.dsink_partial)[b * a.H + h] = T(sink_sum<T>(
+        a, b, h, [&](int64_t i) { return double(w.lse[i]) + w.lse_low[i]; },
+        [&](int64_t i) { return double(w.delta[i]) + w.delta_low[i]; }));
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t part) {

@@ -233,6 +233,12 @@ struct AttentionBwdKernels {
   void (*sum_dq[kTypes])(const Attention&, int64_t begin, int64_t end);
 };
 
+struct AttentionDecodeBwdKernels {
+  int64_t (*ranges[kTypes])(const Attention&);  // the number of `chunks`; 0 for what is attention_bwd's
+  int64_t (*bytes[kTypes])(const Attention&);
+  void (*run[kTypes])(const Attention&, int64_t item, void* workspace);  // an item is one of [B, Hkv, chunks]
+};
+
 struct WeightOnlyKernels {
   void (*rows[kTypes])(const WeightOnly&, int64_t begin, int64_t end);  // rows of a weight in a storage type
   void (*panels[2])(const WeightOnly&, const void* prepared, int64_t begin, int64_t end);  // 4 bits, 8 bits
@@ -283,6 +289,7 @@ struct GenerationKernels {  // on fp32, whatever the weights and the cache are
   X(attention, AttentionKernels, isa)                 \
   X(attention_bwd, AttentionBwdKernels, isa)          \
   X(attention_decode, AttentionDecodeKernels, isa)    \
+  X(attention_decode_bwd, AttentionDecodeBwdKernels, isa) \
   X(weight_only, WeightOnlyKernels, isa)              \
   X(linear, LinearKernels, isa)                       \
   X(generation, GenerationKernels, isa)
