@@ -29,12 +29,13 @@ int64_t ranges_for_threads(const Attention& a, int64_t items, bool threads) {
   return std::max<int64_t>(1, std::min(a.S / 96, (wanted + items - 1) / items));
 }
 
-// The sink's gradient: the sum over batch entries of dsink_partial [n, H].
-Tensor sum_sink(const char* op, const Attention& a, Type t, int64_t n, const Tensor& sink) {
-  const Tensor dsink = empty({a.H}, sink.scalar_type());
-  for (int64_t h = 0; h < a.H; ++h) {
+// The sink's gradient: the sum of what batch entries and ranges of keys add, [n, H].
+Tensor sum_sink(const char* op, const Tensor& partial, const Tensor& sink) {
+  const int64_t n = partial.size(0), H = partial.size(1);
+  const Tensor dsink = empty({H}, sink.scalar_type());
+  for (int64_t h = 0; h < H; ++h) {
     double total = 0;
-    for (int64_t b = 0; b < n; ++b) total += element(a.dsink_partial, t == kDouble ? kDouble : kFloat, b * a.H + h);
+    for (int64_t i = 0; i < n; ++i) total += ((const double*)partial.data_ptr())[i * H + h];
     set_element(dsink.data_ptr(), type_of(dsink, op), h, total);
   }
   return dsink;
@@ -107,12 +108,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     if (a.dbias_adds) torch::stable::zero_(dbias_sum);
     a.dbias = broadcast(dbias_sum, a, op, "bias", sum_type == ScalarType::Double ? kDouble : kFloat);
   }
-  Tensor dsink_partial = none_like(q);
-  if (sink) {
-    dsink_partial = empty({a.B, a.H}, compute);
-    a.dsink_partial = dsink_partial.data_ptr();
-  }
-
   const Kernels& table = kernels();
   const bool threads = worth_threads(a);
   const int64_t ranges = table.attention_decode_bwd->ranges[t](a);
@@ -123,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dq_partial = none_like(q);
   if (a.chunks > 1) dq_partial = empty({a.B, a.H, a.chunks, a.T, a.D}, compute);
   a.dq_partial = dq_partial.data_ptr();
+  const Tensor dsink_partial = empty({sink ? a.B * a.chunks : 0, a.H}, ScalarType::Double);
+  if (sink) a.dsink_partial = (double*)dsink_partial.data_ptr();
   auto* bytes = few ? table.attention_decode_bwd->bytes[t] : table.attention_bwd->bytes[t];
   auto* run = few ? table.attention_decode_bwd->run[t] : table.attention_bwd->run[t];
   for_items(items * a.chunks, bytes(a), threads, [&](int64_t item, void* memory) { run(a, item, memory); });
@@ -132,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (bias && bias_grad)
     dbias =
         bias->scalar_type() == dbias_sum.scalar_type() ? dbias_sum : torch::stable::to(dbias_sum, bias->scalar_type());
-  return {dq, dk, dv, dbias, sink ? sum_sink(op, a, t, a.B, *sink) : none_like(q)};
+  return {dq, dk, dv, dbias, sink ? sum_sink(op, dsink_partial, *sink) : none_like(q)};
 }
 
 namespace {
@@ -174,7 +171,6 @@ std::vector<Attention> sequences(const char* op, const Attention& whole, Type ty
     a.lse += q[n];
     if (a.dlse) a.dlse += q[n];
     if (a.alibi_stride_b) a.alibi_slopes = (const char*)a.alibi_slopes + n * a.H * wide;
-    if (a.dsink_partial) a.dsink_partial = (char*)a.dsink_partial + n * a.H * wide;
     a.first_head = int64_t(n) * a.H;
     parts.push_back(a);
   }
@@ -239,13 +235,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
   const Tensor dq = new_packed(q, a.D), dk = new_packed(k, a.D), dv = new_packed(v, a.Dv);
   a.dq = heads(as_batch(dq, op), op, "dq", t);
   a.dk = heads(as_batch(dk, op), op, "dk", t), a.dv = heads(as_batch(dv, op), op, "dv", t);
-  Tensor dsink_partial = none_like(q);
-  if (sink) {
-    dsink_partial = empty({N, a.H}, compute_type(t));
-    torch::stable::zero_(dsink_partial);
-    a.dsink_partial = dsink_partial.data_ptr();
-  }
-
   std::vector<Attention> parts = sequences(op, a, t, cu_seqlens_q, cu_seqlens_k, q_offset);
   const int64_t threads = torch::stable::get_num_threads();
   int64_t partial = 0;
@@ -254,10 +243,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
     partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
   }
   const Tensor dq_partial = empty({partial}, compute_type(t));
-  partial = 0;
+  int64_t ranges = 0;
+  for (const Attention& part : parts) ranges += part.chunks;
+  Tensor dsink_partial = empty({sink ? ranges : 0, a.H}, ScalarType::Double);
+  torch::stable::zero_(dsink_partial);  // a sequence may have no queries
+  partial = ranges = 0;
   for (Attention& part : parts) {
     part.dq_partial = (char*)dq_partial.data_ptr() + partial * (t == kDouble ? 8 : 4);
-    partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0;
+    if (sink) part.dsink_partial = (double*)dsink_partial.data_ptr() + ranges * a.H;
+    partial += part.chunks > 1 ? part.H * part.chunks * part.T * part.D : 0, ranges += part.chunks;
   }
   const Kernels& table = kernels();
   for_parts(parts, table.attention_bwd->items[t], table.attention_bwd->bytes[t], table.attention_bwd->run[t]);
@@ -265,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
     if (part.chunks > 1)
       for_range(part.H * part.T, 64,
                 [&](int64_t begin, int64_t end) { table.attention_bwd->sum_dq[t](part, begin, end); });
-  return {dq, dk, dv, sink ? sum_sink(op, a, t, N, *sink) : none_like(q)};
+  return {dq, dk, dv, sink ? sum_sink(op, dsink_partial, *sink) : none_like(q)};
 }
 
 }  // namespace fastllm::cpu

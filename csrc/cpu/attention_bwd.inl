@@ -30,8 +30,9 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
-    T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *delta_low, *dlse, *mask, *bias, *keep, *slope;
+    T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *dlse, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
+    double* pdp;  // with a sink: the sum of p * dp over the keys so far
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
       const int64_t rows = blocks(a) * kQueries, Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
@@ -47,8 +48,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       lse = arena.take<T>(rows);
       lse_low = arena.take<T>(rows);
       delta = arena.take<T>(rows);
-      delta_low = arena.take<T>(rows);
       dlse = arena.take<T>(a.dlse ? rows : 0);
+      pdp = arena.take<double>(a.sink ? rows : 0);
       q = arena.take<W>(transposed(rows) * Dw);
       grad_o = arena.take<W>(transposed(rows) * Dvw);
       q_rows = arena.take<W>(rows / kPer * D);
@@ -93,11 +94,6 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     w.lse_low[q] = T(lse - T(lse));
   }
 
-  static void keep_delta(const Workspace& w, int64_t q, double delta) {
-    w.delta[q] = T(delta);
-    w.delta_low[q] = T(delta - T(delta));
-  }
-
   // delta = sum(o * do) is not the sum of p * dp that it stands for: o and dp were rounded apart from each other. Where
   // a query sees few keys that is most of dscore's error (of a single key, all of it: it is 0), and where scores are
   // few PyTorch sums p * dp. There it is summed here too, and with it p, which is then divided by its own sum. Of some
@@ -138,7 +134,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const double lse = a.lse[b * a.lse_b + h * a.lse_h + q + i];
       if (lse == -INFINITY) continue;
       if (a.sink) total[i] += ::exp(double(((const T*)a.sink)[h]) - lse);
-      keep_delta(w, q + i, delta[i] / total[i]);
+      w.delta[q + i] = T(delta[i] / total[i]);
       keep_lse(w, q + i, lse + log(total[i]));
     }
   }
@@ -155,17 +151,10 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const int64_t at = b * a.lse_b + h * a.lse_h + q0;
       const double* lse = a.lse + at;
       for (int64_t i = 0; i < kQueries; ++i) {
-        double delta = 0;
-        if (i < n && a.sink) {  // whose gradient may be the sum of all of them: in double
-          for (int64_t d = 0; d < a.Dv; ++d)
-            delta += double(widen(o[i * a.o.t + d * a.o.d])) * double(widen(g[i * a.grad_o.t + d * a.grad_o.d]));
-        } else if (i < n) {
-          delta = sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
-            return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
-                       Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
-          });
-        }
-        keep_delta(w, q0 + i, delta);
+        w.delta[q0 + i] = i >= n ? T(0) : sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
+          return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
+                     Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
+        });
         if (a.dlse) w.dlse[q0 + i] = i < n ? T(a.dlse[at + i]) : T(0);
         // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
         keep_lse(w, q0 + i, i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i]);
@@ -178,11 +167,12 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   // The one place where the gradients of scores are made: s becomes p as dv sees it, dp becomes d(score), of the score
   // that bias was added to; a soft-cap's slope is applied by cap_gradients, once the bias has had its gradient.
   static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t last, T scale,
-                              const T* keep, bool has_dlse, int64_t q0) {
+                              const T* keep, bool has_dlse, bool has_sink, int64_t q0) {
     for (int64_t v = first; v < last; ++v) {
       const int64_t q = q0 + v * V::L;
       const Probability probability(w, q, scale);
       const V delta = V::load(w.delta + q), dlse = has_dlse ? V::load(w.dlse + q) : V::set(0);
+      V pdp = V::set(0);
       for (int64_t k = begin; k < end; ++k) {
         const int64_t place = k * kRow + v * V::L;
         const V p = probability(w.s + place);
@@ -192,8 +182,14 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
           kept = p * V::load(keep + place);
         }
         kept.store(w.s + place);
+        pdp = fma(p, dp, pdp);
         const V less = dp - delta;  // dlse apart: it may be much smaller than both
         (p * (has_dlse ? less + dlse : less)).store(w.dp + place);
+      }
+      if (has_sink) {
+        T lanes[V::L];
+        pdp.store(lanes);
+        for (int64_t i = 0; i < V::L; ++i) w.pdp[q + i] += lanes[i];
       }
     }
   }
@@ -280,7 +276,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       for (int64_t v = first; v < last; ++v) ends[v] = end;
       tile_scores(a, w, scores, k0, k, end, first, last, key, value);
       score_gradients(w, k, end, first, last, scores.plain() ? scores.scale : T(1), a.dropout_p > 0 ? w.keep : nullptr,
-                      a.dlse, scores.q0);
+                      a.dlse, a.sink, scores.q0);
       if (a.dbias.data && a.dbias.type == kDouble) add_bias_gradient<double>(a, w.dp, scores, k0, k, end, first, last);
       if (a.dbias.data && a.dbias.type == kFloat) add_bias_gradient<T>(a, w.dp, scores, k0, k, end, first, last);
       if (a.softcap > 0) cap_gradients(w, k, end, first, last);
@@ -366,20 +362,18 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
 
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
       prepare_queries(a, w, b, h);
-      if (a.sink && part == 0) sink_gradient(a, w, b, h);
+      if (a.sink) memset(w.pdp, 0, blocks(a) * kQueries * sizeof(double));
       memset(w.dq, 0, blocks(a) * kRow * a.D * sizeof(T));
       for (int64_t k0 = begin; k0 < end; k0 += span(a))
         add_keys(a, w, b, h, kv, k0, begin, clamp(end - k0, 0, span(a)));
       write_dq(a, w, b, h, part);
+      if (a.sink)
+        add_sink_gradient<T>(
+            a, b, h, part, [&](int64_t t) { return double(w.lse[t]) + w.lse_low[t]; },
+            [&](int64_t t) { return w.pdp[t]; });
     }
     write_rows(w.dk, D, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
     write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
-  }
-
-  static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
-    ((T*)a.dsink_partial)[b * a.H + h] = T(sink_sum<T>(
-        a, b, h, [&](int64_t i) { return double(w.lse[i]) + w.lse_low[i]; },
-        [&](int64_t i) { return double(w.delta[i]) + w.delta_low[i]; }));
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t part) {

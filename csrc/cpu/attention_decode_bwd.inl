@@ -16,8 +16,8 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     T *q_rows, *grad_o_rows;          // padded to whole vectors with zeros
     T *p, *ds, *dq, *ones;            // p and ds are [rows, kKeys]
     T *lse, *lse_low, *delta, *dlse;  // of every row
-    double *total, *delta_sum;
-    W* ds_words;  // ds where a word is one number
+    double *total, *pdp;              // sums over keys of p and of p * dp
+    W* ds_words;                      // ds where a word is one number
     const S *keys[kKeys], *values[kKeys];
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
@@ -27,7 +27,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
       p = arena.take<T>(R * kKeys), ds = arena.take<T>(R * kKeys);
       dq = arena.take<T>(R * a.D), ones = arena.take<T>(R);
       lse = arena.take<T>(R), lse_low = arena.take<T>(R), delta = arena.take<T>(R), dlse = arena.take<T>(R);
-      total = arena.take<double>(R), delta_sum = arena.take<double>(R);
+      total = arena.take<double>(R), pdp = arena.take<double>(R);
       ds_words = X::kPer == 1 ? (W*)ds : arena.take<W>(R * kKeys / X::kPer);
       if (bytes) *bytes = arena.used;
     }
@@ -39,12 +39,12 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
   }
 
   // Into how many ranges the keys are cut; 0 for what attention_bwd does, or does better: more queries, gradients of a
-  // bias, and rows of some of many keys that see few (sees_few), for which delta would have to be summed over ranges.
+  // bias, and rows that see few of many keys (sees_few), for which delta would have to be summed over ranges.
   static int64_t ranges(const Attention& a) {
     constexpr int64_t kFewQueries = V::L < 8 ? V::L : 8;
     if (a.T == 0 || a.T > kFewQueries || rows(a) > kMostRows || a.dropout_p > 0 || a.dbias.data) return 0;
     if (a.k.d != 1 || a.v.d != 1 || a.dk.d != 1 || a.dv.d != 1) return 0;
-    if (Rows::splits(a) > 1 || a.partial_keys)
+    if (Rows::splits(a) > 1 && !a.partial_keys)
       for (int64_t b = 0; b < (a.mask.b ? a.B : 1); ++b)
         for (int64_t h = 0; h < (a.mask.h ? a.H : 1); ++h)
           for (int64_t t = 0; t < a.T; ++t)
@@ -63,7 +63,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
       Blocks::pack_rows(g, 0, a.grad_o.d, 1, a.Dv, w.grad_o_rows + r * Dv);
       double delta = 0;
       for (int64_t d = 0; d < a.Dv; ++d) delta += double(widen(o[d * a.o.d])) * double(widen(g[d * a.grad_o.d]));
-      w.delta_sum[r] = delta, w.delta[r] = T(delta);
+      w.delta[r] = T(delta);
       w.dlse[r] = a.dlse ? T(a.dlse[at]) : T(0);
       w.ones[r] = 1;
       keep_lse(w, r, a.lse[at]);
@@ -106,8 +106,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     for (int64_t k = 0; k < keys; k += V::L) {
       T p[V::L];
       probability(V::load(w.p + r * kKeys + k), k).store(p);
-      for (int64_t i = 0; i < V::L; ++i)
-        w.total[r] += p[i], w.delta_sum[r] += double(p[i]) * double(w.ds[r * kKeys + k + i]);
+      for (int64_t i = 0; i < V::L; ++i) w.total[r] += p[i], w.pdp[r] += double(p[i]) * double(w.ds[r * kKeys + k + i]);
     }
   }
   static void use_sums(const Attention& a, const Workspace& w, int64_t b, int64_t kv, int64_t r) {
@@ -115,7 +114,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     const double lse = a.lse[b * a.lse_b + h * a.lse_h + r % a.T];
     if (lse == -INFINITY) return;
     const double total = w.total[r] + (a.sink ? ::exp(double(((const T*)a.sink)[h]) - lse) : 0);
-    w.delta_sum[r] /= total, w.delta[r] = T(w.delta_sum[r]);
+    w.delta[r] = T(w.pdp[r] / total);
     keep_lse(w, r, lse + log(total));
   }
 
@@ -125,10 +124,12 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     const Probability probability(a, w, b, kv, r, k0, keys);
     const V delta = V::set(w.delta[r]), dlse = V::set(w.dlse[r]), scale = V::set(T(a.scale));
     T *s = w.p + r * kKeys, *ds = w.ds + r * kKeys;
+    V pdp = V::set(0);
     for (int64_t k = 0; k < keys; k += V::L) {
       T slope[V::L];
-      const V p = probability(V::load(s + k), k, slope);
-      V x = V::load(ds + k) - delta;  // dlse apart: it may be much smaller than both
+      const V p = probability(V::load(s + k), k, slope), dp = V::load(ds + k);
+      pdp = fma(p, dp, pdp);
+      V x = dp - delta;  // dlse apart: it may be much smaller than both
       if (a.dlse) x = x + dlse;
       x = p * x * scale;
       if (a.softcap > 0) x = x * V::load(slope);
@@ -136,6 +137,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
       x.store(ds + k);
       if constexpr (X::kPer == 2) x.store((S*)w.ds_words + r * kKeys + k);
     }
+    w.pdp[r] += sum(pdp);
   }
 
   // to[k][d] = sum over rows of weight[r][k] row[r][d], for K keys and M vectors from d, the last of which may reach
@@ -185,7 +187,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     Workspace w(a, memory, nullptr);
     prepare(a, w, b, kv);
     if (a.chunks == 1 && !a.partial_keys) {
-      for (int64_t r = 0; r < R; ++r) w.total[r] = w.delta_sum[r] = 0;
+      for (int64_t r = 0; r < R; ++r) w.total[r] = w.pdp[r] = 0;
       for (int64_t k0 = seen.begin; k0 < seen.end; k0 += kKeys) {
         const int64_t keys = clamp(seen.end - k0, 0, kKeys);
         products(a, w, b, kv, k0, keys);
@@ -200,6 +202,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
     };
     no_gradient(first, seen.begin);
     no_gradient(seen.end, last);
+    for (int64_t r = 0; r < R; ++r) w.pdp[r] = 0;
     for (int64_t k0 = seen.begin; k0 < seen.end; k0 += kKeys) {
       const int64_t keys = clamp(seen.end - k0, 0, kKeys);
       products(a, w, b, kv, k0, keys);
@@ -211,7 +214,10 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
       });
     }
     write_dq(a, w, b, kv, split);
-    if (a.sink && split == 0) sink_gradient(a, w, b, kv);
+    for (int64_t r = 0; a.sink && r < R; r += a.T)
+      add_sink_gradient<T>(
+          a, b, Rows::head(a, kv, r), split, [&](int64_t t) { return double(w.lse[r + t]) + w.lse_low[r + t]; },
+          [&](int64_t t) { return w.pdp[r + t]; });
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t kv, int64_t split) {
@@ -224,15 +230,6 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
         S* to = (S*)Blocks::row(a.dq, b, h, t);
         for (int64_t d = 0; d < a.D; ++d) narrow(dq[d], to[d * a.dq.d]);
       }
-    }
-  }
-
-  static void sink_gradient(const Attention& a, const Workspace& w, int64_t b, int64_t kv) {
-    for (int64_t r = 0; r < rows(a); r += a.T) {
-      const int64_t h = Rows::head(a, kv, r);
-      ((T*)a.dsink_partial)[b * a.H + h] = T(sink_sum<T>(
-          a, b, h, [&](int64_t t) { return double(w.lse[r + t]) + w.lse_low[r + t]; },
-          [&](int64_t t) { return w.delta_sum[r + t]; }));
     }
   }
 };

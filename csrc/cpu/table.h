@@ -142,7 +142,7 @@ struct Attention {
   void* dq_partial;          // [B, H, chunks, T, D] in the compute type
   Scores dbias;              // like bias; kDouble, or kFloat (the compute type); data may be null
   bool dbias_adds;           // to zeros; or else every element is written, once
-  void* dsink_partial;       // [B, H] in the compute type; null without a sink
+  double* dsink_partial;     // [B, chunks, H]; null without a sink
 };
 
 struct WeightOnly {  // y = x w^T + bias for a few rows of x, in fp32
