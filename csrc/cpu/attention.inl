@@ -7,6 +7,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
   using Blocks = AttentionBlocks<V, S, W>;
   using Blocks::kJoined, Blocks::kPanel, Blocks::kPer, Blocks::kQueries, Blocks::kRow, Blocks::kVectors;
   using typename Blocks::T;
+  static constexpr int64_t kPiece = 32;
   static constexpr int64_t kKeys = 96;  // s is then 24 KiB for 64 queries: with a row of keys it fits in L1
 
   static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
@@ -14,7 +15,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
   struct Workspace {
     W *q, *keys, *values, *scratch;
-    T *s, *o, *m, *l, *mask, *bias, *keep;
+    T *s, *o, *m, *l, *l_low, *mask, *bias, *keep;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
       const int64_t Dw = Blocks::words(a.D);
@@ -26,6 +27,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
       scratch = arena.take<W>(kPer == 2 ? Dw * kQueries : 0);
       m = arena.take<T>(kQueries);
       l = arena.take<T>(kQueries);
+      l_low = arena.take<T>(kQueries);
       mask = arena.take<T>(a.mask.data ? kKeys * kRow : 0);
       bias = arena.take<T>(a.bias.data ? kKeys * kRow : 0);
       keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kRow : 0);
@@ -40,7 +42,11 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
   // p = exp(s * scale - max) in place, as words along keys; the running maximum m and sum l of every query follow, and
   // rescale[v] is what the old sums have to be multiplied with. Dropout (`keep` is not null) does not touch the sum.
-  static void exponentials(T* s, const int64_t* ends, int64_t vectors, T scale, const T* keep, T* m, T* l, V* rescale) {
+  // Sums are short: of kPiece keys, of these in a block, and of blocks, where what is rounded off is kept in l_low.
+  // Added one by one to a sum of thousands, probabilities would leave lse, and with it every gradient, several times as
+  // far from the truth.
+  static void exponentials(T* s, const int64_t* ends, int64_t vectors, T scale, const T* keep, T* m, T* l, T* l_low,
+                           V* rescale) {
     for (int64_t v = 0; v < vectors; ++v) {
       T* column = s + v * V::L;
       const int64_t keys = ends[v];
@@ -59,28 +65,37 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
       const V shift = V::set(0) - now;
       auto probability = [&](int64_t k) { return exp_fma(score(k), c, shift, V::set(0)); };
-      V sum[2] = {V::load(l + v * V::L) * rescale[v], V::set(0)};
+      V block = V::set(0);
       auto drop = [&](V p, int64_t k) { return keep ? p * V::load(keep + k * kRow + v * V::L) : p; };
-      for (k = 0; k + 2 <= keys; k += 2) {
-        const V p = probability(k), next = probability(k + 1);
-        sum[0] = sum[0] + p;
-        sum[1] = sum[1] + next;
-        if constexpr (kPer == 1) {
-          drop(p, k).store(column + k * kRow);
-          drop(next, k + 1).store(column + (k + 1) * kRow);
-        } else {
-          store_pairs(drop(p, k), drop(next, k + 1), (W*)column + k / 2 * kRow);
+      for (k = 0; k < keys;) {
+        const int64_t end = clamp(k + kPiece, 0, keys);
+        V sum[2] = {V::set(0), V::set(0)};
+        for (; k + 2 <= end; k += 2) {
+          const V p = probability(k), next = probability(k + 1);
+          sum[0] = sum[0] + p;
+          sum[1] = sum[1] + next;
+          if constexpr (kPer == 1) {
+            drop(p, k).store(column + k * kRow);
+            drop(next, k + 1).store(column + (k + 1) * kRow);
+          } else {
+            store_pairs(drop(p, k), drop(next, k + 1), (W*)column + k / 2 * kRow);
+          }
         }
+        if (k < end) {
+          const V p = probability(k);
+          sum[0] = sum[0] + p;
+          if constexpr (kPer == 1)
+            drop(p, k).store(column + k * kRow);
+          else
+            store_pairs(drop(p, k), V::set(0), (W*)column + k / 2 * kRow);
+          ++k;
+        }
+        block = block + (sum[0] + sum[1]);
       }
-      if (k < keys) {
-        const V p = probability(k);
-        sum[0] = sum[0] + p;
-        if constexpr (kPer == 1)
-          drop(p, k).store(column + k * kRow);
-        else
-          store_pairs(drop(p, k), V::set(0), (W*)column + k / 2 * kRow);
-      }
-      (sum[0] + sum[1]).store(l + v * V::L);
+      const V before = V::load(l + v * V::L) * rescale[v], total = before + block;
+      const V added = total - before, rounded = (before - (total - added)) + (block - added);
+      total.store(l + v * V::L);
+      fma(V::load(l_low + v * V::L), rescale[v], rounded).store(l_low + v * V::L);
       if constexpr (kJoined)
         for (k = keys; k < ends[vectors - 1]; ++k) V::set(0).store(column + k * kRow);
     }
@@ -105,7 +120,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     }
     V rescale[kPanel];
     exponentials(w.s + q, ends, n, plain ? scores.scale : T(1), a.dropout_p > 0 ? w.keep + q : nullptr, w.m + q,
-                 w.l + q, rescale);
+                 w.l + q, w.l_low + q, rescale);
 
     // Vectors with the same keys share a product.
     for (int64_t v = 0, next; v < n; v = next) {
@@ -126,7 +141,8 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
 
     Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
     memset(w.o, 0, a.Dv * kRow * sizeof(T));
-    for (int64_t i = 0; i < kQueries; ++i) w.m[i] = T(-1e30), w.l[i] = 0;  // finite: -inf - -inf would be a NaN
+    for (int64_t i = 0; i < kQueries; ++i)
+      w.m[i] = T(-1e30), w.l[i] = w.l_low[i] = 0;  // finite: -inf - -inf would be a NaN
 
     const Range range = visible_keys(a, q0, n);
     for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
@@ -141,7 +157,7 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
     // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
     double* lse = a.lse ? a.lse + b * a.lse_b + h * a.lse_h + q0 : nullptr;
     for (int64_t i = 0; i < n; ++i) {
-      double m = w.m[i], l = w.l[i], rescaled = 1;
+      double m = w.m[i], l = double(w.l[i]) + w.l_low[i], rescaled = 1;
       if (a.sink) {
         const double sink = ((const T*)a.sink)[h], top = sink > m ? sink : m;
         rescaled = ::exp(m - top);

@@ -42,7 +42,7 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
   // bias, and rows that see few of many keys (sees_few), for which delta would have to be summed over ranges.
   static int64_t ranges(const Attention& a) {
     constexpr int64_t kFewQueries = V::L < 8 ? V::L : 8;
-    if (a.T == 0 || a.T > kFewQueries || rows(a) > kMostRows || a.dropout_p > 0 || a.dbias.data) return 0;
+    if (a.Hkv == 0 || a.T == 0 || a.T > kFewQueries || rows(a) > kMostRows || a.dropout_p > 0 || a.dbias.data) return 0;
     if (a.k.d != 1 || a.v.d != 1 || a.dk.d != 1 || a.dv.d != 1) return 0;
     if (Rows::splits(a) > 1 && !a.partial_keys)
       for (int64_t b = 0; b < (a.mask.b ? a.B : 1); ++b)
