@@ -1,4 +1,4 @@
-"""`make results`: models trained on real text, each by one command, scored on its test set beside a plain baseline.
+"""Models trained on real text, each by one command, scored on its test set beside a plain baseline.
 
 `python -m fastllm.bench.llm translation` fetches the data, trains, evaluates on test and keeps what the README shows in
 bench/results/llm.json; `--time` also trains the first steps on plain PyTorch and on the kernels, in turn. A run that is
@@ -169,7 +169,13 @@ def timed(name: str, seconds: float, rounds: int = 2) -> dict:
 def main():
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.llm", description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default all: {', '.join(RECIPES)}")
-    parser.add_argument("--time", type=float, default=0, metavar="SECONDS", help="plain PyTorch against the kernels")
+    parser.add_argument(
+        "--time",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="plain PyTorch against the kernels; results that are there stay",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/llm.json"))
     args = parser.parse_args()
     unknown = set(args.names) - set(RECIPES)
@@ -177,14 +183,16 @@ def main():
         parser.error(f"no recipe is called {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
     for name in args.names or RECIPES:
         recipe, out = RECIPES[name], RUNS / name
+        report = json.loads(args.out.read_text()) if args.out.exists() else {"results": {}}
+        entry = report["results"].get(name, {})
         if not Path("data", recipe.data).exists():
             fastllm(f"data {recipe.data}")
-        if not (out / "result.json").exists():
-            fastllm(command(recipe, out) + " --resume" * out.exists())
-        if recipe.evaluate and not (out / "test" / "result.json").exists():
-            fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'}")
-        report = json.loads(args.out.read_text()) if args.out.exists() else {"results": {}}
-        entry = report["results"].get(name, {}) | collect(name)
+        if not (args.time and entry):
+            if not (out / "result.json").exists():
+                fastllm(command(recipe, out) + " --resume" * out.exists())
+            if recipe.evaluate and not (out / "test" / "result.json").exists():
+                fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'}")
+            entry |= collect(name)
         if args.time:
             entry["time"] = timed(name, args.time) | dict(machine=store.machine(store.environment()))
         report["results"][name] = entry
