@@ -1,8 +1,9 @@
 // What csrc/cuda/hopper.cuh says in PTX, for the emulator (cuda_emulator.h includes this), as the PTX ISA describes it.
 //
-// Tiles and products are asynchronous. In every other launch they happen when they are begun, else as late as they may:
-// when somebody waits for them. So both show as wrong numbers, what is read before it was waited for and what is written
-// while it may still be read. Matrices in shared memory are read by what their descriptor says and by nothing else.
+// Tiles and products are asynchronous. In every other launch products happen when they are begun and tiles as late as
+// they may, when somebody waits for them; then it is the other way round. So both show as wrong numbers: what is read
+// before it was waited for, and what is written while it may still be read. Matrices in shared memory are read by what
+// their descriptor says and by nothing else.
 #pragma once
 
 namespace fastllm::emulator {
@@ -23,7 +24,7 @@ struct PhaseBarrier {
 static_assert(sizeof(PhaseBarrier) == 8, "");
 
 inline char* shared() { return machine().current->block->shared; }
-inline bool is_late() { return machine().launches % 2; }
+inline bool are_tiles_late() { return machine().launches % 2; }
 
 struct Map {  // of a [B, H, T, D] tensor of 16-bit numbers, and the rows of a tile of 64 columns
   const uint16_t* data;
@@ -98,10 +99,10 @@ inline void make(const Product& p) {
 inline void begin(Product p) {
   Fiber& f = *machine().current;
   p.group = f.product_group;
-  if (is_late())
-    f.products.push_back(p);
-  else
+  if (are_tiles_late())
     make(p);
+  else
+    f.products.push_back(p);
 }
 
 }  // namespace fastllm::emulator
@@ -164,7 +165,7 @@ inline void fetch_tile(uint32_t to, const TileMap& map, int column, int row, int
   emulator::Block* block = emulator::machine().current->block;
   ++emulator::machine().tiles;
   const auto bring = [=] { emulator::arrive_tile(block->shared, to, map, column, row, head, batch, barrier); };
-  if (emulator::is_late())
+  if (emulator::are_tiles_late())
     block->coming.push_back({barrier, bring});
   else
     bring();
@@ -184,6 +185,7 @@ void wait_for_products() {
     else
       left.push_back(p);
   f.products.swap(left);
+  emulator::wait(f.block->warps[f.thread / 32].barrier);  // a warp waits as a whole: then one lane may speak for it
 }
 
 template <class T>

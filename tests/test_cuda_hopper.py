@@ -47,7 +47,7 @@ def tensors(device, B=2, H=4, Hkv=2, T=150, S=150, D=64, dtype=torch.bfloat16):
 
 
 def check(q, k, v, **options):
-    """Twice: the emulator's tiles and products come early the one time and late the other."""
+    """Twice: in the emulator tiles come late and products early the one time, and the other way round the other."""
     options = dict(return_lse=True) | options
     with fastllm.backend("reference"):
         peer = fastllm.attention(q, k, v, **options)

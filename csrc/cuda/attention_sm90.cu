@@ -87,6 +87,9 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
     for (int n = 0; n < kKeys / 16; ++n) multiply_async<T>(acc[0], p[n], further(v, n * 16 * 128));
     close_products();
   };
+  const auto wait_for_keys = [&](int tile) {
+    if (tile < walk.blocks) wait_for_phase(L::k_there(tile), L::parity(tile));
+  };
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) arrive(barrier);
   };
@@ -128,7 +131,7 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
     if (group == 0) arrive_at<kBothGroups>(turn);  // the first turn
     float shrink[2];
     wait_for_phase(L::kQThere, 0);
-    wait_for_phase(L::k_there(0), 0);
+    wait_for_keys(0);
     hold(s[0]);
     multiply_keys(0);
     wait_for_products<0>();
@@ -136,8 +139,8 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
     release(L::k_read(0));
     exponentials(0, shrink);  // acc is 0, whatever it shrinks by
     round_probabilities();
+    wait_for_keys(1);
     for (int n = 1; n < walk.blocks; ++n) {
-      wait_for_phase(L::k_there(n), L::parity(n));
       sync_at<kBothGroups>(turn);
       hold(s[0]);
       hold(acc[0]);
@@ -149,6 +152,8 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
       hold(s[0]);
       release(L::k_read(n));
       exponentials(n, shrink);
+      // Also keeps the wait below where it is: without a branch between them ptxas moves it above the exponentials.
+      wait_for_keys(n + 1);
       wait_for_products<0>();
       hold(acc[0]);
       release(L::v_read(n - 1));
