@@ -98,7 +98,8 @@ def test_zero_and_constant_weights(own_backend, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_are_a_matrix_product(own_backend, dtype, monkeypatch):
-    monkeypatch.setitem(ops._CHUNK, "cpu", 32 * 96)  # several chunks of rows
+    for rows in ("few rows", "cpu"):
+        monkeypatch.setitem(ops._CHUNK, rows, 32 * 96)  # several chunks of rows
     packed = quantize(torch.randn(100, 96), "int8 grouped")
     hold(torch.randn(3, 11, 96).to(dtype), packed, packed.dequantize().double(), torch.randn(100))
     w = torch.randn(100, 96).bfloat16()

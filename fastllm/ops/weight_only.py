@@ -10,10 +10,11 @@ from fastllm.ops._common import check_tensor, wants_gradient
 from fastllm.ops.linear import linear, matmul
 
 PANEL = 16  # rows of a packed weight that lie together
-# Rows of x that the kernel reads every weight once for; more are a matrix product, for which so many weights are
-# unpacked at a time: what the cache of a CPU holds, and on a GPU what keeps a product of all of them in one.
+# Rows of x that the kernel reads every weight once for; more are a matrix product.
 FEW_ROWS = {"cpu": 16, "triton": 64}
-_CHUNK = {"cpu": 1 << 22, "triton": 1 << 26}
+# Weights that are unpacked at a time for a product: what a CPU's caches hold, fewer beside few rows, where reading them
+# is all there is to do; on a GPU what keeps a product of all of them in one.
+_CHUNK = {"few rows": 1 << 20, "cpu": 1 << 22, "triton": 1 << 26}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 weight_only_linear_fwd = Op(
@@ -220,7 +221,7 @@ class _WeightOnlyLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         flat = dy.contiguous().view(-1, dy.shape[-1])
-        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, dy))
+        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, flat))
         dbias = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
         return dx.view(*dy.shape[:-1], -1), dbias, None, None
 
@@ -245,7 +246,8 @@ def _in_chunks(weight, like):
     """(begin, end, rows [begin, end) of the weight in the dtype of `like`), all in one where that is what it has."""
     N, K = weight.shape
     quantized = isinstance(weight, QuantizedWeight)
-    most = _CHUNK["cpu" if like.is_cpu else "triton"] // max(K, 1)
+    few = like.numel() <= FEW_ROWS["cpu"] * like.shape[-1]
+    most = _CHUNK["triton" if not like.is_cpu else "few rows" if few else "cpu"] // max(K, 1)
     chunk = max(PANEL, most // PANEL * PANEL) if quantized or weight.dtype != like.dtype else N
     for begin in range(0, N, chunk):
         end = min(begin + chunk, N)
