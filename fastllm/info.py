@@ -157,6 +157,7 @@ def _adamw_step(p):
     p = torch.nn.Parameter(p)
     p.grad = torch.zeros_like(p)
     fastllm.optim.AdamW([p]).step()
+    return p.detach()
 
 
 _adamw_step.__name__ = "optim.AdamW"  # what the matrix calls it

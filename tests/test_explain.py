@@ -225,7 +225,7 @@ def test_what_the_matrix_claims_runs(backend, dtype):
             if info.kernels_for(function, *args, **keywords)[name]:
                 continue
             args, keywords = on_device(args, backend), on_device(keywords, backend)
-            has_backward = function is not fastllm.attention_with_kvcache
+            has_backward = function.__name__ not in ("attention_with_kvcache", "optim.AdamW")
             x, *rest = args[0] if isinstance(args[0], list) else args
             x = x.detach().requires_grad_(has_backward)  # not the tensor itself, which is other options' input too
             given = ([x, *rest], *args[1:]) if isinstance(args[0], list) else (x, *rest)
