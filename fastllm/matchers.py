@@ -102,6 +102,8 @@ def _try_norm(module, eps):
 
 @functools.cache
 def _written_norm(eps, op, offset, rule):
+    plus_one = bool(offset)  # Dynamo, which sees many models through one function, would take a float for a variable
+
     def forward(self, plain, x):
         weight, dtype = self.weight, x.dtype
         if rule == "the wider" or (rule == "the weight's" and weight.dtype.itemsize > dtype.itemsize):
@@ -109,7 +111,7 @@ def _written_norm(eps, op, offset, rule):
         if op == "layer_norm":
             y = layer_norm(x, weight, getattr(self, "bias", None), eps=getattr(self, eps))
         else:
-            y = rms_norm(x, weight, eps=getattr(self, eps), weight_offset=offset)
+            y = rms_norm(x, weight, eps=getattr(self, eps), weight_offset=1.0 if plus_one else 0.0)
         return y.to(weight.dtype) if rule == "the weight's" else y
 
     forward.runs = op if not offset else f"{op}, 1 + weight"

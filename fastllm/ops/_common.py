@@ -59,6 +59,14 @@ def wants_gradient(*tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def apart(*tensors):
+    """`tensors`; under torch.compile, where a tensor stands twice (attention(x, y, y)), the second is an alias: Dynamo
+    takes none twice into an autograd Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [x.view_as(x) if x is not None and any(x is y for y in tensors[:n]) else x for n, x in enumerate(tensors)]
+
+
 def gradients_through(function, inputs, grads):
     """Gradients of `function(*inputs)` that can be differentiated again; None for what is None or needs none."""
     # Fresh aliases, so that a tensor given twice (attention(x, x, x)) gets a gradient for each of its roles.

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, gradients_through, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64, wants_gradient
 
 
 def _fwd_fake(gate, up, *options):
@@ -68,7 +68,7 @@ def _gated(gate, up, approximate, backend):
 def _run_gated(gate, up, approximate, backend):
     gate, up = _dense_rows(gate), None if up is None else _dense_rows(up)
     run = _Gated.apply if wants_gradient(gate, up) else _gated
-    return run(gate, up, approximate, backend)
+    return run(*apart(gate, up), approximate, backend)
 
 
 class _BiasGelu(torch.autograd.Function):

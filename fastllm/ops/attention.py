@@ -8,6 +8,7 @@ from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops._common import (
     FLOATS,
+    apart,
     as_4d,
     autocast,
     check_broadcast,
@@ -174,7 +175,7 @@ def attention(
         )
     elif wants_gradient(q, k, v, bias, sink):
         found = _Attention.apply(
-            q, k, v, mask, bias, alibi_slopes, sink, seed, tuple(options.values()), plain, return_lse, backend
+            *apart(q, k, v), mask, bias, alibi_slopes, sink, seed, tuple(options.values()), plain, return_lse, backend
         )
         if not return_lse:
             return found

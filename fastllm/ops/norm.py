@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op
-from fastllm.ops._common import check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
 
 
 def _rows(x):
@@ -170,6 +170,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
         return reference.layer_norm(x, weight, bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, bias, residual):
+        x, residual = apart(x, residual)
         return _LayerNorm.apply(x, weight, bias, residual, seed, eps, dropout_p, backend)
     if backend == "cpu" and layer_norm_plain and residual is seed is None:
         return layer_norm_plain(x, weight, bias, eps)
@@ -198,6 +199,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
         return reference.rms_norm(x, weight, **options)
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
     if wants_gradient(x, weight, residual):
+        x, residual = apart(x, residual)
         return _RMSNorm.apply(x, weight, residual, seed, eps, weight_offset, dropout_p, backend)
     if backend == "cpu" and rms_norm_plain and residual is seed is None:
         return rms_norm_plain(x, weight, eps, weight_offset)

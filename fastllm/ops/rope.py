@@ -4,7 +4,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, no_fp64, wants_gradient
 
 
 def _like_heads(x):
@@ -46,7 +46,7 @@ class _Rope(torch.autograd.Function):
 def _rotate(q, k, tables, options, inverse, backend):
     """q and k (or None) [B, H, T, D] turned, or turned back; tables are cos, sin, offsets, cu_seqlens."""
     if wants_gradient(q, k):
-        turned = _Rope.apply(q, k, tables, options, inverse, backend)
+        turned = _Rope.apply(*apart(q, k), tables, options, inverse, backend)
     else:
         turned = rope_fwd(backend, q, k, *tables, *options, inverse)
     return turned[0], None if k is None else turned[1]

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, gradients_through, no_fp64
+from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64
 from fastllm.ops.attention import OPTIONS, check_options, head_tensors
 
 _VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, " + OPTIONS.partition("Tensor? bias, ")[2].replace(
@@ -115,7 +115,7 @@ def attention_varlen(
     if backend == "reference":
         o, lse = _each(*arguments, **options)
     else:
-        o, lse = _AttentionVarlen.apply(*arguments, options, backend)
+        o, lse = _AttentionVarlen.apply(*apart(*arguments), options, backend)
     if not return_lse:
         return o
     return o, lse if q.dtype == torch.float64 else lse.float()
