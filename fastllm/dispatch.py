@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch._C import _are_functorch_transforms_active as _in_functorch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -199,9 +201,16 @@ def choose(op: str, x: torch.Tensor, unsupported=None, *, optional=False) -> str
     backend makes it an error.
     """
     if _forced is None and _recorder is None and x.is_cpu and extension is not None:
-        if unsupported is None or unsupported("cpu") is None:
-            return "cpu"
+        if not _in_functorch() and forward_ad._current_level < 0:  # transformed(), without the time of a call
+            if unsupported is None or unsupported("cpu") is None:
+                return "cpu"
     return _choose(op, x, unsupported, optional)
+
+
+def transformed() -> bool:
+    """Whether this call is inside of torch.func.grad, vmap, jvp and their like, or of forward-mode differentiation, for
+    which no kernel has a rule: without one PyTorch would take the tangent for 0."""
+    return _in_functorch() or forward_ad._current_level >= 0
 
 
 def forced() -> str | None:
@@ -224,6 +233,8 @@ def _choose(op, x, unsupported, optional=False):
     reason = missing or lacks(op, name, unsupported) or ""
     if native == "reference" and not _forced:
         reason = f"no kernels for {x.device.type} tensors"
+    if not reason and name != "reference" and transformed():
+        reason = "torch.func and forward-mode differentiation need plain PyTorch"
     if reason:
         if optional:
             missing = None

@@ -1,6 +1,7 @@
 """Attention, forward and backward."""
 
 import math
+import operator
 
 import torch
 
@@ -231,12 +232,14 @@ def check_options(op, q, k, v, causal, window, q_offset, scale, softcap, dropout
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if softcap < 0 or not math.isfinite(softcap):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
+        raise TypeError(f"{op}: scale is a number and gets no gradient: multiply q by a scale that is trained")
     left, right = _window(op, window)
     right = 0 if causal and right < 0 else min(right, 0) if causal else right
     return dict(
         scale=D**-0.5 if scale is None else float(scale),
         softcap=float(softcap),
-        q_offset=S - T if q_offset is None else q_offset,
+        q_offset=S - T if q_offset is None else _offset(op, q_offset),
         window_left=left,
         window_right=right,
         dropout_p=float(dropout_p),
@@ -250,6 +253,19 @@ def check_mask(op, mask, q, shape):
     check_tensor(op, "mask", mask, like=q, dtypes=(torch.bool,))
     check_broadcast(op, "mask", mask, shape)
     return as_4d(mask)
+
+
+def _offset(op, q_offset):
+    """q_offset, of which a tensor of one integer is taken too."""
+    if isinstance(q_offset, torch.SymInt):
+        return q_offset
+    try:
+        number = operator.index(q_offset)
+    except TypeError:
+        raise TypeError(f"{op}: q_offset must be an integer, got {q_offset!r}") from None
+    if abs(number) >= 2**40:
+        raise ValueError(f"{op}: q_offset must be between -2^40 and 2^40, got {number}")
+    return number
 
 
 def _window(op, window):

@@ -86,7 +86,7 @@ def lora_linear(x, weight, lora_a, lora_b, bias=None, *, scale=1.0, dropout_p=0.
         x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
     keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p else None
     kernels = kernels_for(op, x, weight)
-    if dispatch.forced() == "reference":
+    if dispatch.forced() == "reference" or dispatch.transformed():
         return reference.lora_linear(x, weight, lora_a, lora_b, bias, keep, scale=scale, dropout_p=dropout_p)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     keep = None if keep is None else keep.contiguous()

@@ -107,7 +107,8 @@ def attention_varlen(
         )
     batched = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
     options = check_options(op, *batched, causal, window, q_offset, scale, softcap, dropout_p)
-    options["q_offset"] = q_offset
+    if q_offset is None:  # each sequence has its own
+        options["q_offset"] = None
     head_tensors(op, q, len(cu_seqlens_q) - 1, q.shape[1], alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed
