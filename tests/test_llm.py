@@ -173,6 +173,13 @@ def test_classes_that_train_lacks_are_left_out(registered):
     assert len(task.splits["test"]) == len(task.rows["test"]) == 24
 
 
+def test_what_is_no_folder_of_rows_is_said(tmp_path):
+    (tmp_path / "rows.tsv").write_text("text\tlabel\na\tb\n")
+    for path in ("rows.tsv", "nowhere"):
+        with pytest.raises(ValueError, match=rf"classify: there is no .*{path}/train.tsv: .*`fastllm data FILE.tsv`"):
+            classify.Task.load(tmp_path / path)
+
+
 def test_scores_are_macro_averages():
     found = classify.scores([0, 0, 0, 1], [0, 0, 0, 0])
     assert found == dict(accuracy=0.75, precision=0.375, recall=0.5, f1=pytest.approx(3 / 7))

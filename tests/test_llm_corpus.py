@@ -1,6 +1,7 @@
 """A user's own files: what is read, left out, rejected, and where it goes."""
 
 import csv
+import gzip
 import json
 import re
 import tracemalloc
@@ -120,6 +121,22 @@ def test_bad_files_are_one_line_and_leave_nothing(tmp_path, capsys, content, arg
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.tsv.gz"])
+def test_files_that_are_no_text_are_not_read_as_text(tmp_path, name, capsys):
+    content = gzip.compress(b"a\n\nb\n\n") if name.endswith("gz") else b"text,label\n" + b"a, b\n\n" * 90
+    (tmp_path / name).write_bytes(content)
+    arguments = ["data", str(tmp_path / name), "--out", str(tmp_path / "out")]
+    arguments += ["--encoding", "latin-1"] if name.endswith("gz") else []
+    assert cli(arguments) == 2 and not (tmp_path / "out").exists()
+    assert ("gzip: unpack it" if name.endswith("gz") else "rows are read from a .tsv file") in capsys.readouterr().err
+
+
+def test_the_encoding_holds_for_the_first_line_too(tmp_path):
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "".join(f"é {n}\tab\n" for n in range(60)), encoding="utf-16")
+    meta = data.build_from_files([tmp_path / "rows.tsv"], tmp_path / "out", encoding="utf-16")
+    assert meta["kind"] == "classification" and meta["left_out"]["read"] == 60
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD", 1 << 12)
     peaks = []
@@ -151,7 +168,7 @@ def test_pairs_by_command(tmp_path, capsys):
             assert ids[-1] == tokenizer.eos and tokenizer.decode(ids[:-1]) == text
             assert sequences.lengths[2 * n + at] == len(ids)
     assert cli(["data", str(path), "--out", str(out)]) == 2
-    assert "is there already; --fresh builds it again" in capsys.readouterr().err
+    assert "is there already; --fresh replaces it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shard", [7, 1 << 24])

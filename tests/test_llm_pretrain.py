@@ -80,6 +80,9 @@ def test_a_config_with_a_mistake_is_one_line(tmp_path, text, capsys, content, me
 def test_settings_override_a_config_and_are_checked():
     found = settings.overridden(settings.read("llama-cpu"), dict(lr=1, window=[8, 0]))
     assert found["lr"] == 1.0 and found["window"] == [8, 0] and found["norm"] == "rmsnorm"
+    assert settings.overridden(settings.read("llama-cpu"), dict(head_dim=32))["head_dim"] == 32
+    unsaid = {key for keys in settings.SECTIONS.values() for key, value in keys.items() if value is None}
+    assert unsaid == settings.OPTIONAL.keys()
     with pytest.raises(ValueError, match="unknown key 'learning_rate'; did you mean"):
         pretrain.run("nowhere", learning_rate=1)
     with pytest.raises(ValueError, match="is no file and no preset; there are bert-base, "):

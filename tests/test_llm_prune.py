@@ -161,7 +161,10 @@ def test_what_is_left_is_trained(tmp_path, capsys):
     assert tuned.model.config == pruned.model.config and tuned.model.config.heads == 4
     assert prune.test_loss(tuned, data, 32) == result["test"]["loss"] < prune.test_loss(pruned, data, 32) / 2
     # Again, over what is there; and bad data leaves nothing.
-    found = prune.run(folder, tmp_path / "small", heads=0.5, finetune=data, epochs=1, max_len=32, measure=False)
+    training = dict(finetune=data, epochs=1, max_len=32, measure=False)
+    with pytest.raises(ValueError, match="small is there already; --fresh replaces it"):
+        prune.run(folder, tmp_path / "small", heads=0.5, **training)
+    found = prune.run(folder, tmp_path / "small", heads=0.5, fresh=True, **training)
     assert set(found) == {"before", "pruned", "after"}
     (data / "test.txt").write_text("\n")
     for given, why in ((["--finetune", str(data)], "has no text"), (["--lr", "1e-3"], "lr is for --finetune DATA")):

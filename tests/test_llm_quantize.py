@@ -1,6 +1,8 @@
 """`fastllm quantize`: smaller folders that every command reads, with the answers of what the codes stand for."""
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed")
 
 import fastllm
 from fastllm import cli
-from fastllm.llm import generate, measure, quantize
+from fastllm.llm import data, generate, measure, prune, quantize
 from fastllm.llm.checkpoint import load_model, save_model
 from fastllm.llm.packed import packing, quantize_model
 from fastllm.llm.prompts import ChatTemplate
@@ -131,6 +133,34 @@ def test_transformers_alone_refuses_a_packed_folder(tmp_path):
     quantize.run(tmp_path / "m", tmp_path / "q", measure=False)
     with pytest.raises(ValueError, match="fastllm"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_nothing_that_is_there_is_lost(tmp_path):
+    """Not another model, not the user's files, not what is read."""
+    save_model(tmp_path / "m", ours("modern"), TOKENS)
+    (tmp_path / "run").mkdir()
+    shutil.copytree(tmp_path / "m", tmp_path / "run" / "best")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("three years")
+    write = functools.partial(quantize.run, tmp_path / "m", measure=False)
+    write(tmp_path / "q")
+    for out, fresh, why in (
+        ("q", False, "q is there already; --fresh replaces it"),
+        ("thesis", False, "thesis has files in it, and no config.json"),
+        ("thesis", True, "thesis has files in it, and no config.json"),
+        ("m", True, "m is what is read"),
+        ("thesis/thesis.tex", True, "thesis.tex is a file"),
+    ):
+        with pytest.raises(ValueError, match=f"^quantize: .*{why}"):
+            write(tmp_path / out, fresh=fresh)
+    with pytest.raises(ValueError, match="run is what is read"):
+        quantize.run(tmp_path / "run" / "best", tmp_path / "run", measure=False, fresh=True)
+    with pytest.raises(ValueError, match=r"^prune: .*thesis has files in it"):
+        prune.run(tmp_path / "m", tmp_path / "thesis", layers=0.5, fresh=True)
+    with pytest.raises(ValueError, match=r"^data: .*thesis has files in it"):
+        data.build_from_files([tmp_path / "thesis" / "thesis.tex"], tmp_path / "thesis", fresh=True)
+    write(tmp_path / "q", bits=4, fresh=True)
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "three years" and (tmp_path / "m").exists()
 
 
 def test_bad_input(tmp_path, capsys):

@@ -43,6 +43,9 @@ class Task:
         """From train.tsv, valid.tsv, test.tsv. A class that is not in train is left out of the others, and counted."""
         rows, left_out = {}, {}
         for split in SPLITS:
+            if not (Path(folder) / f"{split}.tsv").is_file():
+                made = "a folder with train.tsv, valid.tsv and test.tsv is needed; `fastllm data FILE.tsv` makes one"
+                raise ValueError(f"classify: there is no {folder}/{split}.tsv: {made}")
             rows[split], left_out[f"{split} malformed"] = read_tsv(Path(folder) / f"{split}.tsv")
         classes = sorted({label for _, label in rows["train"]})
         if len(classes) < 2:

@@ -19,6 +19,7 @@ COLUMNS = {"classification": ("text", "label"), "pairs": ("source", "target")}
 BREAK = "\f"  # a line of its own between the documents of a text file; cleaning leaves none inside of one
 LINES, CHARACTERS = 1000, 1 << 20  # that a quoted field may have, before its quote counts as one that never closes
 _DROPPED = {c: None for c in (*range(32), *range(127, 160), 0xFEFF) if chr(c) not in "\n\t"}
+OTHER_ROWS = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")  # which nobody means as running text
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
 
 
@@ -66,12 +67,16 @@ class Rejects:
         self.file.write(f"{path}\t{number}\t{reason}\t{row}\n")
 
 
-def kind_of(paths) -> str:
+def kind_of(paths, encoding="utf-8") -> str:
     """By the first file: "classification" or "pairs" by the columns that its first line names, else "text"."""
     path = Path(paths[0])
+    if path.suffix.lower() in OTHER_ROWS:
+        raise ValueError(
+            f"data: {path}: rows are read from a .tsv file (tabs between the columns); --kind text reads text"
+        )
     if path.suffix.lower() not in (".tsv", ".tab"):
         return "text"
-    with reading(path) as file:
+    with reading(path, encoding) as file:
         header = header_of(file.readline())
     for kind, columns in COLUMNS.items():
         if set(columns) <= set(header):
@@ -92,10 +97,11 @@ def reading(path, encoding="utf-8"):
         raise ValueError(f"data: there is no file {path}" if not path.exists() else f"data: {path} is a folder")
     if not path.stat().st_size:
         raise ValueError(f"data: {path} is empty")
-    if encoding == "utf-8":
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if found := next((name for mark, name in MARKS.items() if start.startswith(mark)), None):
+    with open(path, "rb") as file:
+        start = file.read(4)
+    found = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    if encoding == "utf-8" or found in ("gzip", "a zip archive"):
+        if found:
             cure = "--encoding utf-16 reads it" if found == "utf-16" else "unpack it"
             raise ValueError(f"data: {path} is no UTF-8 text but {found}: {cure}")
         encoding = "utf-8-sig"
@@ -187,7 +193,7 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
     `group`, a column: rows that share it share a split. What cannot be used is in rejected.tsv.
     Raises ValueError for files that cannot be read and for a split that stays empty.
     """
-    paths, kind, folder = [Path(path) for path in paths], kind or kind_of(paths), Path(folder)
+    paths, kind, folder = [Path(path) for path in paths], kind or kind_of(paths, encoding), Path(folder)
     whole = len(paths) > 1 if whole is None else whole
     if group and kind == "text":
         raise ValueError("data: --group names a column, text has none")

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from fastllm.llm import corpus, debian, shards, sources
-from fastllm.llm.files import atomic, atomic_folder
+from fastllm.llm.files import atomic, atomic_folder, check_free
 from fastllm.llm.sources import SPLITS, Unavailable
 
 CLASSIFICATION = {
@@ -81,11 +81,11 @@ def build(name: str, out=None, *, fresh=False) -> dict:
 def build_from_files(paths, out=None, *, fresh=False, **options) -> dict:
     """Build a set from the user's own files in the folder `out` (default data/NAME, by the first of them).
 
-    options are those of `corpus.build`. A folder that is there is an error unless `fresh`; it is whole, or not there.
+    options are those of `corpus.build`. A folder with files in it is an error, unless it is such a set
+    and `fresh` is given; it is whole, or not there.
     """
     out = Path(out or Path("data") / Path(paths[0]).stem)
-    if out.exists() and not fresh:
-        raise ValueError(f"data: {out} is there already; --fresh builds it again, --out names another folder")
+    check_free("data", out, fresh=fresh, mark="meta.json")
     with atomic_folder(out) as temporary:
         meta = dict(name=out.name, folder=str(out)) | corpus.build(temporary, paths, **options)
         with atomic(temporary / "meta.json") as file:

@@ -55,6 +55,24 @@ def atomic_folder(path):
         raise
 
 
+def check_free(command: str, out, *, fresh=False, mark="config.json", source=None):
+    """Raise ValueError where `command` must not put a folder at `out`: a file, a folder with anything in it, unless
+    `fresh` and it has the file `mark`, by which the command knows its own, or one that holds `source`, which it reads.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{command}: {out} is a file; --out names a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    elsewhere = "--out names another folder"
+    if source is not None and Path(source).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{command}: {out} is what is read; {elsewhere}")
+    if not (out / mark).exists():
+        raise ValueError(f"{command}: {out} has files in it, and no {mark}: they would be lost; {elsewhere}")
+    if not fresh:
+        raise ValueError(f"{command}: {out} is there already; --fresh replaces it, {elsewhere}")
+
+
 def sync(path):
     """Wait until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)

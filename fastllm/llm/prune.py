@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fastllm.llm import rows
 from fastllm.llm.checkpoint import Loaded, load_model, write_model
-from fastllm.llm.files import atomic_folder
+from fastllm.llm.files import atomic_folder, check_free
 from fastllm.llm.measure import compare, read_text, show_comparison
 from fastllm.llm.packed import packing
 from fastllm.llm.prompts import ChatTemplate
@@ -255,6 +255,7 @@ def run(
     text=None,
     measure=True,
     finetune=None,
+    fresh=False,
     **training,
 ) -> dict:
     """Write a smaller model than that of a folder to the folder `out`, and say what it cost and brought.
@@ -264,10 +265,12 @@ def run(
     the model's task, on which what is left is trained, all of it, with the options `training` of `finetune.run`: then
     `out` is the folder of that run, with the model before it in out/pruned. Returns what `quantize.run` does, and then
     also the loss on the test rows before and after, and under "pruned" that of out/pruned.
-    Raises ValueError as `prune_model` and `finetune.run` do, for a packed model, and where nothing would go.
+    Raises ValueError as `prune_model` and `finetune.run` do, for a packed model, where nothing would go, and for
+    a folder `out` that is there, unless it has a model (with finetune: a run) in it and `fresh` is given.
     """
     if min(heads, channels, layers) == 1:
         raise ValueError("prune: nothing would go; give --heads, --channels or --layers a share below 1")
+    check_free("prune", out, fresh=fresh, mark="config.json" if finetune is None else "run.json", source=model)
     calibrate, text = (None if path is None else read_text(path) for path in (calibrate, text))
     loaded = load_model(model, accelerate=False)
     if packing(loaded.model)["layers"]:
@@ -327,6 +330,7 @@ def add_arguments(subparsers):
     parser = subparsers.add_parser("prune", help="write a model with fewer heads, channels and layers")
     parser.add_argument("model", help="folder of a model: ours, a run's, or Hugging Face's")
     parser.add_argument("--out", help="folder to write (default: MODEL-pruned)")
+    parser.add_argument("--fresh", action="store_true", help="replace the model in --out")
     for name, what in (("heads", "attention heads"), ("channels", "feed-forward channels"), ("layers", "layers")):
         parser.add_argument(f"--{name}", type=float, default=1.0, help=f"share of the {what} to keep (default 1)")
     parser.add_argument("--calibrate", metavar="FILE", help="text on which it shows what matters")
@@ -348,7 +352,7 @@ def add_arguments(subparsers):
 
 def main(args) -> int:
     out = args.out or f"{Path(args.model)}-pruned"
-    names = "heads channels layers calibrate text finetune".split()
+    names = "heads channels layers calibrate text finetune fresh".split()
     training = {name: getattr(args, name) for name in "epochs batch lr max_len seed".split()}
     training = {name: value for name, value in training.items() if value is not None}
     if training and args.finetune is None:

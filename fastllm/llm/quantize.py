@@ -5,21 +5,23 @@ from pathlib import Path
 
 from fastllm.llm import require
 from fastllm.llm.checkpoint import Loaded, load_model, without_ties, write_model
-from fastllm.llm.files import atomic, atomic_folder
+from fastllm.llm.files import atomic, atomic_folder, check_free
 from fastllm.llm.measure import compare, read_text, show_comparison
 from fastllm.llm.packed import GROUPS, packing, quantize_model
 from fastllm.llm.prompts import ChatTemplate
 from fastllm.model import Transformer
 
 
-def run(model, out, *, bits=8, group_size=None, head_bits=8, text=None, measure=True) -> dict:
+def run(model, out, *, bits=8, group_size=None, head_bits=8, text=None, measure=True, fresh=False) -> dict:
     """Write the model of a folder in fewer bits to the folder `out`, and say what it cost and brought.
 
     text is a file whose perplexity is measured before and after; speed is that of one sequence. Returns
     {"before": ..., "after": ...} with bytes, tokens_per_s and perplexity, as far as they were measured. Raises
-    ValueError for a model that is packed already, and for options that do not fit.
+    ValueError for a model that is packed already, for options that do not fit, and for a folder `out` that is there,
+    unless it has a model in it and `fresh` is given.
     """
     text = None if text is None else read_text(text)  # before anything is written
+    check_free("quantize", out, fresh=fresh, source=model)
     loaded = load_model(model, accelerate=False)
     if packing(loaded.model)["layers"]:
         raise ValueError(f"quantize: {model} is packed already; start from the model that it was made from")
@@ -53,6 +55,7 @@ def add_arguments(subparsers):
     parser = subparsers.add_parser("quantize", help="write a model with 8-bit or 4-bit weights")
     parser.add_argument("model", help="folder of a model: ours, a run's, or Hugging Face's")
     parser.add_argument("--out", help="folder to write (default: MODEL-int8 or MODEL-int4)")
+    parser.add_argument("--fresh", action="store_true", help="replace the model in --out")
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8)
     parser.add_argument("--group", type=int, choices=GROUPS, help="numbers that share a scale (default: 8: row, 4: 64)")
     parser.add_argument("--head-bits", type=int, choices=(8, 4), default=8, help="of the head, and of a tied embedding")
@@ -62,6 +65,6 @@ def add_arguments(subparsers):
 
 def main(args) -> int:
     out = args.out or f"{Path(args.model)}-int{args.bits}"
-    options = dict(bits=args.bits, group_size=args.group, head_bits=args.head_bits, text=args.text)
+    options = dict(bits=args.bits, group_size=args.group, head_bits=args.head_bits, text=args.text, fresh=args.fresh)
     show_comparison(run(args.model, out, **options), out)
     return 0

@@ -24,7 +24,7 @@ SECTIONS = {
     "training": defaults(Recipe) | dict(batch=8, label_smoothing=0.0, keep=2, tensorboard=False),
 }
 # What a value without a default is where it is given.
-OPTIONAL = dict(kv_heads=int, window=list, seconds=float)
+OPTIONAL = dict(kv_heads=int, head_dim=int, window=list, seconds=float)
 FREE = ("steps", "patience", "seconds", "keep", "tensorboard", "sample_every", "save_every")  # may change on resuming
 
 
