@@ -4,7 +4,7 @@ import pytest
 from finetune_models import write
 
 from fastllm.cli import main as cli
-from fastllm.llm import rows
+from fastllm.llm import quantize, rows
 from fastllm.llm.tasks import TASKS
 
 pytest_plugins = ["finetune_models"]
@@ -70,6 +70,8 @@ def test_models_that_do_not_fit_are_one_line(reviews, encoder, decoder, tmp_path
 
     assert "reads from left to right" in refused("classification", "--model", decoder)
     assert "one for language-model is needed" in refused("language", "--model", encoder)
+    quantize.run(decoder, tmp_path / "packed", measure=False)
+    assert "packed in few bits; fine-tune the model" in refused("language", "--model", tmp_path / "packed", "--lora", 2)
     assert "is no folder" in refused("classification", "--model", tmp_path / "gone")
     assert "no linear layer named like 'xyz'" in refused(
         "classification", "--model", encoder, "--lora", 2, "--targets", "xyz"

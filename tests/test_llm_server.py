@@ -178,6 +178,8 @@ def test_the_page_in_a_browser(server, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
+        (["--port", "65536"], "serve: the port must be in [0, 65535], got 65536"),
+        (["--host", "300.1.1.1"], "serve: cannot listen on 300.1.1.1"),
         (["--max-tokens", "0"], "limits must be at least 1"),
         (["--api-key", ""], "the API key is empty"),
         (["--slots", "0"], "slots must be at least 1"),

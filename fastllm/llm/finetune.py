@@ -158,6 +158,8 @@ def prepare(path, task, learned, *, accelerate=True) -> Loaded:
     """
     classes = learned.get("classes")
     config = read_json(resolve(path) / "config.json")
+    if "packing" in (config.get("fastllm") or config):
+        raise ValueError(f"finetune: {path} is packed in few bits; fine-tune the model it was made from, then quantize")
     if config.get("format") != "fastllm":
         options = {}
         if classes:

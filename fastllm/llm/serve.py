@@ -281,7 +281,12 @@ def page_policy(page: str) -> str:
 
 def listen(host, port) -> socket.socket:
     """A bound socket, so that a port that is taken is known before a model is loaded."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not 0 <= port <= 65535:
+        raise ValueError(f"serve: the port must be in [0, 65535], got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as problem:
+        raise OSError(f"serve: cannot listen on {host}: {problem.strerror}") from None
     bound = socket.socket(family, kind)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
