@@ -280,7 +280,7 @@ def page_policy(page: str) -> str:
 
 
 def listen(host, port) -> socket.socket:
-    """A bound socket, so that a port that is taken is known before a model is loaded."""
+    """A socket that listens, so that a port that is taken is known before a model is loaded."""
     if not 0 <= port <= 65535:
         raise ValueError(f"serve: the port must be in [0, 65535], got {port}")
     try:
@@ -291,6 +291,7 @@ def listen(host, port) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
+        bound.listen()  # or another process may bind it too until this one serves, and who calls by then is refused
     except OSError as problem:
         bound.close()
         raise OSError(f"serve: cannot listen on {host} port {port}: {problem.strerror}") from None
