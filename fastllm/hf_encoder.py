@@ -1,10 +1,13 @@
 """The layers of an encoder without padding: real tokens are packed once before them, and padded once after; and, where
 they are those of BERT, all of them in one call."""
 
+import inspect
+import threading
 import weakref
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from fastllm import encoder, hf, patch, trial
@@ -22,18 +25,21 @@ SHAPES |= {"cumsum", "sum", "mean", "max", "softmax", "matmul", "bmm", "einsum",
 
 def match_encoder(module, row):
     """A module that takes hidden states and a mask through a list of layers, and does nothing else."""
+    if _is_stack(module):
+        swap(module, row, _without_padding)
+
+
+def _is_stack(module):
     children = list(module.children())
     if len(children) != 1 or type(children[0]) is not nn.ModuleList or not len(children[0]) or _owns_tensors(module):
-        return
+        return False
     first, second, *_ = (*forward_of(module).__code__.co_varnames[1:3], "", "")
     config = getattr(children[0][0], "config", None) or getattr(module, "config", None)
     if (first, second) != ("hidden_states", "attention_mask") or getattr(config, "is_decoder", False):
-        return
+        return False
     if isinstance(config, PreTrainedConfig) and getattr(config, "chunk_size_feed_forward", 0):
         raise Unsupported("chunk_size_feed_forward cuts the positions of a batch")
-    if names_used(forward_of(module)) & SHAPES or not all(map(_token_by_token, children[0])):
-        return
-    swap(module, row, _without_padding)
+    return not names_used(forward_of(module)) & SHAPES and all(map(_token_by_token, children[0]))
 
 
 def _owns_tensors(module):
@@ -73,6 +79,8 @@ def _padding_of(mask, hidden_states):
     structure = mask.structure if isinstance(mask, hf.Mask) else None
     if structure is None:
         return mask is None, None
+    if structure.padding is not None and getattr(_pass, "reads_padding", False):
+        return False, None
     kept = structure.padding
     if structure.packed is not None or (kept is not None and kept.shape != hidden_states.shape[:2]):
         return False, None
@@ -121,6 +129,48 @@ def _is_watched(module):
     """Whether a hook inside would see packed rows; those of the module itself see padded ones."""
     inside = (m for m in module.modules() if m is not module)
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+
+
+# --- losses that read padding ---
+
+_pass = threading.local()  # .reads_padding: whether this thread is in a forward pass whose loss does
+
+
+def match_reader(module, row):
+    """A model with such layers whose loss may read what stands for padding: that of spans does, and one of labels that
+    are not ignored there."""
+    if not isinstance(module, PreTrainedModel):
+        return
+    names = inspect.signature(forward_of(module)).parameters
+    if "attention_mask" not in names or not names.keys() & {"labels", "start_positions"}:
+        return
+    try:
+        found = any(_is_stack(m) for m in module.modules())
+    except Unsupported:
+        return
+    if found:
+        swap(module, Row(row.name, row.module, "padding", "padding too, where its loss reads that"), _for_its_loss)
+
+
+def _for_its_loss(self, plain, *args, **kwargs):
+    before = getattr(_pass, "reads_padding", False)
+    if torch.compiler.is_compiling() or before:
+        return plain(self, *args, **kwargs)
+    given = inspect.signature(plain).bind_partial(self, *args).arguments | kwargs if args else kwargs
+    _pass.reads_padding = _reads_padding(given)
+    try:
+        return plain(self, *args, **kwargs)
+    finally:
+        _pass.reads_padding = before
+
+
+def _reads_padding(given):
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    if given.get("start_positions") is not None:
+        return True
+    if labels is None or mask is None or labels.shape != mask.shape:
+        return False
+    return bool(((labels != -100) & (mask == 0)).any())
 
 
 # --- all layers in one call ---
@@ -194,6 +244,6 @@ def _forget(model):
         _encoders.pop(module, None)
 
 
-MATCHERS["attention"].append(match_encoder)
+MATCHERS["attention"] += [match_encoder, match_reader]
 MATCHERS["linear"].append(match_layers)
 patch.AFTER.append(_forget)

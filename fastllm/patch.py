@@ -25,7 +25,8 @@ def accelerate(
     its parameters, state dict, dtype, device, hooks and what copies and pickles hold stay as they are. Calling it again
     decides anew. In training, the loss of a causal language model leaves the logits out, unless the model is called
     with skip_logits=False, as Liger has it; evaluation has them. Encoders like BERT take real tokens alone through
-    their layers; their hidden states are 0 where there was padding behind a sequence. Two threads may run the model
+    their layers; their hidden states are 0 where there was padding behind a sequence, unless the model's own loss reads
+    them there (of spans, or of labels that are not -100). Two threads may run the model
     meanwhile: each module changes in one step, and both ways are right. strict=True raises RuntimeError, with the model
     as it was, where something of the chosen kinds is left alone. Raises TypeError where model is not a torch.nn.Module.
 

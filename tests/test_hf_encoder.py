@@ -138,6 +138,32 @@ def test_what_stands_for_padding_is_zero():
     assert (hidden[~kept] == 0).all() and (hidden[kept] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("head", ["QuestionAnswering", "TokenClassification"])
+def test_a_loss_that_reads_padding_has_it(head):
+    """Spans are chosen among all positions; and labels may count where there is padding."""
+    given = batch()
+    labels = given["input_ids"] % 2
+    spans = dict(start_positions=torch.tensor([3, 2, 0, 5]), end_positions=torch.tensor([9, 4, 0, 6]))
+    asked, found = spans if head == "QuestionAnswering" else dict(labels=labels), []
+    for accelerate in (False, True):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**hf_models.ENCODERS["bert"][2])
+        model = getattr(transformers, f"BertFor{head}")(config).eval()
+        if accelerate:
+            fastllm.accelerate(model)
+        loss = model(**given, **asked).loss
+        loss.backward()
+        found.append((loss.detach(), model.bert.embeddings.word_embeddings.weight.grad))
+        with torch.no_grad():
+            torch.testing.assert_close(model(**given, **asked).loss, loss)
+    torch.testing.assert_close(*found)
+    shapes = seen_by_layers(model)
+    model(**given)
+    if "labels" in asked:
+        model(**given, labels=labels.masked_fill(given["attention_mask"] == 0, -100))
+    assert set(shapes) == {(1, sum(LENGTHS), 32)}, "nothing else reads it"
+
+
 def test_a_later_choice_of_attention_sees_the_sequences_apart():
     model, given = make("bert"), batch()
     kept = given["attention_mask"].bool()
