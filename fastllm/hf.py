@@ -175,13 +175,15 @@ def attention_forward(
     cu_seq_lens_q=None,
     cu_seq_lens_k=None,
     cache=None,
+    position_ids=None,
     **kwargs,
 ):
     """transformers' attention function for "fastllm": query [B, H, T, D], key and value [B, Hkv, S, D].
 
     Takes what any of transformers' own attention functions takes: softcap, s_aux and position_bias (with gradients), a
     boolean or additive mask [B, 1, T, S], or none, which means causal (top-left) where the module or is_causal says
-    so; cu_seq_lens_*, or a mask of packed sequences, go to `fastllm.attention_varlen`. Returns (o [B, T, H, Dv], None).
+    so; cu_seq_lens_*, a mask of packed sequences, or one row whose position_ids begin again, go to
+    `fastllm.attention_varlen`. Returns (o [B, T, H, Dv], None).
     Raises ValueError for continuous batching's paged cache.
     """
     if cache is not None:
@@ -198,6 +200,8 @@ def attention_forward(
     if structure is not None and tuple(attention_mask.shape[2:]) != (T, S):
         structure = None
     packed = None if structure is None else structure.packed
+    if packed is None and structure is not None and structure.padding is None and T == S:
+        packed = _begins_again(position_ids, query)
     told = cu_seq_lens_q is not None and (attention_mask is None or structure is not None and structure.padding is None)
     if position_bias is None and (told or packed is not None):
         window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
@@ -226,6 +230,15 @@ def attention_forward(
             bias = given if bias is None else bias + given
     o = attention(query, key, value, causal=causal, window=window, q_offset=q_offset, mask=mask, bias=bias, **options)
     return o.transpose(1, 2).contiguous(), None
+
+
+def _begins_again(position_ids, query):
+    """The sequence number [1, T] of each position of one row in which positions fall, as flash-attn's batches have
+    them; else None. transformers' masks tell sequences apart only where the model keeps no cache."""
+    if position_ids is None or query.shape[2] < 2 or position_ids.shape != (1, query.shape[2]) or len(query) != 1:
+        return None
+    step = position_ids.diff()
+    return nn.functional.pad((step != 1).cumsum(-1), (1, 0)) if (step < 0).any() else None
 
 
 def _bounds(packed):

@@ -129,6 +129,18 @@ def test_packed_sequences_do_not_see_each_other(family, lengths_given):
     assert_same(got, (expected, loss, gradients))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_sequences_of_a_model_that_keeps_a_cache(family):
+    """By their positions, as flash-attn knows them: transformers' masks tell them apart without a cache only."""
+    model = make(family, "fastllm")
+    batch = transformers.DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": t} for t in sequences()])
+    expected = model(**batch, use_cache=False).logits
+    torch.testing.assert_close(model(**batch, use_cache=True).logits, expected)
+    rows = {name: x.expand(2, -1) for name, x in batch.items()}  # no single row: flash-attn sees one sequence in each
+    eager = make(family)
+    torch.testing.assert_close(model(**rows, use_cache=True).logits, eager(**rows, use_cache=True).logits)
+
+
 def test_an_encoder_without_padding():
     """bert on packed rows, told where they end: what `unpad_input` makes of a padded batch."""
     model, batch = make("bert"), inputs("bert")
