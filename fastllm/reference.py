@@ -151,11 +151,12 @@ def attention_with_kvcache(
     S = page_size if block_table is None else page_size * block_table.shape[1]
     added = 0 if k_new is None else k_new.shape[2]
     mask, bias, slopes = (options.pop(name) for name in ("mask", "bias", "alibi_slopes"))
-    outputs = []
-    for b, had in enumerate(cache_seqlens.tolist()):
-        length = had + added
-        if had < 0 or length > S:
+    outputs, lengths = [], cache_seqlens.tolist()
+    for b, had in enumerate(lengths):  # all of them, before anything is written
+        if had < 0 or had + added > S:
             raise ValueError(f"sequence {b} has {had} keys in its cache and gets {added} more; there is room for {S}")
+    for b, had in enumerate(lengths):
+        length = had + added
         row = torch.arange(length, device=q.device)
         entry = row.new_full((length,), b) if block_table is None else block_table[b].long()[row // page_size]
         if length and not 0 <= int(entry.min()) <= int(entry.max()) < len(k_cache):

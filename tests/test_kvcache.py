@@ -11,6 +11,7 @@ import fastllm
 from fastllm import dispatch, reference
 from fastllm.ops import kvcache as ops
 
+needs_extension = pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
     "plain": {},
@@ -209,6 +210,7 @@ def test_generation_step_by_step(backend):
     assert_as_accurate(torch.cat(parts, 2), peer, truth)
 
 
+PAGES = dict(block_table=torch.zeros(3, 2, dtype=torch.int64))
 BAD = {
     "full cache": (ValueError, "room for", dict(cache_seqlens=torch.tensor([150, 0, 0]))),
     "negative length": (ValueError, "-1", dict(cache_seqlens=torch.tensor([-1, 0, 0]))),
@@ -220,6 +222,13 @@ BAD = {
     "too few angles": (ValueError, "rows", dict(cos=torch.randn(9, 8), sin=torch.randn(9, 8))),
     "too many angles": (ValueError, "R <= 40", dict(cos=torch.randn(200, 21), sin=torch.randn(200, 21))),
     "a page that is not there": (ValueError, r"block_table\[0", dict(block_table=torch.full((3, 2), 3))),
+    "other pages of values": (ValueError, "as many pages", dict(v_cache=torch.randn(2, 2, 150, 40)) | PAGES),
+    "no pages": (
+        ValueError,
+        "as many pages",
+        dict(k_cache=torch.randn(0, 2, 9, 40), v_cache=torch.randn(0, 2, 9, 24)) | PAGES,
+    ),
+    "a cache that is expanded": (ValueError, "expand", dict(k_cache=torch.randn(1, 2, 150, 40).expand(3, -1, -1, -1))),
     "a negative page": (ValueError, r"block_table\[0", dict(block_table=torch.full((3, 2), -1))),
     "block_table of another batch": (ValueError, "block_table", dict(block_table=torch.zeros(2, 2, dtype=torch.int32))),
     "three dimensions": (ValueError, "four dimensions", dict(q=torch.randn(3, 2, 40))),
@@ -239,6 +248,14 @@ def test_bad_input(name):
         fastllm.attention_with_kvcache(**given)
 
 
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_nothing_is_written_where_one_cache_is_full(name):
+    cache, q = torch.zeros(2, 1, 4, 8), torch.randn(2, 1, 1, 8)
+    with pytest.raises((ValueError, RuntimeError), match="room for 4"), fastllm.backend(name):
+        fastllm.attention_with_kvcache(q, cache, cache.clone(), q, q, cache_seqlens=torch.tensor([1, 4]))
+    assert not cache.any()
+
+
 def test_wants_no_gradient():
     floats, rest = problem(T=1)
     floats[0].requires_grad_()
@@ -248,7 +265,7 @@ def test_wants_no_gradient():
         fastllm.attention_with_kvcache(*floats, **rest)
 
 
-@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+@needs_extension
 def test_opcheck_and_compile():
     floats, rest = problem(T=1, new=1, page_size=10, rotary=16, lengths=[3, 0, 30])
     arguments = (*floats, *(rest[n] for n in ("cache_seqlens", "block_table", "cos", "sin")), False)

@@ -197,6 +197,10 @@ def test_probabilities_go_to_plain_pytorch():
     compare(ours, theirs, theirs, [x, w, b, target], [torch.tensor(1.5)], torch.float32)
     (call,) = fastllm.explain(ours, x, w, b, target).calls
     assert call.backend == "reference" and "probabilities" in call.reason
+    stacked = fastllm.linear_cross_entropy(x.view(2, 3, 4), w, target.view(2, 3, 9), linear_bias=b)
+    assert torch.equal(stacked, ours(x, w, b, target))
+    with pytest.raises(ValueError, match=r"target must be \[2, 3, 9\]"):  # the classes are last, not after the batch
+        fastllm.linear_cross_entropy(x.view(2, 3, 4), w, target.view(2, 9, 3), linear_bias=b)
 
 
 @needs_extension

@@ -114,6 +114,14 @@ def test_bad_bounds(cu):
         fastllm.attention_varlen(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu)
 
 
+def test_bounds_of_any_strides():
+    q, k, v = (torch.randn(10, 2, 8) for _ in "qkv")
+    cu = torch.tensor([0, 3, 10])
+    apart = torch.stack((cu, cu + 99), 1)[:, 0]
+    packed, strided = (fastllm.attention_varlen(q, k, v, cu_seqlens_q=x, cu_seqlens_k=x) for x in (cu, apart))
+    assert torch.equal(strided, packed)
+
+
 def test_bad_input():
     x, cu = torch.randn(5, 2, 8), torch.tensor([0, 5])
     with pytest.raises(ValueError, match=r"attention_varlen: q must be \[total"):

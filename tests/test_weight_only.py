@@ -1,5 +1,6 @@
 """weight_only_linear: packed and narrow weights, each instruction set, against fp64 on the weights they stand for."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -222,3 +223,44 @@ def test_opcheck():
             ops.dequantize_fwd.dispatched, (*tensors, x.bfloat16(), 16, 40, 40, 64, p.bits, p.group_size)
         )
     torch.library.opcheck(ops.weight_only_linear_fwd.dispatched, (x, torch.randn(40, 64).bfloat16(), None))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_rows_have_a_gradient(shape):
+    x = torch.randn(shape, requires_grad=True)
+    fastllm.weight_only_linear(x, fastllm.quantize_weight(torch.randn(5, 64))).sum().backward()
+    assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_autocast_gives_its_dtype_for_few_and_for_many_rows(rows):
+    packed, x = fastllm.quantize_weight(torch.randn(20, 64)), torch.randn(rows, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastllm.weight_only_linear(x, packed)
+    assert torch.equal(y, fastllm.weight_only_linear(x.bfloat16(), packed))
+
+
+def test_second_derivative_does_not_warn():
+    w = torch.randn(20, 64)
+    packed, x = fastllm.quantize_weight(w), torch.randn(3, 64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (dx,) = torch.autograd.grad(fastllm.weight_only_linear(x, packed).pow(3).sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(dx.square().sum(), x)
+    (dx,) = torch.autograd.grad(F.linear(x, packed.dequantize()).pow(3).sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad(dx.square().sum(), x)
+    assert torch.allclose(found, wanted, rtol=1e-4)
+
+
+def test_packed_weights_are_compared_by_identity():
+    w = torch.randn(5, 64)
+    packed = fastllm.quantize_weight(w)
+    assert packed == packed and packed != fastllm.quantize_weight(w)
+
+
+@pytest.mark.parametrize(
+    "scales, offsets", [(torch.ones(7), None), (torch.tensor(1.0), None), (torch.ones(5, 2), torch.ones(5))]
+)
+def test_scales_that_do_not_fit_codes(scales, offsets):
+    with pytest.raises(ValueError, match=r"must be \[5, groups\]"):
+        fastllm.QuantizedWeight.from_codes(torch.zeros(5, 64, dtype=torch.int8), scales, offsets)

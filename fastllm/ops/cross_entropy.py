@@ -89,7 +89,8 @@ def cross_entropy(
     input [N, V], [V] or [N, V, d1, ...] in fp32, bf16, fp16 or fp64 (the classes of the last are brought to the end,
     which copies); target int64 [N], [] or [N, d1, ...]. weight [V], a constant, multiplies the loss of each class, and
     the mean divides by its sum over the targets. Rows with target == ignore_index have loss 0 and gradient 0.
-    label_smoothing s mixes targets with the uniform distribution. Probabilities as targets go to plain PyTorch.
+    label_smoothing s mixes targets with the uniform distribution. Probabilities as targets, of input's shape, go to
+    plain PyTorch.
     softcap c > 0 makes logits c * tanh(input / c). z_loss adds z_loss * lse^2 (PaLM), unweighted, over the same rows.
     Returns the loss in input's dtype (fp32 under autocast): a number, or with reduction="none" one per target. With
     return_token_accuracy (loss, accuracy): the share of the kept targets that have the largest logit, the first of
@@ -149,11 +150,16 @@ def lacks(x, probabilities):
 
 
 def check_loss(op, x, wanted, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss, classes=None):
-    """Checks what both losses take; returns the numbers in the order of the ops' schemas. x [..., classes]."""
+    """Checks what both losses take; returns the numbers in the order of the ops' schemas.
+
+    x [..., V], or [..., D] with its `classes` V; `wanted` is the shape of targets. Probabilities have V beside them:
+    after the first dimension, where x came from logits that have it there, and last where `classes` is given.
+    """
     V = classes or x.shape[-1]
     check_tensor(op, "target", target, like=x, dtypes=(torch.int64, *FLOATS))
     if target.is_floating_point():
-        wanted = [*wanted[:1], V, *wanted[1:]] if wanted else [V]
+        first = len(wanted) if classes else 1
+        wanted = [*wanted[:first], V, *wanted[first:]]
     if list(target.shape) != wanted:
         raise ValueError(f"{op}: target must be {wanted} for input {list(x.shape)}, got {list(target.shape)}")
     if weight is not None:

@@ -62,8 +62,10 @@ def attention_with_kvcache(
     Precision as `attention`; rotations in fp32, rounded to q's dtype as they are stored. Keys and values are read
     once for all query heads that share them, and cut into ranges of fixed length, so that results do not depend on the
     number of threads. Uses 4 (Dv + 2) bytes per query head, query and 512 keys beside its outputs.
-    Raises ValueError where a cache is full or a page does not exist (on a GPU, which nobody waits for, what does not
-    fit is left out), TypeError for dtypes, and RuntimeError where a gradient is wanted: there is no backward pass.
+    Raises ValueError for shapes and for a cache to be written that lies in memory more than once (expand), TypeError
+    for dtypes, and RuntimeError where a gradient is wanted (there is no backward pass) and, on CPU, before anything is
+    written, where a cache is full or a page does not exist; on a GPU, which nobody waits for, what does not fit is left
+    out.
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_kvcache.py).
     Source: Dao et al. 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180 (pages).
     """
@@ -84,6 +86,8 @@ def attention_with_kvcache(
         check_tensor(OP, "block_table", block_table, like=q, dtypes=(torch.int32, torch.int64))
         if block_table.ndim != 2 or len(block_table) != B:
             raise ValueError(f"{OP}: block_table must be [{B}, max_pages], got {list(block_table.shape)}")
+        if not len(k_cache) or len(v_cache) != len(k_cache):
+            raise ValueError(f"{OP}: k_cache and v_cache must be as many pages, got {len(k_cache)} and {len(v_cache)}")
         S *= block_table.shape[1]
         block_table = block_table.contiguous()
     _check_new(q, k_cache, v_cache, k_new, v_new)
@@ -124,6 +128,11 @@ def _check_new(q, k_cache, v_cache, k_new, v_new):
         return
     for name, x, cache in (("k_new", k_new, k_cache), ("v_new", v_new, v_cache)):
         check_tensor(OP, name, x, like=q)
+        if any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(
+                f"{OP}: {name} cannot be written to a cache of shape {list(cache.shape)} and strides"
+                f" {list(cache.stride())}: some of its rows share their memory (expand); clone() it first"
+            )
         wanted = (q.shape[0], cache.shape[1], k_new.shape[2] if k_new.ndim == 4 else -1, cache.shape[3])
         if tuple(x.shape) != wanted:
             raise ValueError(

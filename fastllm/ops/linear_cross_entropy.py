@@ -227,8 +227,8 @@ def linear_cross_entropy(
 
     input [..., D] (hidden states), linear_weight [V, D], linear_bias [V], all of one dtype: fp32, bf16, fp16, or fp64;
     target [...] int64. The other options, and what is returned, are those of `fastllm.cross_entropy`; ignore_index=None
-    stands for -100. Under autocast the products are in its dtype and the loss in fp32. Probabilities as targets go to
-    plain PyTorch.
+    stands for -100. Under autocast the products are in its dtype and the loss in fp32. Probabilities as targets are
+    [..., V] and go to plain PyTorch.
 
     The rows are taken 128 at a time (on a GPU an eighth of them): products in input's dtype, the loss in fp32 (fp64).
     With reduction "mean" or "sum" the gradients are made in the forward pass, while the logits are there, so that

@@ -111,7 +111,7 @@ def attention_varlen(
         options["q_offset"] = None
     head_tensors(op, q, len(cu_seqlens_q) - 1, q.shape[1], alibi_slopes, sink)
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
-    arguments = q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sink, seed
+    arguments = q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), alibi_slopes, sink, seed
     backend = choose(op, q, no_fp64(q))
     if backend == "reference":
         o, lse = _each(*arguments, **options)

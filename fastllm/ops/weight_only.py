@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import check_tensor, wants_gradient
+from fastllm.ops._common import autocast, check_tensor, wants_gradient
 from fastllm.ops.linear import linear, matmul
 
 PANEL = 16  # rows of a packed weight that lie together
@@ -36,7 +36,7 @@ dequantize_fwd = Op(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """A weight [N, K] as 8-bit or 4-bit numbers: w[n, k] = code * scale + offset, one scale (and offset) per group.
 
@@ -68,6 +68,11 @@ class QuantizedWeight:
         if codes.min() < low or codes.max() > high:
             raise ValueError(f"QuantizedWeight: codes must be in [{low}, {high}] for {bits} bits")
         N, K = codes.shape
+        if scales.ndim not in (1, 2) or len(scales) != N or (offsets is not None and offsets.numel() != scales.numel()):
+            raise ValueError(
+                f"QuantizedWeight: scales, and offsets like them, must be [{N}, groups] or [{N}],"
+                f" got {list(scales.shape)}" + ("" if offsets is None else f" and {list(offsets.shape)}")
+            )
         scales = scales.reshape(N, -1)
         groups = scales.shape[1]
         group_size = -(-K // 64) * 64 if groups == 1 else K // groups
@@ -177,7 +182,8 @@ def _from_torchao(weight):
 def weight_only_linear(x, weight, bias=None):
     """y = x w^T + bias, with w a `QuantizedWeight`, or a tensor [N, K] in fp32, bf16 or fp16, of any bits beside x's.
 
-    x [..., K] in fp32, bf16 or fp16 (fp64 on plain PyTorch); bias [N] of any float dtype. Returns y [..., N] like x.
+    x [..., K] in fp32, bf16 or fp16 (fp64 on plain PyTorch), under autocast brought to its dtype; bias [N] of any float
+    dtype. Returns y [..., N] like x.
     Up to 16 rows of x, or 64 on a GPU, read every weight once; sums are in fp32. Where the CPU has VPDPBUSD, rows of x
     are split into planes of 8 bits, three for fp32 and two for bf16 and fp16, with a scale per 64 (or 32) numbers: an
     error of at most 2^-24 or 2^-16 of the largest of them, and exact products. A GPU multiplies weights rounded to x's
@@ -190,6 +196,7 @@ def weight_only_linear(x, weight, bias=None):
     """
     op = "weight_only_linear"
     check_tensor(op, "x", x)
+    (x,) = autocast(x)
     quantized = isinstance(weight, QuantizedWeight)
     if not quantized:
         check_tensor(op, "weight", weight)
@@ -220,10 +227,10 @@ class _WeightOnlyLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        flat = dy.contiguous().view(-1, dy.shape[-1])
-        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, flat))
+        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, flat.detach()))
         dbias = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
-        return dx.view(*dy.shape[:-1], -1), dbias, None, None
+        return dx.view(*dy.shape[:-1], ctx.weight.shape[1]), dbias, None, None
 
 
 def _kernel(backend, x, weight, bias):
