@@ -122,6 +122,15 @@ def test_bounds_of_any_strides():
     assert torch.equal(strided, packed)
 
 
+def test_autocast_is_that_of_attention():
+    q, k, v, cu = *(torch.randn(10, 2, 8) for _ in "qkv"), torch.tensor([0, 3, 10])
+    with torch.autocast("cpu", torch.bfloat16):
+        o = fastllm.attention_varlen(q.bfloat16(), k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        one = fastllm.attention(*(x[None, 3:].transpose(1, 2) for x in (q, k, v)))
+    assert o.dtype == one.dtype == torch.bfloat16
+    assert torch.allclose(o[3:].float(), one[0].transpose(0, 1).float(), atol=1e-2)
+
+
 def test_bad_input():
     x, cu = torch.randn(5, 2, 8), torch.tensor([0, 5])
     with pytest.raises(ValueError, match=r"attention_varlen: q must be \[total"):

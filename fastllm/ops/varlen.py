@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64
+from fastllm.ops._common import apart, autocast, check_tensor, gradients_through, no_fp64
 from fastllm.ops.attention import OPTIONS, check_options, head_tensors
 
 _VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, " + OPTIONS.partition("Tensor? bias, ")[2].replace(
@@ -93,6 +93,8 @@ def attention_varlen(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention per sequence (tests/test_varlen.py).
     """
     op = "attention_varlen"
+    if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
+        q, k, v = autocast(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, x, like=None if name == "q" else q)
         if x.ndim != 3:
