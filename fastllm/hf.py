@@ -17,7 +17,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from fastllm import hf_loss, hf_rope, patch, swap  # noqa: F401, the first two register their matchers
-from fastllm.ops._common import is_autocast
 from fastllm.ops.attention import attention
 from fastllm.ops.varlen import attention_varlen
 
@@ -252,9 +251,6 @@ def _bounds(packed):
 def _packed(query, key, value, cu_q, cu_k, causal, window, options):
     B, _, T, _ = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if is_autocast(q):
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(low) for x in (q, k, v))
     o = attention_varlen(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=causal, window=window, **options)
     return o.unflatten(0, (B, T))
 
