@@ -9,6 +9,9 @@ A load from outside of a tensor's storage gives NaN (true for booleans, -1 or so
 a store there is an error. Holds for Triton 3.6; TRITON_INTERPRET=1 has to be set before Triton is imported.
 """
 
+import functools
+import math
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -97,6 +100,65 @@ def get_bf16(self, value):
 
 for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, create_dot, get_bf16):
     setattr(InterpreterBuilder, function.__name__, function)
+
+
+# Three quarters of the interpreter's time goes into what never changes between two operations: it patches all of
+# triton.language for every call of a function by a kernel, and makes anew what it knows of a dtype and of a shape.
+
+
+class _PatchOnce:
+    """`_patch_lang`, once per launch for each module under whose names functions see the language."""
+
+    def __init__(self, patch):
+        self.patch, self.scopes, self.patched = patch, [], set()
+
+    def __call__(self, fn):
+        modules = {name for name in ("tl", "core") if name in fn.__globals__}
+        if not modules <= self.patched:
+            self.scopes.append(self.patch(fn))
+            self.patched |= modules
+        return self
+
+    def restore(self):
+        while self.scopes:
+            self.scopes.pop().restore()
+        self.patched.clear()
+
+
+interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)
+_np_dtype = functools.cache(lambda name, original=interpreter._get_np_dtype: original(tl.dtype(name)))
+
+
+def _get_np_dtype(dtype):
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _np_dtype(dtype.scalar.name)
+
+
+interpreter._get_np_dtype = _get_np_dtype
+
+
+@functools.cache
+def _shape(sizes):
+    return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+def _init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape(tuple(type.shape) if type.is_block() else ())
+
+
+@functools.cache
+def _block(element, sizes):
+    return tl.core.tuple(sizes), tl.core.validate_block_shape(sizes), f"<{sizes}, {element}>"
+
+
+def _init_block(self, element_ty, shape):
+    sizes = tuple(tl.core._unwrap_if_constexpr(size) for size in shape)
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _block(element_ty.name, sizes)
+
+
+tl.core.tensor.__init__ = _init_tensor
+tl.core.block_type.__init__ = _init_block
 
 
 GUARD = 1 << 16  # bytes before and after a storage

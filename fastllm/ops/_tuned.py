@@ -35,7 +35,13 @@ def cpu() -> str:
 TABLE = json.loads(PATH.read_text())
 
 
-@torch.compiler.assume_constant_result  # a compiled model keeps what held when it was traced
+def assume_constant_result(function):
+    """torch.compiler's, which would import torch._dynamo: that takes as long as all of PyTorch."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@assume_constant_result  # a compiled model keeps what held when it was traced
 def key() -> str:
     """The entry in use; bf16 instructions change nothing in fp32."""
     isa = dispatch.extension.selected().removesuffix("_bf16") if dispatch.extension else "no extension"
@@ -71,7 +77,7 @@ def onednn_multiplies(dtype) -> bool:
     return supported is None or supported()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def unmeasured(dtype) -> bool:
     """Whether our product is the choice where nobody has measured: bf16 and fp16 without oneDNN, on vectors."""
     vectors = dispatch.extension is not None and dispatch.extension.selected() != "scalar"
