@@ -16,7 +16,7 @@ from fastllm.compat.pytorch import scaled_dot_product_attention
 from fastllm.mlp import match_experts, match_gated_mlp, match_gelu
 from fastllm.nn.norm import flat_norm
 from fastllm.ops.attention import attention
-from fastllm.ops.linear import is_pytorchs, linear
+from fastllm.ops.linear import linear
 from fastllm.ops.norm import layer_norm, rms_norm
 from fastllm.swap import Unsupported, forward_of, names_used, swap
 
@@ -246,8 +246,6 @@ def match_linear(module, row):
 
 
 def _linear_forward(self, plain, x):
-    if is_pytorchs(x, self.weight):
-        return plain(self, x)
     return linear(x, self.weight, self.bias)
 
 

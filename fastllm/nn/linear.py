@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastllm.ops.activation import geglu, swiglu
-from fastllm.ops.linear import is_pytorchs, linear
+from fastllm.ops.linear import linear
 from fastllm.ops.lora import lora_linear
 from fastllm.ops.weight_only import QuantizedWeight, quantize_weight, weight_only_linear
 from fastllm.reference import ACTIVATIONS
@@ -68,8 +68,6 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x, *, activation=None):
-        if activation is None and is_pytorchs(x, self.weight):
-            return super().forward(x)
         return linear(x, self.weight, self.bias, activation=activation)
 
 

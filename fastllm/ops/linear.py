@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from fastllm import dispatch, reference
 from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops import _tuned
+from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, wants_gradient
 from fastllm.ops._common import autocast as in_autocast_dtype
-from fastllm.ops._common import check_tensor, gradients_through, is_autocast, wants_gradient
 
 linear_fwd = Op(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -137,6 +137,8 @@ def linear(x, weight, bias=None, *, activation=None):
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
     Source of the blocking: Goto and van de Geijn 2008, doi:10.1145/1356052.1356053.
     """
+    if (activation is None or activation in ACTIVATIONS) and _is_pytorchs(x, weight, bias):
+        return reference.linear(x, weight, bias, activation)
     autocast = check_linear("linear", x, weight, bias)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be None, {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -153,14 +155,20 @@ def linear(x, weight, bias=None, *, activation=None):
     return activated(x, weight, bias, activation, kernels, backend)[0]
 
 
-def is_pytorchs(x, weight):
-    """Whether `linear` would leave x W^T to PyTorch for x having so few rows, or in any case. To ask it took 11% of the
-    time of a sentence of 30 tokens in MiniLM."""
-    if torch.compiler.is_compiling() or not dispatch.is_free() or x.dtype is not weight.dtype:
+def _is_pytorchs(x, weight, bias) -> bool:
+    """Whether `linear` would leave x W^T to PyTorch for x having so few rows, or in any case: all else that it asks took
+    11% of the time of a sentence of 30 tokens in MiniLM."""
+    if torch.compiler.is_compiling() or not dispatch.is_free():
         return False
+    for given in (x, weight) if bias is None else (x, weight, bias):
+        if not isinstance(given, torch.Tensor) or given.dtype is not x.dtype or not given.is_cpu:
+            return False
+    if x.dtype not in FLOATS or weight.ndim != 2 or x.ndim == 0 or (bias is not None and bias.ndim != 1):
+        return False
+    N, K = weight.shape
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    K = weight.shape[1]
-    return x.shape[-1:] == (K,) and x.numel() < K * _tuned.fewest_rows(dtype)
+    fits = x.shape[-1] == K and (bias is None or len(bias) == N)
+    return fits and x.numel() < K * _tuned.fewest_rows(dtype)
 
 
 def own_products(dtype, M, N, K) -> tuple[bool, bool, bool]:
