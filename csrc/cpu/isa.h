@@ -25,8 +25,8 @@
 #endif
 
 // Of a kernel: everything it calls is inlined, and what that calls. Functions of a Vec pass it through memory, and work
-// out what only some of their callers use.
-#if defined(__GNUC__)
+// out what only some of their callers use. Not in a build that is there to be compared with.
+#if defined(__GNUC__) && !defined(FASTLLM_SPARE)
 #define FLATTENED __attribute__((flatten))
 #else
 #define FLATTENED
