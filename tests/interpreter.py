@@ -107,13 +107,13 @@ for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, cr
 
 
 class _PatchOnce:
-    """`_patch_lang`, once per launch for each module under whose names functions see the language."""
+    """`_patch_lang`, once per launch for each module that functions know as tl or core; tl.core goes by both names."""
 
     def __init__(self, patch):
         self.patch, self.scopes, self.patched = patch, [], set()
 
     def __call__(self, fn):
-        modules = {name for name in ("tl", "core") if name in fn.__globals__}
+        modules = {module for module in map(fn.__globals__.get, ("tl", "core")) if module in (tl, tl.core)}
         if not modules <= self.patched:
             self.scopes.append(self.patch(fn))
             self.patched |= modules

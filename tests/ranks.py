@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What a rank would otherwise spend most of its time on: PyTorch's optimizers import its compiler.
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "fastllm", "fastllm.llm.finetune"]
+
 
 def run(function, ranks, folder, *arguments):
     """function(rank, ranks, folder, *arguments) in each of `ranks` processes; an error in one is raised here."""
@@ -23,7 +26,7 @@ def run_launched(function, ranks, folder, *arguments):
 
 
 def _start(target, ranks, *arguments):
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "fastllm"])
+    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
     mp.start_processes(target, (ranks, *arguments), nprocs=ranks, start_method="forkserver")
 
 
