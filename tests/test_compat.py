@@ -249,6 +249,10 @@ def test_sdpa_fewer_key_heads():
     got = compat.scaled_dot_product_attention(q, k, v, **options)
     assert_as_accurate(got, F.scaled_dot_product_attention(q, k, v, **options), expected)
     torch.testing.assert_close(compat.scaled_dot_product_attention(q[0], k[0], v[0], **options), got[0])
+    one = compat.scaled_dot_product_attention(q, k, v[:, :, :1], **options)  # keys and values may differ in it
+    torch.testing.assert_close(one, F.scaled_dot_product_attention(q, k, v[:, :, :1], **options))
+    with pytest.raises(ValueError, match="multiple of 5"):
+        compat.scaled_dot_product_attention(q, k, torch.randn(3, B, 5, S, D), **options)
     with pytest.raises(RuntimeError, match="broadcast"):
         compat.scaled_dot_product_attention(q, k, v)
     with pytest.raises(ValueError, match="is_causal"):

@@ -18,6 +18,8 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None where is_causal is set")
+    if enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:  # each by its own factor
+        key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
     flat, lead = _as_heads(query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
@@ -35,6 +37,12 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p if dropout_p else 0.0,
     )
     return o.reshape(*lead, *o.shape[-2:])
+
+
+def _for_each_head(x, heads):
+    if heads % max(x.shape[-3], 1):
+        raise ValueError(f"scaled_dot_product_attention: query's {heads} heads must be a multiple of {x.shape[-3]}")
+    return x.repeat_interleave(heads // max(x.shape[-3], 1), -3)
 
 
 def _as_heads(query, key, value, enable_gqa):
