@@ -17,11 +17,18 @@ from fastllm import tune_allocator
 PLAIN = {"info": "fastllm.info", "verify": "fastllm.verify", "bench": "fastllm.bench.run"}
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are two lines, not the usage of every option and then the error."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help says what there is\n")
+
+
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     """The parser of one plain command, or of all commands where `wanted` is none of those."""
     import fastllm
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastllm", description="Fused kernels for PyTorch transformers: what runs here, how exact, how fast."
     )
     parser.add_argument("--version", action="version", version=f"fastllm {fastllm.__version__}")
@@ -70,7 +77,8 @@ def main(arguments=None) -> int:
         parser = build_parser(wanted)
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
-            parser.error(unrecognised(unknown, parser.commands[args.command]))
+            command = parser.commands[args.command]
+            command.error(unrecognised(unknown, command))
         if args.command not in PLAIN:  # those measure PyTorch as it is
             tune_allocator()
         return args.run(args) or 0

@@ -104,7 +104,9 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments):
 def test_usage_errors_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
-    assert caught.value.code == 2 and "usage: fastllm" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 2, said
+    assert re.match(r"(fastllm[a-z ]*): error: .*\n\1 --help says what there is\n", said)
 
 
 def test_traceback_on_request():

@@ -58,8 +58,8 @@ def test_a_table_is_split_cleaned_and_without_repeats(tmp_path):
         rejected = [line.split("\t")[1:3] for line in file][1:]
     assert rejected == [
         ["7", "a quote that does not close"],
-        ["8", "1 columns where 2 should be"],
-        ["9", "3 columns where 2 should be"],
+        ["8", "with another number of columns (1, not 2)"],
+        ["9", "with another number of columns (3, not 2)"],
         ["10", "no text"],
         ["210", "not in the encoding"],
     ]
@@ -108,7 +108,7 @@ def test_paragraphs_or_files_are_documents(tmp_path):
         (b"text\tlabel\n", ["--encoding", "klingon"], "there is no encoding 'klingon'"),
         (b"body\tclass\na\tb\n", [], "must name the columns text and label or source and target, got body, class"),
         (b"text\tlabel\na\tb\n", [], "1 different documents leave .* empty: more are needed"),
-        (b"text\tlabel\na\n", [], r"0 different documents leave train empty.*x.tsv:2 \(1 columns where 2 should be\)"),
+        (b"text\tlabel\na\n", [], r"0 different documents leave train empty.*x.tsv:2 \(with .* \(1, not 2\)\)"),
     ],
 )
 def test_bad_files_are_one_line_and_leave_nothing(tmp_path, capsys, content, arguments, message):

@@ -3,10 +3,12 @@
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastllm.cli import main as cli
 from fastllm.llm import batches, data, sources
 from fastllm.llm.files import atomic
 
@@ -108,6 +110,13 @@ def test_build_is_complete_or_absent_and_not_repeated(registered, monkeypatch):
     assert data.build("tiny", folder) == first
     (folder / "valid.tsv").unlink()
     assert data.describe(folder) is None
+
+
+def test_a_folder_is_no_name(registered, monkeypatch, capsys):
+    monkeypatch.chdir(registered.parent)
+    Path("texts").mkdir()
+    assert cli(["data", "texts"]) == 2
+    assert "texts is a folder: give its files, as in fastllm data texts/*" in capsys.readouterr().err
 
 
 def test_fallback_says_why(registered):

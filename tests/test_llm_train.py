@@ -59,6 +59,10 @@ def fit(folder, resume=False, stop=None, text=TEXT, **changes):
     return model, history
 
 
+def test_a_run_of_few_steps_has_a_speed(tmp_path):
+    assert fit(tmp_path, steps=2)[1]["tokens_per_s"] > 0
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -177,7 +177,7 @@ def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
     try:
         model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and torch raise a dozen kinds
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).partition("\nModel type should be one of")[0].split())  # and then a page of names
         raise ValueError(f"load_model: {folder} cannot be loaded as {model_class.__name__}: {said}") from None
     if (folder / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(folder)

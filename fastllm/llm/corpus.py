@@ -136,7 +136,7 @@ def records(path, file, columns, rejects: Rejects):
             elif undecoded(line) or any(map(undecoded, row)):
                 rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
             elif len(row) != len(header):
-                rejects.add(path, number, f"{len(row)} columns where {len(header)} should be", line)
+                rejects.add(path, number, f"with another number of columns ({len(row)}, not {len(header)})", line)
             else:
                 found = {name: one_line(clean(value)) for name, value in zip(header, row, strict=True)}
                 if empty := next((name for name in columns if not found[name]), None):

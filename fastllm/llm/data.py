@@ -39,6 +39,8 @@ def kind_of(name: str) -> str:
     for kind, names in (("classification", CLASSIFICATION), ("text", TEXT), ("pairs", PAIRS)):
         if name in names:
             return kind
+    if Path(name).is_dir():
+        raise ValueError(f"data: {name} is a folder: give its files, as in fastllm data {Path(name) / '*'}")
     raise ValueError(f"data: unknown name {name!r}; there are {', '.join(named())}, and your own files")
 
 
@@ -162,7 +164,7 @@ def main(args) -> int:
         show(("name", "for"), [(name, kind_of(name)) for name in named()])
         print(f"without a network: {', '.join(OFFLINE.values())}; or your own files: fastllm data FILE ...")
         return 0
-    if len(args.names) == 1 and not Path(args.names[0]).suffix:
+    if len(args.names) == 1 and not Path(args.names[0]).suffix and not Path(args.names[0]).is_file():
         meta = build(args.names[0], args.out, fresh=args.fresh)
         unit = "characters" if meta["kind"] == "text" else "rows"
     else:

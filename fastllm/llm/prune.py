@@ -329,7 +329,7 @@ def tune(task, out, data, training) -> dict:
 def add_arguments(subparsers):
     parser = subparsers.add_parser("prune", help="write a model with fewer heads, channels and layers")
     parser.add_argument("model", help="folder of a model: ours, a run's, or Hugging Face's")
-    parser.add_argument("--out", help="folder to write (default: MODEL-pruned)")
+    parser.add_argument("--out", help="folder to write (default: MODEL-pruned, or MODEL-pruned-finetuned)")
     parser.add_argument("--fresh", action="store_true", help="replace the model in --out")
     for name, what in (("heads", "attention heads"), ("channels", "feed-forward channels"), ("layers", "layers")):
         parser.add_argument(f"--{name}", type=float, default=1.0, help=f"share of the {what} to keep (default 1)")
@@ -351,7 +351,7 @@ def add_arguments(subparsers):
 
 
 def main(args) -> int:
-    out = args.out or f"{Path(args.model)}-pruned"
+    out = args.out or f"{Path(args.model)}-pruned" + ("" if args.finetune is None else "-finetuned")
     names = "heads channels layers calibrate text finetune fresh".split()
     training = {name: getattr(args, name) for name in "epochs batch lr max_len seed".split()}
     training = {name: value for name, value in training.items() if value is not None}

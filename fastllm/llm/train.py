@@ -195,7 +195,7 @@ class Trainer:
 
     def go(self) -> dict:
         """Train, and return what happened, fit for JSON: loss and tokens per step, evaluations, seconds, and
-        tokens_per_s, measured over the steps alone (no evaluation), the first three left out.
+        tokens_per_s, measured over the steps alone (no evaluation), the first three left out where there are more.
 
         The random state of the caller is left as it was; the same seed, data and threads give the same history, in
         however many pieces the run was. Raises FloatingPointError for a loss that is not finite.
@@ -342,7 +342,8 @@ class Trainer:
         elif self.average is not None:
             self.average.exchange()
         self.model.eval()
-        history["tokens_per_s"] = sum(history["tokens"][3:]) / (sum(history["seconds"][3:]) or math.inf)
+        first = 3 if len(history["tokens"]) > 3 else 0
+        history["tokens_per_s"] = sum(history["tokens"][first:]) / (sum(history["seconds"][first:]) or math.inf)
         history["activation_bytes"] = self.stepper.activations
 
     # --- what it says ---
