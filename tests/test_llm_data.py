@@ -10,7 +10,7 @@ import torch
 
 from fastllm.cli import main as cli
 from fastllm.llm import batches, data, sources
-from fastllm.llm.files import atomic
+from fastllm.llm.files import atomic, atomic_folder
 
 REVIEWS = """category,text,movie_name,has_plot_and_reviews
 fresh,"A delight, from
@@ -117,6 +117,15 @@ def test_a_folder_is_no_name(registered, monkeypatch, capsys):
     Path("texts").mkdir()
     assert cli(["data", "texts"]) == 2
     assert "texts is a folder: give its files, as in fastllm data texts/*" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["safetensors.SafetensorError", "sqlite3.OperationalError"])
+def test_a_full_disk_is_an_os_error(tmp_path, name):
+    module, _, name = name.partition(".")
+    error = getattr(pytest.importorskip(module), name)
+    with pytest.raises(OSError, match="no space left"), atomic_folder(tmp_path / "out"):
+        raise error("no space left")
+    assert not list(tmp_path.iterdir())
 
 
 def test_fallback_says_why(registered):

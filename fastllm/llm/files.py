@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ def atomic_folder(path):
     """Gives an empty folder; what was written into it appears as `path` when the block ends without an error.
 
     A folder that has the name already is replaced: it is moved aside, and removed when the other has its place.
+    What safetensors and SQLite say of a disk that is full becomes an OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +52,10 @@ def atomic_folder(path):
         else:
             temporary.rename(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, sqlite3.OperationalError) or type(error).__name__ == "SafetensorError":
+            raise OSError(str(error)) from error
         raise
 
 

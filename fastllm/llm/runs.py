@@ -90,7 +90,7 @@ class Run:
                 files = {path.name: digest(path) for path in sorted(temporary.iterdir())}
                 with atomic(temporary / "training.json") as file:
                     json.dump(dict(step=step, files=files) | training, file)
-        except (OSError, require("safetensors").SafetensorError) as error:
+        except OSError as error:
             what = f"{folder} could not be written: {' '.join(str(error).split())}"
             kept = [path.name for path in steps(self.folder)]
             raise OSError(f"{what}; {f'{kept[-1]} is complete' if kept else 'there is no checkpoint'}") from None
