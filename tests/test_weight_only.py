@@ -264,3 +264,10 @@ def test_packed_weights_are_compared_by_identity():
 def test_scales_that_do_not_fit_codes(scales, offsets):
     with pytest.raises(ValueError, match=r"must be \[5, groups\]"):
         fastllm.QuantizedWeight.from_codes(torch.zeros(5, 64, dtype=torch.int8), scales, offsets)
+
+
+@pytest.mark.parametrize("token", [-1, 20, 31, 32])
+def test_a_packed_embedding_has_no_row_beyond_its_last(token):
+    packed = fastllm.nn.QuantizedEmbedding(fastllm.quantize_weight(torch.randn(20, 64)))
+    with pytest.raises(IndexError, match=r"tokens must be in \[0, 20\)"):
+        packed(torch.tensor([[3, token]]))

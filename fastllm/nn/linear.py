@@ -44,7 +44,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """Rows of a weight in 8 or 4 bits: torch.nn.Embedding for inference, of a `QuantizedWeight` that a head may share.
 
-    tokens of any shape to [..., D] in `dtype`, times `scale`.
+    tokens of any shape to [..., D] in `dtype`, times `scale`. Raises IndexError on CPU for a token that is no row.
     """
 
     def __init__(self, weight, dtype=torch.float32, scale=1.0):
@@ -56,6 +56,10 @@ class QuantizedEmbedding(nn.Module):
     weight = QuantizedLinear.weight
 
     def forward(self, tokens):
+        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():  # or panels would be read askew
+            low, high = torch.aminmax(tokens)
+            if low < 0 or high >= self.sizes[0][0]:
+                raise IndexError(f"QuantizedEmbedding: tokens must be in [0, {self.sizes[0][0]}), got {low} to {high}")
         rows = self.weight.rows(tokens.flatten(), self.dtype).unflatten(0, tokens.shape)
         return rows if self.scale == 1.0 else rows * self.scale
 
