@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -169,3 +170,14 @@ def test_pip_installs_into_an_environment_that_has_torch(tmp_path):
     if shutil.which("c++"):
         assert found["backends"]["cpu"]["ready"], found["build"]
     assert found["build"]["extension"] == found["backends"]["cpu"]["ready"]
+
+
+def test_a_source_distribution_has_the_kernels(tmp_path):
+    """What pip builds where there is no wheel: without csrc it would install, and everything run on plain PyTorch."""
+    done = python("setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert len(wanted) > 50 and wanted <= packed
