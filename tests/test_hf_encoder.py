@@ -246,14 +246,13 @@ def test_gradient_checkpointing_and_restore():
 
 def test_few_rows_are_not_asked_about(monkeypatch):
     """Where our product is never the faster one, a linear layer is PyTorch's without a look at the table."""
-    from fastllm import matchers
-    from fastllm.ops import _tuned
+    from fastllm.ops import _tuned, linear
 
     model, given, asked = make("bert"), batch([5], 5), []
     fastllm.accelerate(model)
-    plain = matchers.linear
+    plain = linear.kernels_for
     monkeypatch.setattr(
-        matchers, "linear", lambda x, *rest: (asked.append(x.numel() // x.shape[-1]), plain(x, *rest))[1]
+        linear, "kernels_for", lambda op, x, *rest: (asked.append(x.numel() // x.shape[-1]), plain(op, x, *rest))[1]
     )
     monkeypatch.setattr(_tuned, "fewest_rows", lambda dtype: 6)
     model(**given)

@@ -17,11 +17,11 @@ int64_t row_stride(const Tensor& x, const char* op, const char* name) {
   if (x.is_contiguous()) return x.size(-1);
   bool regular = x.stride(-1) == 1;
   for (int64_t i = 0; i + 2 < x.dim(); ++i) regular &= x.stride(i) == x.stride(i + 1) * x.size(i + 1);
-  STD_TORCH_CHECK(regular, op, ": ", name, " must have dense rows at one distance from each other");
+  CHECK(regular, op, ": ", name, " must have dense rows at one distance from each other");
   return x.stride(-2);
 }
 GatedRows gated_rows(const char* op, const Tensor& gate, const MaybeTensor& up, int activation) {
-  STD_TORCH_CHECK(gate.dim() >= 1 && gate.size(-1) > 0, op, ": gate must be [..., D] with D >= 1");
+  CHECK(gate.dim() >= 1 && gate.size(-1) > 0, op, ": gate must be [..., D] with D >= 1");
   GatedRows r;
   r.type = type_of(gate, op);
   Gated& a = r.a;
@@ -31,12 +31,12 @@ GatedRows gated_rows(const char* op, const Tensor& gate, const MaybeTensor& up, 
   a.gate_stride = row_stride(gate, op, "gate");
   a.up_stride = a.gate_stride;
   if (up) {
-    STD_TORCH_CHECK(up->numel() == gate.numel() && up->size(-1) == a.D && up->scalar_type() == gate.scalar_type(), op,
-                    ": up must be like gate");
+    CHECK(up->numel() == gate.numel() && up->size(-1) == a.D && up->scalar_type() == gate.scalar_type(), op,
+          ": up must be like gate");
     a.up = up->data_ptr();
     a.up_stride = row_stride(*up, op, "up");
   } else {
-    STD_TORCH_CHECK(a.D % 2 == 0, op, ": without up, the last dimension of gate must be even");
+    CHECK(a.D % 2 == 0, op, ": without up, the last dimension of gate must be even");
     a.D /= 2;
     a.up = (const char*)a.gate + a.D * bytes_of(r.type);
   }
@@ -70,8 +70,8 @@ Tensor gated_fwd(const char* op, const Tensor& gate, const MaybeTensor& up, int 
 std::tuple<Tensor, Tensor> gated_bwd(const char* op, const Tensor& dy, const Tensor& gate, const MaybeTensor& up,
                                      int activation) {
   GatedRows r = gated_rows(op, gate, up, activation);
-  STD_TORCH_CHECK(dy.is_contiguous() && dy.numel() == r.N * r.a.D && dy.scalar_type() == gate.scalar_type(), op,
-                  ": dy must be contiguous, with the shape and dtype of the output");
+  CHECK(dy.is_contiguous() && dy.numel() == r.N * r.a.D && dy.scalar_type() == gate.scalar_type(), op,
+        ": dy must be contiguous, with the shape and dtype of the output");
   const Tensor dgate = empty(shape_of(gate), gate.scalar_type());
   const Tensor dup = up ? empty(shape_of(gate), gate.scalar_type()) : none_like(gate);
   r.a.dy = dy.data_ptr();
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> gated_bwd(const char* op, const Tensor& dy, const Ten
 }
 
 BiasAct rows_with_activation(const char* op, const Tensor& x, int64_t activation, Type& t) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D], D >= 1");
-  STD_TORCH_CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
+  CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D], D >= 1");
+  CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
   t = type_of(x, op);
   BiasAct a{};
   a.D = x.size(-1);

@@ -8,8 +8,8 @@ constexpr const char* kOp = "adamw_step";
 constexpr int64_t kPiece = 8192;  // elements that a thread takes at a time
 
 void check_state(const Tensor& x, const Tensor& p, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == p.numel() && x.scalar_type() == type, kOp, ": ", name,
-                  " must be contiguous, with a number of the compute type for each of the parameter's");
+  CHECK(x.is_contiguous() && x.numel() == p.numel() && x.scalar_type() == type, kOp, ": ", name,
+        " must be contiguous, with a number of the compute type for each of the parameter's");
 }
 
 }  // namespace
@@ -18,9 +18,9 @@ void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps,
                 double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize) {
   const size_t n = params.size();
-  STD_TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
-                      (max_exp_avg_sqs.empty() || max_exp_avg_sqs.size() == n),
-                  kOp, ": expected as many of each as parameters");
+  CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
+            (max_exp_avg_sqs.empty() || max_exp_avg_sqs.size() == n),
+        kOp, ": expected as many of each as parameters");
   std::vector<AdamW> parts(n);
   std::vector<Type> types(n);
   std::vector<int64_t> first{0};  // piece of each part
@@ -28,12 +28,12 @@ void adamw_step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
     const Tensor& p = params[i];
     types[i] = type_of(p, kOp);
     const ScalarType state = compute_type(types[i]);
-    STD_TORCH_CHECK(p.is_contiguous(), kOp, ": parameters must be contiguous");
+    CHECK(p.is_contiguous(), kOp, ": parameters must be contiguous");
     check_like(grads[i], p, kOp, "gradients");
     check_state(exp_avgs[i], p, state, "exp_avg");
     check_state(exp_avg_sqs[i], p, state, "exp_avg_sq");
     if (!max_exp_avg_sqs.empty()) check_state(max_exp_avg_sqs[i], p, state, "max_exp_avg_sq");
-    STD_TORCH_CHECK(steps[i].numel() == 1, kOp, ": step must be a number");
+    CHECK(steps[i].numel() == 1, kOp, ": step must be a number");
     const Type step_type = type_of(steps[i], kOp);
     const double step = element(steps[i].data_ptr(), step_type, 0) + 1;
     set_element(steps[i].data_ptr(), step_type, 0, step);

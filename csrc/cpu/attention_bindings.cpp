@@ -6,15 +6,14 @@ namespace {
 
 void check_grad_o(const char* op, const Attention& a, const Tensor& grad_o, const Tensor& o, const Tensor& lse) {
   for (const Tensor& x : {grad_o, o})
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
-                    ": o and its gradient must have q's shape with v's head size");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == ScalarType::Double, op,
-                  ": lse must be contiguous float64, one number per query and head");
+    CHECK(x.dim() == 4 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, op,
+          ": o and its gradient must have q's shape with v's head size");
+  CHECK(lse.is_contiguous() && lse.numel() == a.B * a.H * a.T && lse.scalar_type() == ScalarType::Double, op,
+        ": lse must be contiguous float64, one number per query and head");
 }
 MaybeTensor flat_dlse(const char* op, const MaybeTensor& dlse, const Tensor& lse) {
   if (!dlse) return {};
-  STD_TORCH_CHECK(dlse->numel() == lse.numel() && dlse->scalar_type() == ScalarType::Double, op,
-                  ": dlse must be like lse");
+  CHECK(dlse->numel() == lse.numel() && dlse->scalar_type() == ScalarType::Double, op, ": dlse must be like lse");
   return torch::stable::contiguous(*dlse);
 }
 
@@ -141,15 +140,14 @@ Heads from(Heads x, int64_t t, int64_t element_bytes) {
 
 std::vector<int64_t> bounds(const char* op, const char* name, const Tensor& cu, int64_t total) {
   const ScalarType type = cu.scalar_type();
-  STD_TORCH_CHECK(
-      cu.dim() == 1 && cu.numel() >= 1 && cu.is_contiguous() && (type == ScalarType::Int || type == ScalarType::Long),
-      op, ": ", name, " must be int32 or int64 [sequences + 1]");
+  CHECK(cu.dim() == 1 && cu.numel() >= 1 && cu.is_contiguous() && (type == ScalarType::Int || type == ScalarType::Long),
+        op, ": ", name, " must be int32 or int64 [sequences + 1]");
   std::vector<int64_t> at(cu.numel());
   for (size_t n = 0; n < at.size(); ++n)
     at[n] = type == ScalarType::Int ? ((const int32_t*)cu.data_ptr())[n] : ((const int64_t*)cu.data_ptr())[n];
   bool rises = at[0] == 0 && at.back() <= total;
   for (size_t n = 1; n < at.size(); ++n) rises = rises && at[n - 1] <= at[n];
-  STD_TORCH_CHECK(rises, op, ": ", name, " must start at 0, never fall, and end at ", total, " at most");
+  CHECK(rises, op, ": ", name, " must start at 0, never fall, and end at ", total, " at most");
   return at;
 }
 
@@ -159,7 +157,7 @@ std::vector<Attention> sequences(const char* op, const Attention& whole, Type ty
                                  const Tensor& cu_k, std::optional<int64_t> q_offset) {
   const std::vector<int64_t> q = bounds(op, "cu_seqlens_q", cu_q, whole.T),
                              k = bounds(op, "cu_seqlens_k", cu_k, whole.S);
-  STD_TORCH_CHECK(q.size() == k.size(), op, ": cu_seqlens_q and cu_seqlens_k must have one length");
+  CHECK(q.size() == k.size(), op, ": cu_seqlens_q and cu_seqlens_k must have one length");
   const int64_t bytes = type == kDouble ? 8 : type == kFloat ? 4 : 2, wide = type == kDouble ? 8 : 4;
   std::vector<Attention> parts;
   for (size_t n = 0; n + 1 < q.size(); ++n) {
@@ -179,7 +177,7 @@ std::vector<Attention> sequences(const char* op, const Attention& whole, Type ty
 
 // [total, H, D] as [1, H, total, D].
 Tensor as_batch(const Tensor& x, const char* op) {
-  STD_TORCH_CHECK(x.dim() == 3, op, ": q, k and v must be [total, H, D]");
+  CHECK(x.dim() == 3, op, ": q, k and v must be [total, H, D]");
   return torch::stable::transpose(torch::stable::unsqueeze(x, 0), 1, 2);
 }
 // A new [total, H, D], zero where sequences may not reach.

@@ -7,17 +7,17 @@ namespace fastllm::cpu {
 namespace {
 
 inline Heads heads(const Tensor& x, const char* op, const char* name, Type t) {
-  STD_TORCH_CHECK(x.dim() == 4 && type_of(x, op) == t, op, ": ", name, " must be 4-D, with the dtype of q");
+  CHECK(x.dim() == 4 && type_of(x, op) == t, op, ": ", name, " must be 4-D, with the dtype of q");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 inline Scores broadcast(const MaybeTensor& x, const Attention& a, const char* op, const char* name, int type) {
   if (!x) return {};
-  STD_TORCH_CHECK(x->dim() == 4, op, ": ", name, " must be 4-D");
+  CHECK(x->dim() == 4, op, ": ", name, " must be 4-D");
   const int64_t full[4] = {a.B, a.H, a.T, a.S};
   int64_t stride[4];
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(x->size(i) == full[i] || x->size(i) == 1, op, ": ", name, " must broadcast to [B, H, T, S]");
+    CHECK(x->size(i) == full[i] || x->size(i) == 1, op, ": ", name, " must broadcast to [B, H, T, S]");
     stride[i] = x->size(i) == 1 ? 0 : x->stride(i);
   }
   return {x->data_ptr(), stride[0], stride[1], stride[2], stride[3], type};
@@ -45,29 +45,29 @@ struct Problem {
     a.q = heads(q, op, "q", type), a.k = heads(k, op, "k", type), a.v = heads(v, op, "v", type);
     a.B = q.size(0), a.H = q.size(1), a.T = q.size(2), a.D = q.size(3);
     a.Hkv = k.size(1), a.S = paged.value_or(k.size(2)), a.Dv = v.size(3);
-    STD_TORCH_CHECK((paged || k.size(0) == a.B) && v.size(0) == k.size(0) && v.size(1) == a.Hkv &&
-                        v.size(2) == k.size(2) && k.size(3) == a.D,
-                    op, ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
-    STD_TORCH_CHECK(a.H == 0 || (a.Hkv > 0 && a.H % a.Hkv == 0), op, ": H must be a multiple of Hkv");
-    STD_TORCH_CHECK(a.D > 0 && a.Dv > 0, op, ": D and Dv must be at least 1");
+    CHECK((paged || k.size(0) == a.B) && v.size(0) == k.size(0) && v.size(1) == a.Hkv && v.size(2) == k.size(2) &&
+              k.size(3) == a.D,
+          op, ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
+    CHECK(a.H == 0 || (a.Hkv > 0 && a.H % a.Hkv == 0), op, ": H must be a multiple of Hkv");
+    CHECK(a.D > 0 && a.Dv > 0, op, ": D and Dv must be at least 1");
     // Positions are added to each other: beyond 2^40 a side is unbounded, and an offset makes no sense.
     constexpr int64_t kFar = int64_t(1) << 40;
-    STD_TORCH_CHECK(options.q_offset > -kFar && options.q_offset < kFar, op, ": q_offset is out of range");
+    CHECK(options.q_offset > -kFar && options.q_offset < kFar, op, ": q_offset is out of range");
     a.scale = options.scale, a.softcap = options.softcap, a.q_offset = options.q_offset;
     a.left = options.left < kFar ? options.left : -1;
     a.right = options.right < kFar ? options.right : -1;
-    if (options.mask) STD_TORCH_CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
+    if (options.mask) CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
     a.mask = broadcast(options.mask, a, op, "mask", kTypes);
     a.bias = broadcast(options.bias, a, op, "bias", options.bias ? type_of(*options.bias, op) : kFloat);
     if (options.alibi_slopes) {
       const int64_t n = options.alibi_slopes->numel();
-      STD_TORCH_CHECK(n == a.H || n == sequences * a.H, op, ": alibi_slopes must be [H] or [B, H]");
+      CHECK(n == a.H || n == sequences * a.H, op, ": alibi_slopes must be [H] or [B, H]");
       a.alibi_slopes = alibi_slopes.data();
       a.alibi_stride_b = options.alibi_slopes->dim() == 2 ? a.H : 0;
     }
-    STD_TORCH_CHECK(!options.sink || options.sink->numel() == a.H, op, ": sink must be [H]");
+    CHECK(!options.sink || options.sink->numel() == a.H, op, ": sink must be [H]");
     a.sink = sink.data();
-    STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1)");
+    CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1)");
     a.dropout_p = options.dropout_p;
     if (a.dropout_p > 0) a.seed = seed_of(options.seed, op);
   }

@@ -14,8 +14,7 @@ struct Rows {
 Rows rows_of(const Tensor& x, const char* op) {
   Rows r;
   r.shape = shape_of(x);
-  STD_TORCH_CHECK(!r.shape.empty() && r.shape.back() > 0 && x.is_contiguous(), op,
-                  ": x must be contiguous [..., D] with D >= 1");
+  CHECK(!r.shape.empty() && r.shape.back() > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D] with D >= 1");
   r.D = r.shape.back();
   r.N = x.numel() / r.D;
   r.leading.assign(r.shape.begin(), r.shape.end() - 1);
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(const char* op, Kernel kerne
   check_like(dy, h, op, "dy");
   if (dh) check_like(*dh, h, op, "dh");
   check_weight(weight, r.D, op, "weight");
-  STD_TORCH_CHECK(rstd.numel() == r.N, op, ": rstd must have a number per row");
+  CHECK(rstd.numel() == r.N, op, ": rstd must have a number per row");
   const Type t = type_of(h, op), compute = t == kDouble ? kDouble : kFloat;
   const InComputeType w(weight, t, op);
   const bool two = has_residual && dropout_p > 0;
@@ -132,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd(Tensor x, MaybeTensor weight, Ma
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dy, MaybeTensor dh, Tensor h, MaybeTensor weight,
                                                           Tensor mean, Tensor rstd, MaybeTensor seed, double dropout_p,
                                                           bool has_bias, bool has_residual) {
-  STD_TORCH_CHECK(mean.numel() == rstd.numel(), "layer_norm_bwd: mean must have a number per row");
+  CHECK(mean.numel() == rstd.numel(), "layer_norm_bwd: mean must have a number per row");
   return norm_bwd("layer_norm_bwd", kernels().norm->layer_norm_bwd, dy, dh, h, weight, mean.data_ptr(), rstd, seed, 0.0,
                   dropout_p, has_bias, has_residual);
 }
@@ -147,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tenso
 
 Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {
   const bool plain = !mask && !causal && x.dim() >= 1;  // then the rows are all alike, whatever leads to them
-  STD_TORCH_CHECK((plain || x.dim() == 4) && x.is_contiguous(), "softmax_fwd: x must be contiguous [B, H, T, S]");
+  CHECK((plain || x.dim() == 4) && x.is_contiguous(), "softmax_fwd: x must be contiguous [B, H, T, S]");
   const Type t = type_of(x, "softmax_fwd");
   Softmax a{};
   a.H = plain ? 1 : x.size(1), a.T = plain ? 1 : x.size(2), a.S = x.size(-1);
@@ -155,9 +154,9 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
   a.causal = causal, a.log = log;
   a.x = x.data_ptr();
   if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, "softmax_fwd: mask must be 4-D bool");
+    CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, "softmax_fwd: mask must be 4-D bool");
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(mask->size(i) == x.size(i) || mask->size(i) == 1, "softmax_fwd: mask must broadcast to x");
+      CHECK(mask->size(i) == x.size(i) || mask->size(i) == 1, "softmax_fwd: mask must broadcast to x");
       a.mask_stride[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
     }
     a.mask = (const uint8_t*)mask->data_ptr();
@@ -173,7 +172,7 @@ Tensor softmax_fwd(Tensor x, MaybeTensor mask, double scale, bool causal, bool l
 }
 
 Tensor softmax_bwd(Tensor dy, Tensor y, double scale, bool log) {
-  STD_TORCH_CHECK(y.dim() >= 1 && y.is_contiguous(), "softmax_bwd: y must be contiguous [..., S]");
+  CHECK(y.dim() >= 1 && y.is_contiguous(), "softmax_bwd: y must be contiguous [..., S]");
   check_like(dy, y, "softmax_bwd", "dy");
   const Type t = type_of(y, "softmax_bwd");
   Softmax a{};

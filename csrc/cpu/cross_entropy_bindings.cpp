@@ -16,15 +16,15 @@ struct Total {  // of the rows that are not ignored: the sum of their weights, t
   double weights = 0, rows = 0;
 };
 Total total_of(const char* op, const Tensor& target, const void* weight, Type t, int64_t V, int64_t ignore_index) {
-  STD_TORCH_CHECK(target.dim() == 1 && target.scalar_type() == ScalarType::Long && target.is_contiguous(), op,
-                  ": target must be contiguous int64 [N]");
+  CHECK(target.dim() == 1 && target.scalar_type() == ScalarType::Long && target.is_contiguous(), op,
+        ": target must be contiguous int64 [N]");
   const int64_t N = target.numel(), *classes = (const int64_t*)target.data_ptr();
   Total total;
   for (int64_t i = 0; i < N; ++i) {
     const int64_t c = classes[i];
     if (c == ignore_index) continue;
-    STD_TORCH_CHECK(c >= 0 && c < V, op, ": target ", c, " of row ", i, " is not one of the ", V,
-                    " classes, nor ignore_index=", ignore_index);
+    CHECK(c >= 0 && c < V, op, ": target ", c, " of row ", i, " is not one of the ", V,
+          " classes, nor ignore_index=", ignore_index);
     total.weights += class_weight(weight, t, c);
     total.rows += 1;
   }
@@ -44,9 +44,9 @@ struct Loss {
   Loss(const char* op, const Tensor& x, const Tensor& target, const MaybeTensor& weight, int64_t ignore_index,
        bool mean, double label_smoothing, double softcap, double z_loss, const double* of_all_rows = nullptr)
       : op(op), t(type_of(x, op)), N(target.numel()), V(x.dim() ? x.size(-1) : 0), weight(weight, t, op), mean(mean) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && V > 0 && x.size(0) == N, op,
-                    ": x must be contiguous [N, V] with V >= 1 and a target for each row");
-    STD_TORCH_CHECK(!weight || weight->numel() == V, op, ": weight must have ", V, " elements");
+    CHECK(x.dim() == 2 && x.is_contiguous() && V > 0 && x.size(0) == N, op,
+          ": x must be contiguous [N, V] with V >= 1 and a target for each row");
+    CHECK(!weight || weight->numel() == V, op, ": weight must have ", V, " elements");
     total = total_of(op, target, this->weight.data(), t, V, ignore_index);
     if (of_all_rows) total = {of_all_rows[0], of_all_rows[1]};
     kernel.V = V;
@@ -68,7 +68,7 @@ struct Loss {
   // The gradient of every row's loss: an element of dloss for each row, or one for all.
   std::vector<double> gradients(const Tensor& dloss) const {
     const int64_t n = dloss.numel();
-    STD_TORCH_CHECK(dloss.is_contiguous() && (n == N || n == 1), op, ": dloss must be contiguous [N] or []");
+    CHECK(dloss.is_contiguous() && (n == N || n == 1), op, ": dloss must be contiguous [N] or []");
     const Type from = type_of(dloss, op);
     std::vector<double> rows(N);
     for (int64_t i = 0; i < N; ++i)
@@ -83,8 +83,8 @@ struct Loss {
 };
 
 const double* data_of(const MaybeTensor& total, const char* op) {
-  STD_TORCH_CHECK(!total || (total->numel() == 2 && total->scalar_type() == ScalarType::Double), op,
-                  ": total must be float64 [2]");
+  CHECK(!total || (total->numel() == 2 && total->scalar_type() == ScalarType::Double), op,
+        ": total must be float64 [2]");
   return total ? (const double*)total->data_ptr() : nullptr;
 }
 
@@ -120,8 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, Ma
 Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse, int64_t ignore_index,
                          int64_t reduction, double label_smoothing, double softcap, double z_loss) {
   Loss loss("cross_entropy_bwd", x, target, weight, ignore_index, reduction == kMean, label_smoothing, softcap, z_loss);
-  STD_TORCH_CHECK(lse.numel() == loss.N && lse.scalar_type() == ScalarType::Double, loss.op,
-                  ": lse must be float64 [N]");
+  CHECK(lse.numel() == loss.N && lse.scalar_type() == ScalarType::Double, loss.op, ": lse must be float64 [N]");
   const std::vector<double> rows = loss.gradients(dloss);
   const Tensor dx = empty(shape_of(x), x.scalar_type());
   CrossEntropy& a = loss.kernel;

@@ -4,13 +4,13 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr const char* kOp = "attention_kvcache_fwd";
+constexpr const char* kOp = "attention_with_kvcache";
 
 // A small integer tensor as int64.
 std::vector<int64_t> integers(const Tensor& x, const char* name) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.is_contiguous() && (type == ScalarType::Int || type == ScalarType::Long), kOp, ": ", name,
-                  " must be contiguous int32 or int64");
+  CHECK(x.is_contiguous() && (type == ScalarType::Int || type == ScalarType::Long), kOp, ": ", name,
+        " must be contiguous int32 or int64");
   std::vector<int64_t> values(x.numel());
   for (size_t i = 0; i < values.size(); ++i)
     values[i] = type == ScalarType::Int ? ((const int32_t*)x.data_ptr())[i] : ((const int64_t*)x.data_ptr())[i];
@@ -20,16 +20,15 @@ std::vector<int64_t> integers(const Tensor& x, const char* name) {
 // The pages of every sequence, [B, width], and that those which hold its `length` keys exist.
 std::vector<int32_t> checked_pages(const Tensor& table, const std::vector<int64_t>& lengths, int64_t page_size,
                                    int64_t pages) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == int64_t(lengths.size()), kOp,
-                  ": block_table must be [B, max_pages]");
+  CHECK(table.dim() == 2 && table.size(0) == int64_t(lengths.size()), kOp, ": block_table must be [B, max_pages]");
   const std::vector<int64_t> values = integers(table, "block_table");
   std::vector<int32_t> checked(values.size());
   const int64_t width = table.size(1);
   for (size_t b = 0; b < lengths.size(); ++b)
     for (int64_t i = 0; i * page_size < lengths[b]; ++i) {
       const int64_t page = values[b * width + i];
-      STD_TORCH_CHECK(page >= 0 && page < pages, kOp, ": block_table[", b, ", ", i, "] must be a page in [0, ", pages,
-                      "), got ", page);
+      CHECK(page >= 0 && page < pages, kOp, ": block_table[", b, ", ", i, "] must be a page in [0, ", pages, "), got ",
+            page);
       checked[b * width + i] = int32_t(page);
     }
   return checked;
@@ -66,13 +65,13 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
   const int64_t bytes = t == kDouble ? 8 : t == kFloat ? 4 : 2, wide = t == kDouble ? 8 : 4;
 
   // How many keys every sequence has, with the new ones.
-  STD_TORCH_CHECK(!k_new == !v_new, kOp, ": k_new and v_new come together");
+  CHECK(!k_new == !v_new, kOp, ": k_new and v_new come together");
   const int64_t added = k_new ? k_new->size(2) : 0;
   std::vector<int64_t> lengths = integers(cache_seqlens, "cache_seqlens");
-  STD_TORCH_CHECK(int64_t(lengths.size()) == a.B, kOp, ": cache_seqlens must be [B]");
+  CHECK(int64_t(lengths.size()) == a.B, kOp, ": cache_seqlens must be [B]");
   for (size_t b = 0; b < lengths.size(); ++b) {
-    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] + added <= a.S, kOp, ": sequence ", b, " has ", lengths[b],
-                    " keys in its cache and gets ", added, " more, but there is room for ", a.S);
+    CHECK(lengths[b] >= 0 && lengths[b] + added <= a.S, kOp, ": sequence ", b, " has ", lengths[b],
+          " keys in its cache and gets ", added, " more, but there is room for ", a.S);
     lengths[b] += added;
   }
   std::vector<int32_t> pages;
@@ -82,13 +81,12 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
   }
 
   // New keys and values go into the cache; they and the queries are rotated on the way.
-  STD_TORCH_CHECK(!cos == !sin, kOp, ": cos and sin come together");
+  CHECK(!cos == !sin, kOp, ": cos and sin come together");
   Rotation rotation{};
   if (cos) {
-    STD_TORCH_CHECK(cos->dim() == 2 && sin->dim() == 2 && cos->size(0) == sin->size(0) &&
-                        cos->size(1) == sin->size(1) && cos->scalar_type() == sin->scalar_type() &&
-                        2 * cos->size(1) <= a.D,
-                    kOp, ": cos and sin must be [positions, up to D / 2]");
+    CHECK(cos->dim() == 2 && sin->dim() == 2 && cos->size(0) == sin->size(0) && cos->size(1) == sin->size(1) &&
+              cos->scalar_type() == sin->scalar_type() && 2 * cos->size(1) <= a.D,
+          kOp, ": cos and sin must be [positions, up to D / 2]");
     rotation.cos = cos->data_ptr(), rotation.sin = sin->data_ptr(), rotation.type = type_of(*cos, kOp);
     rotation.cos_row = cos->stride(0), rotation.cos_d = cos->stride(1);
     rotation.sin_row = sin->stride(0), rotation.sin_d = sin->stride(1);
@@ -99,11 +97,11 @@ std::tuple<Tensor, Tensor> attention_kvcache_fwd(Tensor q, Tensor k_cache, Tenso
   auto rotate = [&](const Tensor& x, const char* name, const Heads& to, int64_t b, int64_t H, int64_t D, int64_t first,
                     int64_t position, bool rotated) {
     const int64_t rows = x.size(2);
-    STD_TORCH_CHECK(x.size(0) == a.B && x.size(1) == H && x.size(3) == D && (rows == added || &x == &q), kOp, ": ",
-                    name, " must be [B, Hkv, T_new, head size of its cache]");
-    STD_TORCH_CHECK(!rotated || rows == 0 || (position >= 0 && position + rows <= cos->size(0)), kOp, ": ", name,
-                    " stands at positions up to ", position + rows - 1, ", but cos and sin have ",
-                    cos ? cos->size(0) : 0, " rows");
+    CHECK(x.size(0) == a.B && x.size(1) == H && x.size(3) == D && (rows == added || &x == &q), kOp, ": ", name,
+          " must be [B, Hkv, T_new, head size of its cache]");
+    CHECK(!rotated || rows == 0 || (position >= 0 && position + rows <= cos->size(0)), kOp, ": ", name,
+          " stands at positions ", position, " to ", position + rows - 1, ", but cos and sin have ",
+          cos ? cos->size(0) : 0, " rows");
     Rotation r = rotation;
     r.from = batch_entry(heads(x, kOp, name, t), b, bytes), r.to = to;
     if (!to.pages) r.to = batch_entry(to, b, bytes);

@@ -33,8 +33,8 @@ Cut cut(const Gemm& g, int64_t threads) {
 // A matrix [rows, columns] that may be a transposed one.
 Operand operand(const Tensor& x, int64_t rows, int64_t columns, const char* op, const char* name) {
   if (x.is_contiguous()) return {x.data_ptr(), columns, 1};
-  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1), op, ": ", name,
-                  " must be contiguous, or 2-D with stride 1 in one dimension");
+  CHECK(x.dim() == 2 && (x.stride(0) == 1 || x.stride(1) == 1), op, ": ", name,
+        " must be contiguous, or 2-D with stride 1 in one dimension");
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 Operand transposed(Operand x) { return {x.data, x.column, x.row}; }
@@ -45,10 +45,9 @@ struct Sizes {
   int64_t M, N, K;
   Sizes(const Tensor& x, const Tensor& weight, const char* op) {
     type = type_of(x, op);
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == x.scalar_type(), op,
-                    ": weight must be [N, K] of x's dtype");
+    CHECK(weight.dim() == 2 && weight.scalar_type() == x.scalar_type(), op, ": weight must be [N, K] of x's dtype");
     N = weight.size(0), K = weight.size(1);
-    STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K, op, ": x must be [..., ", K, "]");
+    CHECK(x.dim() >= 1 && x.size(-1) == K, op, ": x must be [..., ", K, "]");
     M = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
   }
@@ -87,8 +86,8 @@ namespace {
 
 // y = x W^T + bias, as far as a Gemm holds it: what c is, and what becomes of it, is left open.
 Gemm product_of(const char* op, const Sizes& s, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  STD_TORCH_CHECK(!bias || (bias->numel() == s.N && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
-                  op, ": bias must be contiguous, [", s.N, "] of x's dtype");
+  CHECK(!bias || (bias->numel() == s.N && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()), op,
+        ": bias must be contiguous, [", s.N, "] of x's dtype");
   Gemm g{s.M, s.N, s.K};
   g.a = operand(x, s.M, s.K, op, "x");
   g.b = transposed(operand(weight, s.N, s.K, op, "weight"));
@@ -104,8 +103,8 @@ std::vector<int64_t> output_shape(const Tensor& x, const Sizes& s) {
 
 // A matrix that is written into, as rows of `out`.
 void* rows_of(const Tensor& out, const Sizes& s, int64_t rows, int64_t columns, const char* op, const char* name) {
-  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == rows * columns && type_of(out, op) == s.type, op, ": ", name,
-                  " must be contiguous, [", rows, ", ", columns, "] of x's dtype");
+  CHECK(out.is_contiguous() && out.numel() == rows * columns && type_of(out, op) == s.type, op, ": ", name,
+        " must be contiguous, [", rows, ", ", columns, "] of x's dtype");
   return out.data_ptr();
 }
 
@@ -129,7 +128,7 @@ void linear_out(Tensor x, Tensor weight, MaybeTensor bias, Tensor out) {
 
 std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, MaybeTensor bias, int64_t activation, bool needs_z) {
   const char* op = "linear_act_fwd";
-  STD_TORCH_CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
+  CHECK(activation >= kRelu && activation <= kSilu, op, ": there is no activation ", activation);
   const Sizes s(x, weight, op);
   Gemm g = product_of(op, s, x, weight, bias);
   const std::vector<int64_t> shape = output_shape(x, s);
@@ -143,8 +142,8 @@ std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, MaybeTensor b
 void linear_bwd_out(Tensor dy, Tensor x, Tensor weight, MaybeTensor dx, MaybeTensor dweight, bool add) {
   const char* op = "linear_bwd_out";
   const Sizes s(x, weight, op);
-  STD_TORCH_CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(), op,
-                  ": dy must be contiguous, like y");
+  CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(), op,
+        ": dy must be contiguous, like y");
   const Operand grad{dy.data_ptr(), s.N, 1};
   if (dx)
     gemm({s.M, s.K, s.N, grad, operand(weight, s.N, s.K, op, "weight"), rows_of(*dx, s, s.M, s.K, op, "dx"), s.K},
@@ -158,8 +157,8 @@ void linear_bwd_out(Tensor dy, Tensor x, Tensor weight, MaybeTensor dx, MaybeTen
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight, bool needs_dx, bool needs_dweight,
                                               bool needs_dbias) {
   const Sizes s(x, weight, "linear_bwd");
-  STD_TORCH_CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(),
-                  "linear_bwd: dy must be contiguous, like y");
+  CHECK(dy.numel() == s.M * s.N && dy.is_contiguous() && dy.scalar_type() == x.scalar_type(),
+        "linear_bwd: dy must be contiguous, like y");
   const Operand grad{dy.data_ptr(), s.N, 1};
   const Tensor dx = needs_dx ? empty(shape_of(x), x.scalar_type()) : none_like(x);
   const Tensor dweight = needs_dweight ? empty({s.N, s.K}, x.scalar_type()) : none_like(x);

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +18,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "check.h"
 #include "cpu/bindings.h"
 #include "cpu/table.h"
 
@@ -40,7 +40,7 @@ inline Type type_of(const Tensor& x, const char* op) {
     case ScalarType::Double:
       return kDouble;
     default:
-      STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16, float16 or float64 tensor");
+      CHECK(false, op, ": expected a float32, bfloat16, float16 or float64 tensor");
   }
   return kTypes;
 }
@@ -144,7 +144,7 @@ void for_items(int64_t items, int64_t bytes, bool worth_threads, F f) {
     work(0, 1);
   else
     torch::stable::parallel_for(0, threads, 1, work);
-  STD_TORCH_CHECK(!failed, "fastllm: out of memory for a workspace of ", bytes, " bytes");
+  CHECK(!failed, "fastllm: out of memory for a workspace of ", bytes, " bytes");
 }
 
 constexpr int64_t kGrain = 16384;  // elements that are worth waking another thread for (0.5 to 1.2 us)
@@ -217,16 +217,15 @@ inline Tensor new_heads(const Tensor& like, int64_t D) {
 }
 
 inline void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,
-                  ": ", name, " must be contiguous, with the shape and dtype of x");
+  CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op, ": ", name,
+        " must be contiguous, with the shape and dtype of x");
 }
 inline uint64_t seed_of(const MaybeTensor& seed, const char* op) {
-  STD_TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op,
-                  ": dropout needs a seed, one int64");
+  CHECK(seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op, ": dropout needs a seed, one int64");
   return uint64_t(*(const int64_t*)seed->data_ptr());
 }
 inline void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
-  STD_TORCH_CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
+  CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
 }
 
 // Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the

@@ -12,20 +12,19 @@ struct Packed {  // a packed weight, checked
   int64_t panels = 0;
   Packed(const char* op, const Tensor& codes, const Tensor& scales, const MaybeTensor& offsets, int64_t rows,
          int64_t columns, int64_t bits, int64_t group) {
-    STD_TORCH_CHECK((bits == 8 || bits == 4) && group > 0 && group % 32 == 0 && rows > 0 && columns > 0, op,
-                    ": bits must be 8 or 4, and group a multiple of 32");
+    CHECK((bits == 8 || bits == 4) && group > 0 && group % 32 == 0 && rows > 0 && columns > 0, op,
+          ": bits must be 8 or 4, and group a multiple of 32");
     panels = (rows + kPanel - 1) / kPanel;
     const int64_t groups = (columns + group - 1) / group;
-    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Int && codes.is_contiguous() && codes.dim() == 3 &&
-                        codes.size(0) == panels && codes.size(1) == groups * group * bits / 32 &&
-                        codes.size(2) == kPanel,
-                    op, ": codes must be contiguous int32 [", panels, ", ", groups * group * bits / 32, ", 16]");
+    CHECK(codes.scalar_type() == ScalarType::Int && codes.is_contiguous() && codes.dim() == 3 &&
+              codes.size(0) == panels && codes.size(1) == groups * group * bits / 32 && codes.size(2) == kPanel,
+          op, ": codes must be contiguous int32 [", panels, ", ", groups * group * bits / 32, ", 16]");
     const ScalarType wanted = bits == 8 ? ScalarType::Float : ScalarType::BFloat16;
     auto fits = [&](const Tensor& x) {
       return x.scalar_type() == wanted && x.is_contiguous() && x.numel() == panels * groups * kPanel;
     };
-    STD_TORCH_CHECK(fits(scales) && (!offsets || fits(*offsets)), op,
-                    ": scales and offsets must be contiguous [panels, groups, 16], fp32 for 8 bits, bf16 for 4");
+    CHECK(fits(scales) && (!offsets || fits(*offsets)), op,
+          ": scales and offsets must be contiguous [panels, groups, 16], fp32 for 8 bits, bf16 for 4");
     a.N = rows;
     a.K = columns;
     a.bits = bits;
@@ -73,24 +72,24 @@ class Ends {
 
 Type check_x(const char* op, const Tensor& x, int64_t K) {
   const Type t = type_of(x, op);
-  STD_TORCH_CHECK(t != kDouble && x.is_contiguous() && x.dim() >= 1 && x.size(-1) == K, op,
-                  ": x must be contiguous [..., ", K, "] in fp32, bf16 or fp16");
+  CHECK(t != kDouble && x.is_contiguous() && x.dim() >= 1 && x.size(-1) == K, op, ": x must be contiguous [..., ", K,
+        "] in fp32, bf16 or fp16");
   return t;
 }
 void check_bias(const char* op, const MaybeTensor& bias, int64_t N) {
-  STD_TORCH_CHECK(!bias || bias->numel() == N, op, ": bias must have ", N, " elements");
+  CHECK(!bias || bias->numel() == N, op, ": bias must have ", N, " elements");
 }
 
 }  // namespace
 
 Tensor weight_only_linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
   const char* op = "weight_only_linear_fwd";
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), op, ": weight must be contiguous [N, K]");
+  CHECK(weight.dim() == 2 && weight.is_contiguous(), op, ": weight must be contiguous [N, K]");
   WeightOnly a{};
   a.N = weight.size(0);
   a.K = weight.size(1);
   const Type t = check_x(op, x, a.K), stored = type_of(weight, op);
-  STD_TORCH_CHECK(stored != kDouble, op, ": weight must be fp32, bf16 or fp16");
+  CHECK(stored != kDouble, op, ": weight must be fp32, bf16 or fp16");
   check_bias(op, bias, a.N);
   a.M = a.K ? x.numel() / a.K : 0;
   a.weight = weight.data_ptr();
@@ -109,7 +108,7 @@ Tensor weight_only_linear_fwd(Tensor x, Tensor weight, MaybeTensor bias) {
 Tensor quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, MaybeTensor offsets, MaybeTensor bias, int64_t rows,
                             int64_t bits, int64_t group) {
   const char* op = "quantized_linear_fwd";
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must be [..., K]");
+  CHECK(x.dim() >= 1, op, ": x must be [..., K]");
   Packed packed(op, codes, scales, offsets, rows, x.size(-1), bits, group);
   WeightOnly& a = packed.a;
   const Type t = check_x(op, x, a.K);
@@ -134,8 +133,8 @@ Tensor dequantize_fwd(Tensor codes, Tensor scales, MaybeTensor offsets, Tensor l
   const char* op = "dequantize_fwd";
   const Packed packed(op, codes, scales, offsets, rows, columns, bits, group);
   const Type t = type_of(like, op);
-  STD_TORCH_CHECK(t != kDouble && begin >= 0 && begin <= end && end <= rows && begin % kPanel == 0, op,
-                  ": begin and end must be rows, begin a multiple of 16, and `like` fp32, bf16 or fp16");
+  CHECK(t != kDouble && begin >= 0 && begin <= end && end <= rows && begin % kPanel == 0, op,
+        ": begin and end must be rows, begin a multiple of 16, and `like` fp32, bf16 or fp16");
   const Tensor out = empty({end - begin, columns}, like.scalar_type());
   WeightOnly a = packed.a;
   a.N = end;

@@ -7,7 +7,7 @@ namespace {
 
 // A tensor as attention's kernels read it: itself, or a copy where its rows are not contiguous, aligned and filled up.
 Tensor readable(const Tensor& x, Type type, const char* op, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && type_of(x, op) == type, op, ": ", name, " must be 4-D, with the dtype of q");
+  CHECK(x.dim() == 4 && type_of(x, op) == type, op, ": ", name, " must be 4-D, with the dtype of q");
   const int64_t D = x.size(3);
   bool fits = x.stride(3) == 1 && D % 8 == 0 && uintptr_t(x.data_ptr()) % 16 == 0;
   for (int i = 0; i < 3; ++i) fits = fits && (x.stride(i) % 8 == 0 || x.size(i) == 1);
@@ -51,17 +51,16 @@ struct AttentionCall {
         k(readable(k_in, type, op, "k")),
         v(readable(v_in, type, op, "v")),
         bias(at_most_float(options.bias)) {
-    STD_TORCH_CHECK(type != kFloat, op, ": the CUDA C++ kernels take bfloat16 and float16");
+    CHECK(type != kFloat, op, ": the CUDA C++ kernels take bfloat16 and float16");
     const int64_t B = q.size(0), H = q.size(1), T = q.size(2), D = q.size(3);
     const int64_t Hkv = k.size(1), S = k.size(2), Dv = v.size(3);
-    STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hkv && v.size(2) == S && k.size(3) == D, op,
-                    ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
-    STD_TORCH_CHECK(H == 0 || (Hkv > 0 && H % Hkv == 0), op, ": H must be a multiple of Hkv");
-    STD_TORCH_CHECK(D > 0 && Dv > 0 && D <= kMostHeadSize && Dv <= kMostHeadSize, op, ": D and Dv must be 1 to ",
-                    kMostHeadSize);
-    STD_TORCH_CHECK(!options.seed && options.dropout_p == 0, op, ": the CUDA C++ kernels have no dropout");
+    CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == Hkv && v.size(2) == S && k.size(3) == D, op,
+          ": q [B, H, T, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] do not fit each other");
+    CHECK(H == 0 || (Hkv > 0 && H % Hkv == 0), op, ": H must be a multiple of Hkv");
+    CHECK(D > 0 && Dv > 0 && D <= kMostHeadSize && Dv <= kMostHeadSize, op, ": D and Dv must be 1 to ", kMostHeadSize);
+    CHECK(!options.seed && options.dropout_p == 0, op, ": the CUDA C++ kernels have no dropout");
     constexpr int64_t kMost = int64_t(1) << 30;  // positions are added to each other in 32 bits
-    STD_TORCH_CHECK(T < kMost && S < kMost && B * H * (T / 128 + 1) < 2 * kMost, op, ": too many queries or keys");
+    CHECK(T < kMost && S < kMost && B * H * (T / 128 + 1) < 2 * kMost, op, ": too many queries or keys");
     a.B = int(B), a.H = int(H), a.T = int(T), a.D = int(D), a.Hkv = int(Hkv), a.S = int(S), a.Dv = int(Dv);
     a.scale = float(options.scale), a.softcap = float(options.softcap);
     // Beyond these limits nothing changes, and inside them no kernel overflows.
@@ -72,13 +71,13 @@ struct AttentionCall {
     a.last = right >= 0 ? within(a.q_offset + right, -T, S) : int(S);
     a.q = heads(q), a.k = heads(k), a.v = heads(v);
     if (options.mask) {
-      STD_TORCH_CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
+      CHECK(options.mask->scalar_type() == ScalarType::Bool, op, ": mask must be bool");
       a.mask = pairs(*options.mask, "mask", kFloat);
     }
     if (bias) a.bias = pairs(*bias, "bias", type_of(*bias, op));
     if (options.alibi_slopes) {
       const int64_t n = options.alibi_slopes->numel();
-      STD_TORCH_CHECK(n == H || n == B * H, op, ": alibi_slopes must be [H] or [B, H]");
+      CHECK(n == H || n == B * H, op, ": alibi_slopes must be [H] or [B, H]");
       slopes = contiguous_vector(at_most_float(options.alibi_slopes), n, op, "alibi_slopes");
       a.slopes = vector(slopes, op);
       a.slopes_per_batch = options.alibi_slopes->dim() == 2;
@@ -88,11 +87,11 @@ struct AttentionCall {
   }
 
   Pairs pairs(const Tensor& x, const char* name, Type x_type) const {
-    STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, " must be 4-D");
+    CHECK(x.dim() == 4, op, ": ", name, " must be 4-D");
     const int64_t full[4] = {a.B, a.H, a.T, a.S};
     int64_t stride[4];
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(x.size(i) == full[i] || x.size(i) == 1, op, ": ", name, " must broadcast to [B, H, T, S]");
+      CHECK(x.size(i) == full[i] || x.size(i) == 1, op, ": ", name, " must broadcast to [B, H, T, S]");
       stride[i] = x.size(i) == 1 ? 0 : x.stride(i);
     }
     return {x.data_ptr(), stride[0], stride[1], stride[2], stride[3], x_type};
@@ -137,11 +136,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       {mask, bias, alibi_slopes, sink, seed, scale, softcap, q_offset, window_left, window_right, dropout_p});
   Attention& a = call.a;
   for (const Tensor& x : {grad_o, o})
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv,
-                    call.op, ": o and its gradient must have q's shape with v's head size");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == int64_t(a.B) * a.H * a.T &&
-                      lse.scalar_type() == ScalarType::Double && (!dlse || dlse->scalar_type() == ScalarType::Double),
-                  call.op, ": lse must be contiguous float64, one number per query and head, and its gradient too");
+    CHECK(x.dim() == 4 && x.size(0) == a.B && x.size(1) == a.H && x.size(2) == a.T && x.size(3) == a.Dv, call.op,
+          ": o and its gradient must have q's shape with v's head size");
+  CHECK(lse.is_contiguous() && lse.numel() == int64_t(a.B) * a.H * a.T && lse.scalar_type() == ScalarType::Double &&
+            (!dlse || dlse->scalar_type() == ScalarType::Double),
+        call.op, ": lse must be contiguous float64, one number per query and head, and its gradient too");
   const Tensor grad = readable(grad_o, call.type, call.op, "grad_o"), out = readable(o, call.type, call.op, "o");
   const MaybeTensor grad_lse = contiguous_vector(dlse, lse.numel(), call.op, "dlse");
   const Tensor dq = new_heads(q, a.D), dk = new_heads(k, a.D), dv = new_heads(v, a.Dv);

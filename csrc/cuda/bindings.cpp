@@ -9,16 +9,15 @@ struct Rows {
   std::vector<int64_t> shape, leading;
 
   Rows(const Tensor& x, const char* op) : shape(shape_of(x)) {
-    STD_TORCH_CHECK(!shape.empty() && shape.back() > 0 && x.is_contiguous(), op,
-                    ": x must be contiguous [..., D] with D >= 1");
+    CHECK(!shape.empty() && shape.back() > 0 && x.is_contiguous(), op, ": x must be contiguous [..., D] with D >= 1");
     D = shape.back();
     N = x.numel() / D;
     leading.assign(shape.begin(), shape.end() - 1);
   }
 };
 void check_like(const Tensor& got, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op,
-                  ": ", name, " must be contiguous, with the shape and dtype of x");
+  CHECK(got.is_contiguous() && got.numel() == like.numel() && got.scalar_type() == like.scalar_type(), op, ": ", name,
+        " must be contiguous, with the shape and dtype of x");
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const char* op, const Tensor& x, const MaybeTensor& weight,
                                                         const MaybeTensor& bias, const MaybeTensor& residual,
@@ -51,8 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const char* op, const Tensor& d
   const Rows r(h, op);
   check_like(dy, h, op, "dy");
   if (dh) check_like(*dh, h, op, "dh");
-  STD_TORCH_CHECK(rstd.numel() == r.N && (!mean || mean->numel() == r.N), op,
-                  ": mean and rstd must have one number per row");
+  CHECK(rstd.numel() == r.N && (!mean || mean->numel() == r.N), op, ": mean and rstd must have one number per row");
   const MaybeTensor w = contiguous_vector(weight, r.D, op, "weight");
   const Tensor dx = empty(h, r.shape, h.scalar_type());
   Tensor dweight = weight ? empty(*weight, {r.D}, weight->scalar_type()) : none_like(h);
@@ -82,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const char* op, const Tensor& d
 
 // The schemas have dropout, which these kernels have not: fastllm/ops/norm.py does not ask them for it.
 void no_dropout(double dropout_p, const char* op) {
-  STD_TORCH_CHECK(dropout_p == 0, op, ": the CUDA C++ kernels have no dropout");
+  CHECK(dropout_p == 0, op, ": the CUDA C++ kernels have no dropout");
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias,
                                                           MaybeTensor residual, MaybeTensor, double eps,
@@ -113,15 +111,15 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(Tensor dy, MaybeTensor dh, Tenso
 
 Tensor softmax_forward(Tensor x, MaybeTensor mask, double scale, bool causal, bool log) {
   const char* op = "softmax_fwd";
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), op, ": x must be contiguous [B, H, T, S]");
+  CHECK(x.dim() == 4 && x.is_contiguous(), op, ": x must be contiguous [B, H, T, S]");
   Softmax a{};
   a.H = x.size(1), a.T = x.size(2), a.S = x.size(3);
   a.scale = float(scale), a.causal = causal, a.log = log;
   a.x = x.data_ptr();
   if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, op, ": mask must be 4-D bool");
+    CHECK(mask->dim() == 4 && mask->scalar_type() == ScalarType::Bool, op, ": mask must be 4-D bool");
     for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(mask->size(i) == x.size(i) || mask->size(i) == 1, op, ": mask must broadcast to x");
+      CHECK(mask->size(i) == x.size(i) || mask->size(i) == 1, op, ": mask must broadcast to x");
       a.mask_stride[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
     }
     a.mask = (const uint8_t*)mask->data_ptr();
@@ -138,7 +136,7 @@ Tensor softmax_forward(Tensor x, MaybeTensor mask, double scale, bool causal, bo
 
 Tensor softmax_backward(Tensor dy, Tensor y, double scale, bool log) {
   const char* op = "softmax_bwd";
-  STD_TORCH_CHECK(y.dim() >= 1 && y.is_contiguous(), op, ": y must be contiguous [..., S]");
+  CHECK(y.dim() >= 1 && y.is_contiguous(), op, ": y must be contiguous [..., S]");
   check_like(dy, y, op, "dy");
   Softmax a{};
   a.S = y.size(-1);
@@ -166,9 +164,9 @@ struct LossCall {
   LossCall(const char* op, const Tensor& x, const Tensor& target, const MaybeTensor& weight_in, int64_t ignore_index,
            double label_smoothing, double softcap, double z_loss)
       : op(op), sums(empty(x, {3}, ScalarType::Double)) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.is_contiguous(), op, ": x must be contiguous [N, V]");
+    CHECK(x.dim() == 2 && x.size(1) > 0 && x.is_contiguous(), op, ": x must be contiguous [N, V]");
     take_targets(target, weight_in, x.size(1), ignore_index);
-    STD_TORCH_CHECK(a.N == x.size(0), op, ": target must have a number per row of x");
+    CHECK(a.N == x.size(0), op, ": target must have a number per row of x");
     a.x = x.data_ptr();
     a.label_smoothing = float(label_smoothing), a.softcap = float(softcap), a.z_loss = float(z_loss);
     if (weight && label_smoothing > 0) a.weight_sum = (double*)sums.data_ptr() + 2;
@@ -181,8 +179,8 @@ struct LossCall {
   }
 
   void take_targets(const Tensor& target, const MaybeTensor& weight_in, int64_t V, int64_t ignore_index) {
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), op,
-                    ": target must be contiguous int64 [N]");
+    CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), op,
+          ": target must be contiguous int64 [N]");
     weight = contiguous_vector(at_most_float(weight_in), V, op, "weight");
     a.N = target.numel(), a.V = V;
     a.target = (const int64_t*)target.data_ptr();
@@ -225,8 +223,8 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor x, Tensor target, MaybeTensor
   LossCall call("cross_entropy_bwd", x, target, weight, ignore_index, label_smoothing, softcap, z_loss);
   if (reduction == kMean) call.take_mean();
   CrossEntropy& a = call.a;
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == a.N && lse.scalar_type() == ScalarType::Double, call.op,
-                  ": lse must be contiguous float64 [N]");
+  CHECK(lse.is_contiguous() && lse.numel() == a.N && lse.scalar_type() == ScalarType::Double, call.op,
+        ": lse must be contiguous float64 [N]");
   call.take_gradient(dloss, reduction == kNone);
   a.lse = (double*)lse.data_ptr();
   const Tensor dx = empty(x, {a.N, a.V}, x.scalar_type());
@@ -251,9 +249,8 @@ std::tuple<Tensor, Tensor> cross_entropy_of_rows(Tensor x, Tensor target, MaybeT
                                                  double softcap, double z_loss, bool accuracy) {
   LossCall call("cross_entropy_rows", x, target, weight, ignore_index, label_smoothing, softcap, z_loss);
   CrossEntropy& a = call.a;
-  STD_TORCH_CHECK(
-      !total || (total->is_contiguous() && total->numel() == 2 && total->scalar_type() == ScalarType::Double), call.op,
-      ": total must be contiguous float64 [2]");
+  CHECK(!total || (total->is_contiguous() && total->numel() == 2 && total->scalar_type() == ScalarType::Double),
+        call.op, ": total must be contiguous float64 [2]");
   a.total = total ? (double*)total->data_ptr() : nullptr;
   const Tensor loss = empty(x, {a.N}, ScalarType::Double), right = empty(x, {accuracy ? a.N : 0}, ScalarType::Bool);
   a.row_loss = (double*)loss.data_ptr();

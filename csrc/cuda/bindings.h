@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <dlfcn.h>
 
@@ -14,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "cuda/kernels.h"
 
 #ifndef FASTLLM_CUDA_DEVICE
@@ -38,7 +38,7 @@ class OnDeviceOf {
     using Find = int32_t (*)(int32_t device, void** stream);
     static const Find find =
         (Find)dlsym(dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream");
-    STD_TORCH_CHECK(find && find(x.get_device_index(), &stream_) == 0, "fastllm: torch does not tell its CUDA stream");
+    CHECK(find && find(x.get_device_index(), &stream_) == 0, "fastllm: torch does not tell its CUDA stream");
   }
 #endif
   Stream stream() const { return stream_; }
@@ -50,7 +50,7 @@ class OnDeviceOf {
 #endif
 };
 
-inline void check(Error error, const char* op) { STD_TORCH_CHECK(!error, op, ": ", error); }
+inline void check(Error error, const char* op) { CHECK(!error, op, ": ", error); }
 
 inline Type type_of(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
@@ -61,7 +61,7 @@ inline Type type_of(const Tensor& x, const char* op) {
     case ScalarType::Half:
       return kHalf;
     default:
-      STD_TORCH_CHECK(false, op, ": the CUDA C++ kernels take float32, bfloat16 and float16");
+      CHECK(false, op, ": the CUDA C++ kernels take float32, bfloat16 and float16");
   }
   return kFloat;
 }
@@ -78,7 +78,7 @@ inline const void* data(const MaybeTensor& x) { return x ? x->data_ptr() : nullp
 
 inline MaybeTensor contiguous_vector(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
   if (!w) return {};
-  STD_TORCH_CHECK(w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w->numel());
+  CHECK(w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w->numel());
   return torch::stable::contiguous(*w);
 }
 inline Vector vector(const MaybeTensor& w, const char* op) { return {data(w), w ? type_of(*w, op) : kFloat}; }
