@@ -154,13 +154,16 @@ def attention_with_kvcache(
     outputs, lengths = [], cache_seqlens.tolist()
     for b, had in enumerate(lengths):  # all of them, before anything is written
         if had < 0 or had + added > S:
-            raise ValueError(f"sequence {b} has {had} keys in its cache and gets {added} more; there is room for {S}")
+            raise ValueError(
+                f"attention_with_kvcache: sequence {b} has {had} keys in its cache and gets {added} more, but there is"
+                f" room for {S}"
+            )
     for b, had in enumerate(lengths):
         length = had + added
         row = torch.arange(length, device=q.device)
         entry = row.new_full((length,), b) if block_table is None else block_table[b].long()[row // page_size]
         if length and not 0 <= int(entry.min()) <= int(entry.max()) < len(k_cache):
-            raise ValueError(f"block_table[{b}] must name pages in [0, {len(k_cache)})")
+            raise ValueError(f"attention_with_kvcache: block_table[{b}] must name pages in [0, {len(k_cache)})")
         offset = length - T if q_offset is None else q_offset
         if cos is not None:
             highest = max(offset + T, length if added else 0)

@@ -102,7 +102,7 @@ for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma, cr
     setattr(InterpreterBuilder, function.__name__, function)
 
 
-# Three quarters of the interpreter's time goes into what never changes between two operations: it patches all of
+# Two thirds of the interpreter's time goes into what never changes between two operations: it patches all of
 # triton.language for every call of a function by a kernel, and makes anew what it knows of a dtype and of a shape.
 
 
@@ -148,6 +148,8 @@ def _init_tensor(self, handle, type):
 
 @functools.cache
 def _block(element, sizes):
+    if not sizes:
+        raise TypeError("0d block_type is forbidden")
     return tl.core.tuple(sizes), tl.core.validate_block_shape(sizes), f"<{sizes}, {element}>"
 
 

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from check import compare, run
+import torch.nn.functional as F
+from check import assert_as_accurate, compare, run
 from test_attention import arguments, torch_attention
 
 import fastllm
@@ -128,7 +129,9 @@ def test_autocast_is_that_of_attention():
         o = fastllm.attention_varlen(q.bfloat16(), k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
         one = fastllm.attention(*(x[None, 3:].transpose(1, 2) for x in (q, k, v)))
     assert o.dtype == one.dtype == torch.bfloat16
-    assert torch.allclose(o[3:].float(), one[0].transpose(0, 1).float(), atol=1e-2)
+    rounded = [x[3:].transpose(0, 1).bfloat16() for x in (q, k, v)]
+    truth = F.scaled_dot_product_attention(*(x.double() for x in rounded))
+    assert_as_accurate(o[3:].transpose(0, 1), F.scaled_dot_product_attention(*rounded), truth)
 
 
 def test_bad_input():

@@ -241,15 +241,21 @@ def test_autocast_gives_its_dtype_for_few_and_for_many_rows(rows):
 
 
 def test_second_derivative_does_not_warn():
-    w = torch.randn(20, 64)
-    packed, x = fastllm.quantize_weight(w), torch.randn(3, 64, requires_grad=True)
+    packed, x = fastllm.quantize_weight(torch.randn(20, 64)), torch.randn(3, 64)
+    dy, direction = torch.randn(3, 20), torch.randn(3, 64)
+
+    def second(linear, dtype):
+        leaf, upstream = (t.to(dtype).requires_grad_() for t in (x, dy))
+        (dx,) = torch.autograd.grad(linear(leaf), leaf, upstream, create_graph=True)
+        return torch.autograd.grad(dx, upstream, direction.to(dtype))[0]
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (dx,) = torch.autograd.grad(fastllm.weight_only_linear(x, packed).pow(3).sum(), x, create_graph=True)
-        (found,) = torch.autograd.grad(dx.square().sum(), x)
-    (dx,) = torch.autograd.grad(F.linear(x, packed.dequantize()).pow(3).sum(), x, create_graph=True)
-    (wanted,) = torch.autograd.grad(dx.square().sum(), x)
-    assert torch.allclose(found, wanted, rtol=1e-4)
+        found = second(lambda x: fastllm.weight_only_linear(x, packed), torch.float32)
+    weight = packed.dequantize()
+    assert_as_accurate(
+        found, *(second(lambda x: F.linear(x, weight.to(x.dtype)), t) for t in (torch.float32, torch.float64))
+    )
 
 
 def test_packed_weights_are_compared_by_identity():
