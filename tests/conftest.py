@@ -6,6 +6,10 @@ Where there is no GPU, Triton's kernels are interpreted and the CUDA C++ kernels
 import math
 import os
 
+# Before PyTorch is imported, and for subprocesses too: OpenMP's threads sleep between two parallel regions. They would
+# spin, and where several processes share the cores, that took three quarters of the tests' CPU time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
