@@ -40,6 +40,7 @@ def one_thread():
 def tiny(monkeypatch):
     monkeypatch.setattr(cases, "BENCH", TINY)
     monkeypatch.setattr(cases, "QUICK", TINY[1:2])
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 1 << 18)  # what is evicted, hundreds of times
     monkeypatch.setattr(
         timing,
         "ceilings",
