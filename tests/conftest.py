@@ -22,7 +22,19 @@ from fastllm import dispatch
 from fastllm.llm import data, sources
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-BACKENDS = [f"cpu-{isa}" for isa in ISAS] + ["triton", "cuda"]
+
+
+def cpu(isa):
+    """The backend of an instruction set, as a parameter; a mark skips faster than a fixture, thousands of times."""
+    reason = None
+    if dispatch.extension is None:
+        reason = f"no C++ extension: {dispatch.missing_extension}"
+    elif isa not in dispatch.extension.available():
+        reason = f"this CPU or this build has no {isa} (available: {dispatch.extension.available()})"
+    return pytest.param(f"cpu-{isa}", marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+
+BACKENDS = [cpu(isa) for isa in ISAS] + ["triton", "cuda"]
 
 
 SHARE = 7  # of the tests named below, one in this many: coprime to the number of dtypes, rules and options
@@ -111,10 +123,6 @@ def own_backend(request):
 def use_backend(name):
     name, _, isa = name.partition("-")
     if name == "cpu":
-        if dispatch.extension is None:
-            pytest.skip(f"no C++ extension: {dispatch.missing_extension}")
-        if isa not in dispatch.extension.available():
-            pytest.skip(f"this CPU or this build has no {isa} (available: {dispatch.extension.available()})")
         before = dispatch.extension.selected()
         dispatch.extension.select(isa)
         with fastllm.backend("cpu"):
