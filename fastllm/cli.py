@@ -18,10 +18,30 @@ PLAIN = {"info": "fastllm.info", "verify": "fastllm.verify", "bench": "fastllm.b
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are two lines, not the usage of every option and then the error."""
+    """argparse's, whose errors are two lines, not the usage of every option and then the error; a word that is known
+    but for a letter or two is named."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
+        choice = re.search(r"invalid choice: '?([^']*?)'? \(choose from (.*)\)$", message)
+        if choice:
+            known = [name.strip(" '") for name in choice[2].split(",")]
+            if f" {choice[1]}: " in (self.epilog or ""):
+                message = f"{choice[1]} is {self.epilog}"
+            elif nearest := nearest_of(choice[1], known):
+                message = message[: choice.end(1)].rstrip() + f"'; did you mean {nearest}?"
+        elif "are required" in message and (wrong := self.unknown_option()):
+            message += f"; {unrecognised([wrong], self)}"
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help says what there is\n")
+
+    def unknown_option(self) -> str | None:
+        """The first option that was given and is none: the one that is missing may be meant."""
+        known = options_of(self)
+        given = [word.partition("=")[0] for word in self.given if word.startswith("--") and word != "--"]
+        return next((word for word in given if not any(name.startswith(word) for name in known)), None)
 
 
 def build_parser(wanted: str | None = None) -> argparse.ArgumentParser:
@@ -64,10 +84,17 @@ def add_llm_commands(subparsers) -> list[str]:
 def unrecognised(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     """What is said about arguments that the parser of a command does not know, with the option that is nearest."""
     said = f"unrecognized arguments: {' '.join(unknown)}"
-    known = re.findall(r"--[a-z][\w-]*", parser.format_help())
     option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-    nearest = difflib.get_close_matches(option, known, n=1)
-    return f"{said}; did you mean {nearest[0]}?" if nearest else said
+    nearest = nearest_of(option, options_of(parser))
+    return f"{said}; did you mean {nearest}?" if nearest else said
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--[a-z][\w-]*", parser.format_help())
+
+
+def nearest_of(word: str, known) -> str | None:
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
 def main(arguments=None) -> int:

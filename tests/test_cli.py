@@ -109,6 +109,26 @@ def test_usage_errors_exit_with_2(capsys, arguments):
     assert re.match(r"(fastllm[a-z ]*): error: .*\n\1 --help says what there is\n", said)
 
 
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("pretrian", "pretrain"),
+        ("classify DATA --epohcs=3", "--epochs"),
+        ("finetune clasification --model M --data D", "classification"),
+        ("finetune language --modle M --data D", "--model"),  # whose absence is noticed first
+        ("finetune language --model M --data D --optimizer adamv", "adam"),
+        ("zzz", None),
+    ],
+)
+def test_a_mistyped_word_is_named(capsys, typed, meant):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(typed.split())
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(said) == 2
+    assert said[0].endswith(f"; did you mean {meant}?") if meant else "did you mean" not in said[0]
+
+
 def test_traceback_on_request():
     with pytest.raises(ValueError, match="nope"):
         cli.main(["--traceback", "verify", "nope"])
@@ -156,6 +176,9 @@ def test_a_missing_package_is_named(llm_modules, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "demo: No module named 'sklearn'" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        cli.main(["demo"])
+    assert "demo is not available here: demo: No module named 'sklearn'" in capsys.readouterr().err
 
 
 def test_a_broken_llm_module_is_not_hidden(llm_modules, capsys):
