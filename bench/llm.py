@@ -191,7 +191,7 @@ def main():
             if not (out / "result.json").exists():
                 fastllm(command(recipe, out) + " --resume" * out.exists())
             if recipe.evaluate and not (out / "test" / "result.json").exists():
-                fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'}")
+                fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'} --fresh")
             entry |= collect(name)
         if args.time:
             entry["time"] = timed(name, args.time) | dict(machine=store.machine(store.environment()))

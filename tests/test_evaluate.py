@@ -42,6 +42,17 @@ def test_the_page_needs_nothing_else(classifier, tmp_path, capsys):
         assert leftover not in page
     assert (tmp_path / "out" / "confusion.png").read_bytes()[1:4] == b"PNG"
 
+    # Another one is not mixed into it, nor into what is no evaluation.
+    again = ["evaluate", str(classifier), str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli(again) == 2 and "is there already; --fresh replaces it" in capsys.readouterr().err
+    (tmp_path / "out" / "confusion.png").write_text("of before")
+    assert cli([*again, "--fresh", "--batch", "5"]) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["batch"] == 5
+    assert (tmp_path / "out" / "confusion.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert cli([*again, "--fresh"]) == 2 and "would be lost (notes.txt)" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
 
 def test_memory_does_not_grow_with_the_data(classifier, monkeypatch):
     monkeypatch.setattr(base, "POOL", 3)

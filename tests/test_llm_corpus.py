@@ -137,6 +137,23 @@ def test_the_encoding_holds_for_the_first_line_too(tmp_path):
     assert meta["kind"] == "classification" and meta["left_out"]["read"] == 60
 
 
+@pytest.mark.parametrize("size, what", [(1 << 12, "out"), (1 << 13, "out"), (3 << 13, "out/bytes")])
+def test_a_full_disk_is_one_line_and_leaves_nothing_in_part(tmp_path, capsys, size, what):
+    """Files may not grow beyond `size`: the table of what was seen, the text, or its tokens cannot be written."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "x.txt").write_text("\n\n".join(f"document {n} has one line" for n in range(800)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        assert cli(["data", str(tmp_path / "x.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{tmp_path / what} could not be written: " in said and "make room" in said
+    assert not (tmp_path / what).exists() and not list(tmp_path.rglob(".out*")) + list(tmp_path.rglob(".bytes*"))
+    assert (tmp_path / "out").exists() == (what != "out")
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD", 1 << 12)
     peaks = []

@@ -123,9 +123,35 @@ def test_a_folder_is_no_name(registered, monkeypatch, capsys):
 def test_a_full_disk_is_an_os_error(tmp_path, name):
     module, _, name = name.partition(".")
     error = getattr(pytest.importorskip(module), name)
-    with pytest.raises(OSError, match="no space left"), atomic_folder(tmp_path / "out"):
-        raise error("no space left")
+    with pytest.raises(OSError, match="out could not be written: no space left; make room"):
+        with atomic_folder(tmp_path / "out"):
+            raise error("no space left")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name in (".out.killed_1", ".out.killed_2.replaced", ".out.notes", ".output.killed_1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    with atomic_folder(tmp_path / "out") as first:
+        with atomic_folder(tmp_path / "out") as second:  # as another process would, at the same time
+            (second / "file").write_text("second")
+            assert first.exists() and {path.name for path in tmp_path.iterdir()} == {
+                *(first.name, second.name),
+                *("out", ".out.notes", ".output.killed_1"),  # what was moved aside is back, for nothing had its place
+            }
+            assert (tmp_path / "out" / "file").read_text() == "old"
+        (first / "file").write_text("first")
+    assert (tmp_path / "out" / "file").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.notes", ".output.killed_1"}
+
+
+def test_a_folder_of_somebody_else_is_left_alone(registered):
+    (registered / "tiny").mkdir(parents=True)
+    (registered / "tiny" / "train.tsv").write_text("mine")
+    with pytest.raises(ValueError, match="has files in it, and no meta.json: they would be lost"):
+        data.build("tiny", registered / "tiny")
+    assert (registered / "tiny" / "train.tsv").read_text() == "mine"
 
 
 def test_fallback_says_why(registered):

@@ -48,35 +48,37 @@ def build(name: str, out=None, *, fresh=False) -> dict:
     """Build the files of one set in the folder `out` (default data/NAME) and return its description.
 
     The description, also written to meta.json, has the origin, the number of rows or characters of each split, what was
-    left out and why, and a fingerprint of the files. A complete set is not built again unless `fresh`.
-    Raises ValueError for an unknown name and sources.Unavailable (an OSError) where the text cannot be had.
+    left out and why, and a fingerprint of the files. A complete set is not built again unless `fresh`; the folder is
+    whole, or not there. Raises ValueError for an unknown name and a folder with other files in it, and
+    sources.Unavailable (an OSError) where the text cannot be had.
     """
     kind = kind_of(name)
     out = Path(out or Path("data") / name)
     if not fresh and (found := describe(out)):
         return found
+    check_free("data", out, fresh=True, mark="meta.json")
     found = named()[name]()
     for split in SPLITS:
         if not found.splits[split]:
             raise Unavailable(f"{name}: the {split} split is empty")
-    (out / "meta.json").unlink(missing_ok=True)  # the last to be written: a folder without it is not complete
     extension = "txt" if kind == "text" else "tsv"
     meta = dict(name=name, kind=kind, origin=found.origin, left_out=found.counts, splits={}, folder=str(out))
     digest = hashlib.sha256()
-    for split, content in found.splits.items():
-        path = out / f"{split}.{extension}"
-        with atomic(path) as file:
-            if kind == "text":
-                file.write(content)
-            else:
-                csv.writer(file, delimiter="\t", lineterminator="\n").writerows([COLUMNS[kind], *content])
-        digest.update(path.read_bytes())
-        meta["splits"][split] = len(content)
-    if kind == "classification":
-        meta["classes"] = dict(sorted(Counter(label for _, label in found.splits["train"]).items()))
-    meta["fingerprint"] = digest.hexdigest()[:16]
-    with atomic(out / "meta.json") as file:
-        json.dump(meta, file, indent=1)
+    with atomic_folder(out) as temporary:
+        for split, content in found.splits.items():
+            path = temporary / f"{split}.{extension}"
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                if kind == "text":
+                    file.write(content)
+                else:
+                    csv.writer(file, delimiter="\t", lineterminator="\n").writerows([COLUMNS[kind], *content])
+            digest.update(path.read_bytes())
+            meta["splits"][split] = len(content)
+        if kind == "classification":
+            meta["classes"] = dict(sorted(Counter(label for _, label in found.splits["train"]).items()))
+        meta["fingerprint"] = digest.hexdigest()[:16]
+        with atomic(temporary / "meta.json") as file:
+            json.dump(meta, file, indent=1)
     return meta
 
 

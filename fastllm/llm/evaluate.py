@@ -10,7 +10,7 @@ import fastllm
 from fastllm import drawing, info
 from fastllm.llm import distributed, report, require, rows
 from fastllm.llm.checkpoint import load_model
-from fastllm.llm.files import atomic
+from fastllm.llm.files import atomic_folder, check_free
 from fastllm.llm.finetune import NAMES, task_for
 from fastllm.llm.ranks import Ranks
 
@@ -21,6 +21,7 @@ TITLES = {
     "encoder-decoder": ("Sequence to sequence", ("bleu", "chrf", "rougeL", "perplexity")),
     "question-answering": ("Question answering", ("exact_match", "f1")),
 }
+FILES = ("result.json", "index.html", "confusion.png")
 WORDS = {  # scores as people write them
     "f1": "F1",
     "bleu": "BLEU",
@@ -33,7 +34,19 @@ WORDS = {  # scores as people write them
 }
 
 
-def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=None, naive=False, ranks=None) -> dict:
+def run(
+    model,
+    data,
+    *,
+    task=None,
+    out=None,
+    split="test",
+    batch=32,
+    max_len=None,
+    naive=False,
+    fresh=False,
+    ranks=None,
+) -> dict:
     """Score the model of a folder on a file, or on the file `split` of a folder.
 
     task says what a model of Hugging Face is to be loaded as ("classification", "language", "seq2seq", "questions");
@@ -41,12 +54,15 @@ def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=Non
     without the logits in memory. Several processes (`distributed.start`) each score a share of the rows with the whole
     model; what they return is one and the same, and the first of them writes.
     Writes out/result.json, out/index.html and for classes out/confusion.png where `out` is given, and returns the
-    content of the first. Raises ValueError for a model and data that do not fit.
+    content of the first. Raises ValueError for a model and data that do not fit, and for a folder `out` that is there,
+    unless it has an evaluation in it, nothing else, and `fresh` is given.
     """
     for needed, package in (("matplotlib", None), ("jinja2", None)):
         require(needed, package)
     if task is not None and task not in NAMES:
         raise ValueError(f"evaluate: the task must be one of {', '.join(NAMES)}, got {task!r}")
+    if out is not None:
+        check_free("evaluate", out, fresh=fresh, mark="result.json", names=FILES)
     loaded = load_model(model, task=NAMES.get(task), accelerate=not naive)
     made = task_for(loaded, max_len)
     path = Path(data)
@@ -74,14 +90,12 @@ def run(model, data, *, task=None, out=None, split="test", batch=32, max_len=Non
 
 
 def write(out: Path, result: dict):
-    if "confusion" in result["scores"]:
-        made = confusion_figure(result["scores"], colours=("#1b2330", "#0b6e99"))
-        with atomic(out / "confusion.png", "wb") as file:
-            made.savefig(file, format="png", dpi=150, facecolor="white", transparent=False)
-    with atomic(out / "index.html") as file:
-        file.write(html(result))
-    with atomic(out / "result.json") as file:
-        json.dump(result, file, indent=1)
+    with atomic_folder(out) as folder:
+        if "confusion" in result["scores"]:
+            made = confusion_figure(result["scores"], colours=("#1b2330", "#0b6e99"))
+            made.savefig(folder / "confusion.png", dpi=150, facecolor="white", transparent=False)
+        (folder / "index.html").write_text(html(result), "utf-8")
+        (folder / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
 
 
 def named(score: str) -> str:
@@ -147,6 +161,7 @@ def add_arguments(subparsers):
     parser.add_argument("data", help="a file, or a folder with one named test")
     parser.add_argument("--task", choices=NAMES, help="of a model of Hugging Face that does not say")
     parser.add_argument("--out", default="evaluation", help="folder of the result (default: evaluation)")
+    parser.add_argument("--fresh", action="store_true", help="replace the evaluation in --out")
     parser.add_argument("--split", default="test", help="the file in a folder (default: test)")
     parser.add_argument("--batch", type=int, default=32, help="default 32")
     parser.add_argument("--max-len", type=int, help="tokens of an example (default: as it was trained)")

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from fastllm.llm import require
 from fastllm.llm.checkpoint import read_tensors, steps, write_model
-from fastllm.llm.files import atomic, atomic_folder, sync
+from fastllm.llm.files import atomic, atomic_folder, reason_of, sync, writing
 
 OWN = ("best", "history.jsonl", "result.json", "tensorboard")
+LEFT = (".step-*", ".best*", *(f".{n}.*" for n in ("run.json", "history.jsonl", "result.json", "adapter", "merged")))
 
 
 class Run:
@@ -47,7 +48,7 @@ class Run:
             raise ValueError(f"{self.folder} has a run in it ({last[0]}): {cure}")
         if resume and not there:
             raise ValueError(f"{self.folder} has no run in it to resume")
-        for left in [*self.folder.glob(".step-*"), *self.folder.glob(".best*")]:  # of a process that was killed
+        for left in [path for pattern in LEFT for path in self.folder.glob(pattern)]:  # of a process that was killed
             remove(left)
         if resume:
             self._compare(json.loads((self.folder / "run.json").read_text("utf-8")), free)
@@ -68,7 +69,8 @@ class Run:
 
     def __exit__(self, *error):
         if self._history is not None:
-            self._history.close()
+            with contextlib.suppress(OSError):  # what is not yet written is behind the last checkpoint
+                self._history.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -81,8 +83,8 @@ class Run:
         line where it cannot be written: then what was there before is what there is.
         """
         folder = self.folder / step_name(step)
-        self._flush()
         try:
+            self._flush()
             with atomic_folder(folder) as temporary:
                 write_model(temporary, model, tokenizer, state=state, **meta)
                 safetensors = require("safetensors.torch", "safetensors")
@@ -91,9 +93,10 @@ class Run:
                 with atomic(temporary / "training.json") as file:
                     json.dump(dict(step=step, files=files) | training, file)
         except OSError as error:
-            what = f"{folder} could not be written: {' '.join(str(error).split())}"
+            what = f"{folder} could not be written: {reason_of(error) or ' '.join(str(error).split())}"
             kept = [path.name for path in steps(self.folder)]
-            raise OSError(f"{what}; {f'{kept[-1]} is complete' if kept else 'there is no checkpoint'}") from None
+            there = f"{kept[-1]} is complete, and --resume goes on from it" if kept else "there is no checkpoint"
+            raise OSError(f"{what}; {there}") from None
         if best:
             point(self.folder / "best", folder.name)
         kept = {path.name for path in steps(self.folder)[-self.keep :]} | {self.best_name()}
@@ -157,7 +160,8 @@ class Run:
     def log(self, line: dict):
         if self._history is None:
             self._history = open(self.folder / "history.jsonl", "a", encoding="utf-8")
-        self._history.write(json.dumps(line) + "\n")
+        with writing(self.folder / "history.jsonl"):
+            self._history.write(json.dumps(line) + "\n")
 
     def _flush(self):
         if self._history is not None:
