@@ -371,9 +371,14 @@ class Transformer(nn.Module):
         if targets is None:
             return self.head(x)
         if self.accelerated and self.config.vocab >= LARGE_VOCAB:
-            return fastllm.linear_cross_entropy(x, self.head.weight, targets, label_smoothing=label_smoothing)
+            return fastllm.linear_cross_entropy(x, self.head_weight(x.dtype), targets, label_smoothing=label_smoothing)
         cross_entropy = fastllm.cross_entropy if self.accelerated else F.cross_entropy
         return cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
+
+    def head_weight(self, dtype) -> torch.Tensor:
+        """[V, d_model]; of a head that is packed in few bits what its numbers stand for, in `dtype`."""
+        weight = self.head.weight
+        return weight if isinstance(weight, torch.Tensor) else weight.dequantize(dtype)
 
     @torch.no_grad()
     def generate(

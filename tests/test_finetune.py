@@ -161,6 +161,16 @@ class TestLanguage:
         result = finetune.run("language", tmp_path / "gemma", tmp_path / "pairs", tmp_path / "run", **options)
         assert result["test"]["loss"] < result["history"]["evaluations"][0]["loss"]
         assert evaluate.run(tmp_path / "run", tmp_path / "pairs")["scores"]["loss"] < result["history"]["loss"][0]
+        # The adapter's folder is the model that it was trained on with the updates, which is what the run left.
+        whole, made = (load_model(tmp_path / "run" / name) for name in ("best", "adapter"))
+        states = whole.model.state_dict(), made.model.state_dict()
+        assert states[0].keys() == states[1].keys() and made.meta["task"] == "language-model"
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        with pytest.raises(ValueError, match="adapter is a LoRA adapter, not a whole model"):
+            finetune.run("language", tmp_path / "run" / "adapter", tmp_path / "pairs", tmp_path / "again")
+        (tmp_path / "gemma").rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="is a LoRA adapter for .*gemma, which is no folder here: start where"):
+            load_model(tmp_path / "run" / "adapter")
 
     def test_plain_text_is_read_once(self, decoder, tmp_path):
         text = "the cat sat on the mat;\n\n\nthe dog lay on the log.\n" * 30

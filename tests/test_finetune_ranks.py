@@ -74,7 +74,13 @@ def one_rank(folder, name, out, more, mode="ddp"):
     model, options = TASKS[name]
     task = name.partition(",")[0]
     with distributed.start(mode) as ranks:
-        finetune.run(task, folder / model, folder / task, out, **OPTIONS | options | more, ranks=ranks)
+        evaluated, share = [], ranks.share
+        ranks.share = lambda rows: (evaluated.append(row) or row for row in share(rows))
+        given = OPTIONS | options | more
+        found = finetune.run(task, folder / model, folder / task, out, **given, ranks=ranks)
+    splits = ["valid"] * len(found["history"]["evaluations"]) + ["test"]
+    count = sum(len(range(ranks.rank, len(tiny_corpus(n=ROWS)[split]), ranks.ranks)) for split in splits)
+    assert len(evaluated) == (count if mode == "ddp" else 0)
 
 
 def outcome(out):
@@ -125,7 +131,8 @@ HEADS = {
 def evaluated(folder, name):
     with distributed.start(cure="nothing was written") as ranks:
         out = folder / f"evaluated {name} by {ranks.ranks}"
-        return evaluate.run(folder / f"{name} model", folder / name, out=out, batch=4, max_len=48, ranks=ranks)
+        options = dict(out=out, batch=4, max_len=48, fresh=True)
+        return evaluate.run(folder / f"{name} model", folder / name, **options, ranks=ranks)
 
 
 def floats(scores):

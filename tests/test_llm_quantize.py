@@ -6,14 +6,16 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 import fastllm
 from fastllm import cli
-from fastllm.llm import data, generate, measure, prune, quantize
+from fastllm.llm import data, evaluate, generate, measure, prune, quantize
 from fastllm.llm.checkpoint import load_model, save_model
 from fastllm.llm.packed import packing, quantize_model
 from fastllm.llm.prompts import ChatTemplate
@@ -81,6 +83,12 @@ def test_folders_hold_what_was_made(name, bits, tmp_path):
     got, peer = logits_of(found.model, tokens), logits_of(unpacked(kept, model), tokens)
     assert torch.equal(got, logits_of(kept, tokens))
     assert (got - peer).norm() < 1e-3 * peer.norm()
+    if name != "Bert":
+        (tmp_path / "test.txt").write_text(text := "some text to score\n" * 3)
+        scored = evaluate.run(tmp_path / "packed", tmp_path, max_len=len(text))["scores"]["loss"]
+        ids = torch.tensor([TOKENS.encode(text)])
+        truth = F.cross_entropy(logits_of(unpacked(kept, model), ids)[0, :-1].double(), ids[0, 1:])
+        assert abs(scored - truth) < 1e-3 * truth
     size = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("whole", "packed")]
     assert size[1] < size[0] * (0.55 if bits == 8 else 0.45)
     assert not ChatTemplate.load(found.source, found.tokenizer).plain

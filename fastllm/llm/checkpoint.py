@@ -77,9 +77,12 @@ def load_model(path, *, task=None, accelerate=True, **options) -> Loaded:
     With a task ("language-model", "masked-lm", "encoder-decoder", "classification", "question-answering", "encoder")
     a model of ours must have it, and a folder of Hugging Face is loaded as that: parameters that it lacks are drawn
     anew, and named in meta["new"]. options go to its from_pretrained (dtype, num_labels, ...). accelerate=False gives
-    plain PyTorch. Raises ValueError in one line for a folder that is neither, lacks a file, has a damaged one, or holds
-    a model of another task.
+    plain PyTorch. A folder with a LoRA adapter is the model that it names as its base, the updates in the weights.
+    Raises ValueError in one line for a folder that is none of these, lacks a file, has a damaged one, or holds a model
+    of another task.
     """
+    if is_adapter(path):
+        return _load_adapted(Path(path), task, accelerate, options)
     folder = resolve(path)
     config = read_json(folder / "config.json")
     if config.get("lora") or config.get("fastllm", {}).get("lora"):  # whose weights lack the updates
@@ -101,8 +104,14 @@ def resolve(path) -> Path:
     for folder in (path / "best", *reversed(steps(path))):
         if (folder / "config.json").exists():
             return folder
+    if is_adapter(path):
+        raise ValueError(f"load_model: {path} is a LoRA adapter, not a whole model; its run folder has that in `best`")
     what = "is no folder" if not path.is_dir() else "has no config.json, no `best` and no `step-...` folder"
     raise ValueError(f"load_model: {path} {what}; a model folder, a run folder or one of Hugging Face is needed")
+
+
+def is_adapter(path) -> bool:
+    return (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists()
 
 
 def steps(run) -> list[Path]:
@@ -189,6 +198,27 @@ def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
     kind = task or next((kind for kind, ends in endings if type(model).__name__.endswith(ends)), "encoder")
     meta = dict(task=kind) | config.get("fastllm", {}) | dict(new=sorted(info["missing_keys"]))
     return Loaded(model.eval(), tokenizer, meta, folder)
+
+
+def _load_adapted(folder, task, accelerate, options) -> Loaded:
+    from fastllm.llm import lora
+
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not Path(base).is_dir():
+        cure = "start where that is, or take the whole model, which a run folder has in `best`"
+        raise ValueError(f"load_model: {folder} is a LoRA adapter for {base}, which is no folder here: {cure}")
+    loaded = load_model(base, task=task, accelerate=False, **options)
+    ours = isinstance(loaded.model, Transformer)
+    if ours and accelerate:
+        loaded = load_model(base, task=task)
+    try:
+        lora.load_adapter(folder, loaded.model)
+    except ValueError as error:
+        raise ValueError(f"{error}; the whole model is in `best` of the run folder that it is from") from None
+    lora.merge(loaded.model).requires_grad_(True)
+    if accelerate and not ours:
+        fastllm.accelerate(loaded.model)
+    return loaded
 
 
 def _load_packed(folder, config, task, accelerate, packing) -> Loaded:

@@ -144,12 +144,15 @@ def main(args) -> int:
             print(json.dumps(result, ensure_ascii=False))
         return 0
 
+    loaded = load_model(args.model)
+    between = "\n" if is_encoder_decoder(loaded.model) else ""  # whose answer is no continuation
+
     def write(n, piece):
         if not piece:
-            print("\n\n" if n else "", prompts[n], sep="", end="")
+            print("\n\n" if n else "", prompts[n], between, sep="", end="")
         print(printable(piece), end="", flush=True)
 
-    results = run(args.model, prompts, write=write, **options)
+    results = run(loaded, prompts, write=write, **options)
     print(flush=True)
     count, seconds = sum(len(r["tokens"]) for r in results), max(r["seconds"] for r in results)
     first = min(r["first_s"] for r in results)

@@ -78,6 +78,7 @@ def family_of(model) -> Family:
     if name in FAMILIES:
         return FAMILIES[name]
     if name != "Transformer" or model.config.kind == "encoder-decoder":
+        name = "an encoder-decoder" if name == "Transformer" else name
         raise ValueError(f"prune: {name} is none of Transformer (encoder or decoder), {', '.join(FAMILIES)}")
     rows = ("feed_forward.gate", "feed_forward.up") if model.config.activation == "swiglu" else ("feed_forward.up",)
     parts = (f"attention.{part}" for part in ("query", "key", "value", "out"))

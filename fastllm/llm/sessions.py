@@ -41,7 +41,8 @@ def session_of(model, weights, slots, positions, start=None):
     Raises ValueError for a model that does not generate, and for `weights` where only its own forward is left.
     """
     if not generates(model):
-        raise ValueError(f"generate: {type(model).__name__} is not a language model with a head")
+        what = "is not a language model with a head, so it writes no text; `fastllm evaluate` scores such models"
+        raise ValueError(f"generate: {type(model).__name__} {what}")
     try:
         plan, reason = generation.plan(model, weights), None
     except Unsupported as problem:

@@ -121,7 +121,7 @@ def loss_sum(task, model, batch):
     if is_ours(model):
         x, targets = model.decode(batch["tokens"][:, :-1]), batch["labels"][:, 1:]
         if model.accelerated:
-            return fastllm.linear_cross_entropy(x, model.head.weight, targets, reduction="sum")
+            return fastllm.linear_cross_entropy(x, model.head_weight(x.dtype), targets, reduction="sum")
         return F.cross_entropy(model.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
     fused = {"skip_logits": True} if "loss" in getattr(model, "_fastllm", ()) else {}
     return model(input_ids=batch["tokens"], labels=batch["labels"], **fused).loss * task.weight(batch)

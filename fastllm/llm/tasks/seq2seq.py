@@ -56,7 +56,7 @@ class Seq2Seq(Task):
         if is_ours(model) and model.accelerated:
             context = model.encode(batch["tokens"], batch["mask"])
             x = model.decode(batch["begun"], None, context, batch["mask"])
-            return fastllm.linear_cross_entropy(x, model.head.weight, batch["labels"], **options)
+            return fastllm.linear_cross_entropy(x, model.head_weight(x.dtype), batch["labels"], **options)
         if not is_ours(model) and is_accelerated(model) and self.ends_in_head(model, batch):
             x, head = before_head(model, **theirs(batch)), model.get_output_embeddings()
             options["linear_bias"] = bias_of(model, head)
