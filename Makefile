@@ -44,10 +44,10 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 test: build ## the fast tests: CPU only; 23 minutes on the two threads of a Zen 3 core
-	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: build ## the slow tests too
-	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS)
+	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist worksteal
 
 TRANSFORMERS ?= 5.17 5.18 5.19 5.20 5.21 5.22 5.23
 test-transformers: build ## Hugging Face's tests beside several versions of transformers; TRANSFORMERS="5.19" chooses

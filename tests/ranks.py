@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What a rank would otherwise spend most of its time on: PyTorch's optimizers import its compiler.
-PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "fastllm", "fastllm.llm.finetune"]
+# What a rank would otherwise spend most of its time on: PyTorch's optimizers import its compiler, the test files and
+# metrics what is optional. What is not installed is left out.
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
+PRELOADED += ["sklearn.metrics", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib", "jinja2", "rich.console"]
+PRELOADED += ["fastllm", "fastllm.llm.finetune", "fastllm.llm.evaluate", "fastllm.llm.pretrain"]
 
 
 def run(function, ranks, folder, *arguments):
