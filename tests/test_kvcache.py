@@ -248,6 +248,39 @@ def test_bad_input(name):
         fastllm.attention_with_kvcache(**given)
 
 
+def shared_caches():
+    """Two caches [2, 3, 8, 4], or other shapes, and whether a number is in both."""
+    one, two, wide = torch.zeros(2, 3, 8, 4), torch.zeros(2, 2, 3, 8, 4), torch.zeros(2, 3, 8, 6)
+    beside, rows = torch.zeros(2, 8, 2, 3, 4).transpose(1, 3), torch.zeros(2, 8, 3 * 4 + 3 * 2)
+    heads = [x.unflatten(2, (3, -1)).transpose(1, 2) for x in rows.split((12, 6), 2)]
+    return {
+        "one tensor": (one, one, True),
+        "a view of it": (one, one.view_as(one), True),
+        "some of its columns": (wide[..., 2:], wide[..., :3], True),
+        "its last number": (one[1:], one.flatten()[-1:].view(1, 1, 1, 1), True),
+        "halves": (*two, False),
+        "keys beside values": (*beside.unbind(2), False),
+        "columns": (wide[..., :4], wide[..., 4:], False),
+        "columns of all heads": (*heads, False),
+        "nothing": (one[..., :0], one, False),
+    }
+
+
+@pytest.mark.parametrize("k_cache, v_cache, shared", shared_caches().values(), ids=shared_caches())
+def test_caches_that_share_memory(k_cache, v_cache, shared):
+    assert ops._share_memory(k_cache, v_cache) == ops._share_memory(v_cache, k_cache) == shared
+    if not shared or k_cache.shape[:3] != v_cache.shape[:3]:
+        return
+    q, new = (torch.randn(2, 3, 1, cache.shape[3]) for cache in (k_cache, v_cache))
+    k_cache.normal_()
+    before = k_cache.clone()
+    with pytest.raises(ValueError, match="^attention_with_kvcache: .* share memory"):
+        fastllm.attention_with_kvcache(q, k_cache, v_cache, q, new, cache_seqlens=3)
+    assert torch.equal(k_cache, before)
+    o = fastllm.attention_with_kvcache(q, k_cache, v_cache, cache_seqlens=3)  # which reads them alone
+    assert torch.equal(o, fastllm.attention_with_kvcache(q, k_cache.clone(), v_cache.clone(), cache_seqlens=3))
+
+
 @pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_extension)])
 def test_nothing_is_written_where_one_cache_is_full(name):
     cache, q = torch.zeros(2, 1, 4, 8), torch.randn(2, 1, 1, 8)

@@ -3,7 +3,7 @@
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, transformed
 from fastllm.ops._common import FLOATS, as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 from fastllm.ops.attention import _heads_like, check_mask, check_options, head_tensors
 
@@ -62,10 +62,10 @@ def attention_with_kvcache(
     Precision as `attention`; rotations in fp32, rounded to q's dtype as they are stored. Keys and values are read
     once for all query heads that share them, and cut into ranges of fixed length, so that results do not depend on the
     number of threads. Uses 4 (Dv + 2) bytes per query head, query and 512 keys beside its outputs.
-    Raises ValueError for shapes and for a cache to be written that lies in memory more than once (expand), TypeError
-    for dtypes, and RuntimeError where a gradient is wanted (there is no backward pass) and, on CPU, before anything is
-    written, where a cache is full or a page does not exist; on a GPU, which nobody waits for, what does not fit is left
-    out.
+    Raises ValueError for shapes and for caches to be written of which a number is in both or in one of them twice
+    (expand), TypeError for dtypes, and RuntimeError where a gradient is wanted (there is no backward pass) and, on CPU,
+    before anything is written, where a cache is full or a page does not exist; on a GPU, which nobody waits for, what
+    does not fit is left out.
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_kvcache.py).
     Source: Dao et al. 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180 (pages).
     """
@@ -139,6 +139,39 @@ def _check_new(q, k_cache, v_cache, k_new, v_new):
                 f"{OP}: {name} must be [B, Hkv, T_new, head size] = [{wanted[0]}, {wanted[1]}, T_new, {wanted[3]}] "
                 f"like its cache, got {list(x.shape)}"
             )
+    if _share_memory(k_cache, v_cache):
+        raise ValueError(
+            f"{OP}: k_new and v_new cannot be written: k_cache and v_cache share memory, and one would overwrite the"
+            " other; give each its own"
+        )
+
+
+def _share_memory(a, b) -> bool:
+    """Whether an element of `a` is one of `b`. Halves of one tensor, or keys beside values, have none in common."""
+    if a is b:
+        return bool(a.numel())
+    if torch.compiler.is_compiling() or transformed():  # there is no storage to ask for
+        return False
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not (a.numel() and b.numel()):
+        return False
+    apart = a.storage_offset() - b.storage_offset()
+    # a[i] is b[j] where the sum over strides of stride * (steps in b - steps in a) is `apart`
+    steps = {}
+    for x, sign in ((a, -1), (b, 1)):
+        for n, stride in zip(x.shape, x.stride(), strict=True):
+            if n > 1:
+                low, high = steps.get(stride, (0, 0))
+                steps[stride] = (low - n + 1, high) if sign < 0 else (low, high + n - 1)
+    reached = {apart}  # what is left for smaller strides
+    for stride in sorted(steps, reverse=True):
+        low, high = steps.pop(stride)
+        least, most = (sum(s * end[i] for s, end in steps.items()) for i in (0, 1))
+        reached = {
+            left - n * stride
+            for left in reached
+            for n in range(max(low, -((most - left) // stride)), min(high, (left - least) // stride) + 1)
+        }
+    return 0 in reached
 
 
 def _check_angles(q, cos, sin):
