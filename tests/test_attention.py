@@ -229,6 +229,24 @@ def test_dropout_drops_the_same_everywhere(backend, p):
     assert torch.equal(o != 0, keep != 0)
 
 
+@pytest.mark.parametrize("name", ["attention", "varlen", "scaled_dot_product_attention"])
+def test_dropout_of_everything(name):
+    """As PyTorch's kernel: zeros, with gradients of zeros; lse does not see it."""
+    inputs = [x.requires_grad_() for x in tensors(B=1, H=2, T=5, S=5, D=8)[0]]
+    if name == "scaled_dot_product_attention":
+        o, lse = fastllm.compat.scaled_dot_product_attention(*inputs, dropout_p=1.0, enable_gqa=True), None
+    elif name == "varlen":
+        packed = [x[0].transpose(0, 1) for x in inputs]
+        bounds = dict(cu_seqlens_q=torch.tensor([0, 2, 5]), cu_seqlens_k=torch.tensor([0, 2, 5]))
+        o, lse = fastllm.attention_varlen(*packed, **bounds, dropout_p=1.0, return_lse=True)
+        assert torch.equal(lse, fastllm.attention_varlen(*packed, **bounds, return_lse=True)[1])
+    else:
+        o, lse = fastllm.attention(*inputs, dropout_p=1.0, return_lse=True)
+        assert torch.equal(lse, fastllm.attention(*inputs, return_lse=True)[1])
+    grads = torch.autograd.grad(o, inputs, torch.randn(o.shape), create_graph=True)
+    assert not any(x.any() for x in (o, *grads, *torch.autograd.grad(grads[0].sum(), inputs)))
+
+
 def test_dropout_rate_and_seeds():
     keep = reference.dropout_keep(torch.tensor(3), 0.25, 2, 3, 64, 65)
     assert abs((keep == 0).double().mean() - 0.25) < 0.01 and ((keep == 0) | (keep == 1 / 0.75)).all()

@@ -103,6 +103,16 @@ def test_dropout_is_that_of_its_mask(dtype, monkeypatch):
     assert torch.equal(*(dropped(x, weight, a, b) for _ in range(2)))
 
 
+def test_dropout_of_everything():
+    def plain(x, weight, a, b):
+        return F.linear(x, weight) + F.linear(F.linear(F.dropout(x, 1.0), a), b)
+
+    def dropped(*given):
+        return fastllm.lora_linear(*given, dropout_p=1.0)
+
+    compare(dropped, plain, plain, tensors(6, 5, 7, 2), [torch.randn(6, 5)], torch.float32)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck(dropout_p):
     given = [t.double().requires_grad_() for t in (*tensors(5, 4, 3, 2), torch.randn(4))]

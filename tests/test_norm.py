@@ -136,6 +136,32 @@ def test_dropout_of_rows_that_do_not_fit_on_chip(backend, D):
     compare(call(fastllm.layer_norm), truth, truth, [x, r, w], [dy, None], torch.float32)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_dropout_of_everything(cpu_backend, residual):
+    x, r, dy, dh, w, b = torch.randn(6, 5, 20).unbind()
+    inputs, grads = ([x, w[0], b[0], r], [dy, dh]) if residual else ([x, w[0], b[0]], [dy])
+
+    def ours(x, w, b, r=None):
+        return fastllm.layer_norm(x, w, b, residual=r, dropout_p=1.0)
+
+    def plain(x, w, b, r=None):
+        h = F.dropout(x, 1.0) if r is None else F.dropout(x, 1.0) + r
+        y = F.layer_norm(h, w.shape, w, b)
+        return y if r is None else (y, h)
+
+    def of_squares(x, w, r=None):
+        return fastllm.rms_norm(x, w, residual=r, dropout_p=1.0)
+
+    def plain_of_squares(x, w, r=None):
+        h = F.dropout(x, 1.0) if r is None else F.dropout(x, 1.0) + r
+        y = F.rms_norm(h, w.shape, w, 1e-6)
+        return y if r is None else (y, h)
+
+    compare(ours, plain, plain, inputs, grads, torch.float32)
+    del inputs[2]
+    compare(of_squares, plain_of_squares, plain_of_squares, inputs, grads, torch.float32)
+
+
 def test_dropout_drops_its_share(cpu_backend):
     x = torch.ones(400, 500)
     torch.manual_seed(1)

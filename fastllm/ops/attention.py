@@ -14,6 +14,7 @@ from fastllm.ops._common import (
     autocast,
     check_broadcast,
     check_tensor,
+    drop_all,
     gradients_through,
     no_fp64,
     wants_gradient,
@@ -143,8 +144,9 @@ def attention(
     window=(left, right): from `left` before to `right` after it, inclusive; None or -1: unbounded; causal caps right.
     scale defaults to D^-0.5; softcap c > 0 makes scores c * tanh(s / c). mask: boolean, True = attend, broadcasts to
     [B, H, T, S]. bias: additive, broadcasts the same way. alibi_slopes [H] or [B, H]. sink [H]: one more score per
-    head that takes probability and has no value. dropout_p drops probabilities (lse does not see it): which ones
-    follows from a seed that torch's generator draws (torch.manual_seed), the same on every backend; nothing is stored.
+    head that takes probability and has no value. dropout_p drops probabilities (lse does not see it; all of them at 1,
+    which makes o 0): which ones follows from a seed that torch's generator draws (torch.manual_seed), the same on every
+    backend; nothing is stored.
     A query that sees no key gives o = 0, lse = -inf, gradients 0.
 
     Scores, probabilities and sums are in fp32 (fp64 for fp64). Saves q, k, v, o, 8 bytes a row: nothing of size T x S.
@@ -168,6 +170,9 @@ def attention(
             check_broadcast("attention", "bias", bias, (B, H, T, S))
             bias = as_4d(bias)
         head_tensors("attention", q, B, H, alibi_slopes, sink)
+        if dropout_p == 1:
+            v, dropout_p = drop_all(v)
+            options["dropout_p"] = dropout_p
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     backend = choose("attention", q, lambda backend: _kernels_lack(backend, q, v, dropout_p))
     if backend == "reference":
@@ -228,8 +233,8 @@ def check_options(op, q, k, v, causal, window, q_offset, scale, softcap, dropout
         raise ValueError(f"{op}: q and k must have one head size D >= 1, got {D} and {Dk} (v has {Dv})")
     if H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"{op}: q's {H} heads must be a multiple of k's {Hkv} heads")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     if softcap < 0 or not math.isfinite(softcap):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     if isinstance(scale, torch.Tensor) and scale.requires_grad:

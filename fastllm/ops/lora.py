@@ -3,7 +3,7 @@
 import torch
 
 from fastllm import dispatch, reference
-from fastllm.ops._common import autocast, check_tensor, gradients_through, wants_gradient
+from fastllm.ops._common import autocast, check_tensor, drop_all, gradients_through, wants_gradient
 from fastllm.ops.linear import addmm_, check_linear, kernels_for, linear_bwd, matmul, product, with_unit_stride
 
 
@@ -62,9 +62,9 @@ def lora_linear(x, weight, lora_a, lora_b, bias=None, *, scale=1.0, dropout_p=0.
     """y = x W^T + bias + scale * (dropout(x) A^T) B^T.
 
     x [..., K], weight [N, K], lora_a [rank, K], lora_b [N, rank], bias [N], of one dtype: fp32, bf16, fp16 or fp64;
-    returns y [..., N]. The update is added where the product stands, and its gradient to that of x: no second [..., N]
-    or [..., K] is written, and where weight and bias are frozen nothing is computed for them. The products are those of
-    `fastllm.linear` and PyTorch; under autocast they are in its dtype.
+    returns y [..., N]. dropout_p is in [0, 1]. The update is added where the product stands, and its gradient to that
+    of x: no second [..., N] or [..., K] is written, and where weight and bias are frozen nothing is computed for them.
+    The products are those of `fastllm.linear` and PyTorch; under autocast they are in its dtype.
     Saves x, and with dropout one byte for each of its elements; x A^T is made again in the backward pass.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not.
     Error: at most 1.1 times that of the same in torch's operations in x's dtype (tests/test_lora.py).
@@ -80,8 +80,10 @@ def lora_linear(x, weight, lora_a, lora_b, bias=None, *, scale=1.0, dropout_p=0.
             f"{op}: expected lora_a [rank, {K}] and lora_b [{N}, rank],"
             f" got {list(lora_a.shape)} and {list(lora_b.shape)}"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    if dropout_p == 1:
+        lora_a, dropout_p = drop_all(lora_a)
     if under_autocast:
         x, weight, lora_a, lora_b, bias = autocast(x, weight, lora_a, lora_b, bias)
     keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p else None

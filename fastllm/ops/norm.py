@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op
-from fastllm.ops._common import apart, check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, is_autocast, no_fp64, wants_gradient
 
 
 def _rows(x):
@@ -164,6 +164,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     """
     x, residual = _autocast(x, residual)
     _check("layer_norm", x, weight, bias, residual, dropout_p)
+    if dropout_p == 1:
+        x, dropout_p = drop_all(x)
     backend = choose("layer_norm", x, _unsupported(x, dropout_p))
     seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
     if backend == "reference":
@@ -192,6 +194,8 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     """
     x, residual = _autocast(x, residual)
     _check("rms_norm", x, weight, None, residual, dropout_p)
+    if dropout_p == 1:
+        x, dropout_p = drop_all(x)
     backend = choose("rms_norm", x, _unsupported(x, dropout_p))
     seed = torch.randint(2**62, (), device=x.device) if dropout_p else None
     if backend == "reference":
@@ -238,5 +242,5 @@ def _check(op, x, weight, bias, residual, dropout_p):
         check_tensor(op, "residual", residual, like=x)
         if residual.shape != x.shape:
             raise ValueError(f"{op}: residual must be {list(x.shape)} like x, got {list(residual.shape)}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")

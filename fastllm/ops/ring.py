@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastllm import reference
 from fastllm.dispatch import choose
-from fastllm.ops._common import autocast, wants_gradient
+from fastllm.ops._common import autocast, drop_all, wants_gradient
 from fastllm.ops.attention import (
     _check,
     _kernels_lack,
@@ -302,6 +302,8 @@ def ring_attention(
     (B, H, T, _), S = q.shape, k.shape[2]
     if q_offset is None:
         q_offset = (S - T) * shards.ranks
+    if dropout_p == 1:
+        v, dropout_p = drop_all(v)
     options = check_options(OP, q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
     for length in (T, S):
         shards.part_length(length)

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import apart, autocast, check_tensor, gradients_through, no_fp64
+from fastllm.ops._common import apart, autocast, check_tensor, drop_all, gradients_through, no_fp64
 from fastllm.ops.attention import OPTIONS, check_options, head_tensors
 
 _VARLEN = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, " + OPTIONS.partition("Tensor? bias, ")[2].replace(
@@ -107,6 +107,8 @@ def attention_varlen(
         raise ValueError(
             f"{op}: cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
+    if dropout_p == 1:
+        v, dropout_p = drop_all(v)
     batched = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
     options = check_options(op, *batched, causal, window, q_offset, scale, softcap, dropout_p)
     if q_offset is None:  # each sequence has its own
