@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from check import compare, run
+from check import assert_as_accurate, compare, run
 
 import fastllm
 from fastllm import dispatch, reference
@@ -46,6 +46,25 @@ def test_packed(backend, name, shape, dtype):
     ours, theirs, truth = gated(name)
     packed, dy = torch.randn(shape).to(backend), torch.randn(*shape[:-1], shape[-1] // 2).to(backend)
     compare(ours, lambda x: theirs(*x.chunk(2, -1)), truth, [packed], [dy], dtype)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_autocast_multiplies_as_pytorch_does(cpu_backend, name):
+    """A gate from a product is bf16, `up` may be fp32: so is y; each has a gradient of its own dtype. Without autocast
+    two dtypes are a mistake."""
+    ours, theirs, truth = gated(name)
+    gate, up = torch.randn(5, 40).bfloat16().requires_grad_(), torch.randn(5, 40).requires_grad_()
+    dy = torch.randn(5, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, peer = ours(gate, up), theirs(gate, up)
+        assert y.dtype == peer.dtype == torch.float32 == ours(up, gate).dtype
+    exact = truth(gate.double(), up.double())
+    assert_as_accurate(y, peer, exact)
+    for got, wanted, true in zip(*(torch.autograd.grad(o, (gate, up), dy.to(o.dtype)) for o in (y, peer, exact))):
+        assert got.dtype == wanted.dtype
+        assert_as_accurate(got, wanted, true)
+    with pytest.raises(TypeError, match="up"):
+        ours(gate, up)
 
 
 @pytest.mark.parametrize("name", GATED)

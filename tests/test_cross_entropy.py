@@ -214,6 +214,17 @@ def test_views_and_no_mutation(backend):
         assert torch.equal(tensor, copy)
 
 
+def test_targets_in_bytes():
+    """uint8, which torch takes too; 255 may be what is ignored, -100 is none of them."""
+    given, target = [torch.randn(5, 300)], torch.tensor([0, 156, 255, 7, 255], dtype=torch.uint8)
+    for ignore_index in (-100, 255):
+        options = dict(ignore_index=ignore_index, return_token_accuracy=True)
+        got, wanted = (fastllm.cross_entropy(*given, t, **options) for t in (target, target.long()))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        with fastllm.backend("reference"):
+            fastllm.cross_entropy(*given, target, **options)
+
+
 def test_backward_twice_gives_the_same(backend):
     x, target, _ = make(4, 50, backend)
     x.requires_grad_()

@@ -204,6 +204,18 @@ def test_probabilities_go_to_plain_pytorch():
 
 
 @needs_extension
+def test_targets_in_bytes():
+    """uint8, which torch takes too; 255 may be what is ignored, -100 is none of them."""
+    given = torch.randn(5, 8), torch.randn(300, 8)
+    target = torch.tensor([0, 156, 255, 7, 255], dtype=torch.uint8)
+    for ignore_index in (-100, 255):
+        options = dict(ignore_index=ignore_index, return_token_accuracy=True)
+        got, wanted = (fastllm.linear_cross_entropy(*given, t, **options) for t in (target, target.long()))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        with fastllm.backend("reference"):
+            fastllm.linear_cross_entropy(*given, target, **options)
+
+
 def test_autocast_multiplies_in_bf16_and_returns_fp32():
     x, w, _, target, _ = make(R - 1, 16, 40, "cpu")
 

@@ -50,6 +50,16 @@ def autocast(*tensors):
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
 
 
+def promoted(x, y):
+    """x and y as they are, or under autocast in the wider of their dtypes: there one may come from a product in low
+    precision and the other not, and PyTorch adds and multiplies them. Without autocast that is a mistake."""
+    tensors = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    if tensors and x.dtype != y.dtype and is_autocast(x):
+        wide = torch.promote_types(x.dtype, y.dtype)
+        return x.to(wide), y.to(wide)
+    return x, y
+
+
 def as_4d(x: torch.Tensor) -> torch.Tensor:
     """A view of `x` with leading dimensions of size 1."""
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x

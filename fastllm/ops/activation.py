@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose
-from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64, promoted, wants_gradient
 
 
 def _fwd_fake(gate, up, *options):
@@ -91,13 +91,15 @@ class _BiasGelu(torch.autograd.Function):
 def swiglu(gate, up=None):
     """y = silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
 
-    gate and up [..., D], alike, in fp32, bf16, fp16 or fp64; any strides (halves of one projection are read where they
-    lie). Without up, gate is packed: [..., 2D] with the gate in its first half, and so is its gradient, in one tensor.
+    gate and up [..., D], alike, in fp32, bf16, fp16 or fp64 (under autocast in two of them: y has the wider, as in
+    PyTorch); any strides (halves of one projection are read where they lie). Without up, gate is packed: [..., 2D] with
+    the gate in its first half, and so is its gradient, in one tensor.
     Returns y [..., D]. Computed in fp32 (fp64 for fp64) and rounded once. Saves gate and up.
     Raises TypeError for dtypes that do not match, ValueError for shapes that do not or an odd packed dimension.
     Error: at most 1.1 times that of torch.nn.functional.silu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
+    gate, up = promoted(gate, up)
     _check_gated("swiglu", gate, up)
     backend = choose("swiglu", gate, no_fp64(gate))
     if backend == "reference":
@@ -112,6 +114,7 @@ def geglu(gate, up=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
+    gate, up = promoted(gate, up)
     _check_gated("geglu", gate, up)
     _check_approximate("geglu", approximate)
     backend = choose("geglu", gate, no_fp64(gate))

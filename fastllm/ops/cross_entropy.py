@@ -87,9 +87,9 @@ def cross_entropy(
     """loss = -log p[target] with p = softmax(input) over the classes, as torch.nn.functional.cross_entropy has it.
 
     input [N, V], [V] or [N, V, d1, ...] in fp32, bf16, fp16 or fp64 (the classes of the last are brought to the end,
-    which copies); target int64 [N], [] or [N, d1, ...]. weight [V], a constant, multiplies the loss of each class, and
-    the mean divides by its sum over the targets. Rows with target == ignore_index have loss 0 and gradient 0.
-    label_smoothing s mixes targets with the uniform distribution. Probabilities as targets, of input's shape, go to
+    which copies); target int64 or uint8 [N], [] or [N, d1, ...]. weight [V], a constant, multiplies the loss of each
+    class, and the mean divides by its sum over the targets. Rows with target == ignore_index have loss 0 and gradient
+    0. label_smoothing s mixes targets with the uniform distribution. Probabilities as targets, of input's shape, go to
     plain PyTorch.
     softcap c > 0 makes logits c * tanh(input / c). z_loss adds z_loss * lse^2 (PaLM), unweighted, over the same rows.
     Returns the loss in input's dtype (fp32 under autocast): a number, or with reduction="none" one per target. With
@@ -110,6 +110,8 @@ def cross_entropy(
     wanted = [n for i, n in enumerate(input.shape) if i != min(input.ndim - 1, 1)]
     x = input.movedim(1, -1) if input.ndim > 2 else input
     options = check_loss(op, x, wanted, target, weight, ignore_index, reduction, label_smoothing, softcap, z_loss)
+    if target.dtype == torch.uint8:  # as torch takes them
+        target = target.long()
     x = x.reshape(-1, x.shape[-1])
     probabilities = target.is_floating_point()
     backend = choose(op, x, lacks(x, probabilities))
@@ -156,7 +158,7 @@ def check_loss(op, x, wanted, target, weight, ignore_index, reduction, label_smo
     after the first dimension, where x came from logits that have it there, and last where `classes` is given.
     """
     V = classes or x.shape[-1]
-    check_tensor(op, "target", target, like=x, dtypes=(torch.int64, *FLOATS))
+    check_tensor(op, "target", target, like=x, dtypes=(torch.int64, torch.uint8, *FLOATS))
     if target.is_floating_point():
         first = len(wanted) if classes else 1
         wanted = [*wanted[:first], V, *wanted[first:]]

@@ -226,9 +226,9 @@ def linear_cross_entropy(
     """cross_entropy(input @ linear_weight.T + linear_bias, target, ...), but the logits are never all in memory.
 
     input [..., D] (hidden states), linear_weight [V, D], linear_bias [V], all of one dtype: fp32, bf16, fp16, or fp64;
-    target [...] int64. The other options, and what is returned, are those of `fastllm.cross_entropy`; ignore_index=None
-    stands for -100. Under autocast the products are in its dtype and the loss in fp32. Probabilities as targets are
-    [..., V] and go to plain PyTorch.
+    target [...] int64 or uint8. The other options, and what is returned, are those of `fastllm.cross_entropy`;
+    ignore_index=None stands for -100. Under autocast the products are in its dtype and the loss in fp32. Probabilities
+    as targets are [..., V] and go to plain PyTorch.
 
     The rows are taken 128 at a time (on a GPU an eighth of them): products in input's dtype, the loss in fp32 (fp64).
     With reduction "mean" or "sum" the gradients are made in the forward pass, while the logits are there, so that
@@ -263,6 +263,8 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     numbers = weight, ignore_index, reduction, label_smoothing, softcap, z_loss
     options = check_loss(op, input, leading, target, *numbers, classes=V)
+    if target.dtype == torch.uint8:  # as torch takes them
+        target = target.long()
     dtype = dtype or input.dtype
     x, probabilities = input.reshape(-1, D), target.is_floating_point()
     backend = choose(op, x, lacks(x, probabilities))

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op
-from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, is_autocast, no_fp64, wants_gradient
+from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, no_fp64, promoted, wants_gradient
 
 
 def _rows(x):
@@ -162,7 +162,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    x, residual = _autocast(x, residual)
+    x, residual = promoted(x, residual)
     _check("layer_norm", x, weight, bias, residual, dropout_p)
     if dropout_p == 1:
         x, dropout_p = drop_all(x)
@@ -192,7 +192,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    x, residual = _autocast(x, residual)
+    x, residual = promoted(x, residual)
     _check("rms_norm", x, weight, None, residual, dropout_p)
     if dropout_p == 1:
         x, dropout_p = drop_all(x)
@@ -209,15 +209,6 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
         return rms_norm_plain(x, weight, eps, weight_offset)
     y, h, _ = rms_norm_fwd(backend, x, weight, residual, seed, eps, weight_offset, dropout_p)
     return y if residual is None else (y, h)
-
-
-def _autocast(x, residual):
-    """Under autocast x comes in low precision from a product and the residual may not: the sum is the wider."""
-    tensors = isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor)
-    if tensors and x.dtype != residual.dtype and is_autocast(x):
-        wide = torch.promote_types(x.dtype, residual.dtype)
-        return x.to(wide), residual.to(wide)
-    return x, residual
 
 
 def _unsupported(x, dropout_p):
