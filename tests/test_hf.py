@@ -35,6 +35,21 @@ def test_attention_by_name(family):
     assert_same(run(make(family, "fastllm"), batch), run(make(family), batch))
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_padding_in_front_is_as_with_sdpa(family):
+    """Eager attends to everything where nothing is to be seen; for tokens all three agree."""
+    batch = inputs(family)
+    kept = batch["attention_mask"].bool()
+    with torch.no_grad():
+        eager, sdpa = (make(family, name)(**batch).logits for name in ("eager", "sdpa"))
+        model = make(family)
+        fastllm.accelerate(model)
+        ours = model(**batch).logits
+    assert not kept[:, 0].all() and not torch.allclose(eager[~kept], sdpa[~kept], rtol=1e-3)
+    torch.testing.assert_close(ours, sdpa)
+    torch.testing.assert_close(ours[kept], eager[kept])
+
+
 def generate(model, family, **options):
     batch = inputs(family)
     del batch["labels"]
