@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 from fastllm.cli import main as cli
 from fastllm.llm import corpus, data, debian, shards
 from fastllm.llm.sources import SPLITS
+from fastllm.llm.tasks import TASKS
 from fastllm.llm.tokens import Tokenizer
 
 
@@ -106,7 +107,11 @@ def test_paragraphs_or_files_are_documents(tmp_path):
         (b"", [], "is empty"),
         ("text\tlabel\n".encode("utf-16"), [], "is no UTF-8 text but utf-16: --encoding utf-16 reads it"),
         (b"text\tlabel\n", ["--encoding", "klingon"], "there is no encoding 'klingon'"),
-        (b"body\tclass\na\tb\n", [], "must name the columns text and label or source and target, got body, class"),
+        (
+            b"body\tclass\na\tb\n",
+            [],
+            "must name the columns text and label or source and target or prompt and response, got body, class",
+        ),
         (b"text\tlabel\na\tb\n", [], "1 different documents leave .* empty: more are needed"),
         (b"text\tlabel\na\n", [], r"0 different documents leave train empty.*x.tsv:2 \(with .* \(1, not 2\)\)"),
     ],
@@ -121,7 +126,7 @@ def test_bad_files_are_one_line_and_leave_nothing(tmp_path, capsys, content, arg
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.tsv.gz"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.tsv.gz"])
 def test_files_that_are_no_text_are_not_read_as_text(tmp_path, name, capsys):
     content = gzip.compress(b"a\n\nb\n\n") if name.endswith("gz") else b"text,label\n" + b"a, b\n\n" * 90
     (tmp_path / name).write_bytes(content)
@@ -174,6 +179,7 @@ def test_pairs_by_command(tmp_path, capsys):
     out = tmp_path / "out"
     assert cli(["data", str(path), "--out", str(out), "--vocab", "270"]) == 0
     said = capsys.readouterr().out
+    assert f"next: fastllm pretrain {out} --tokenizer bpe --vocab 270 --config translate-cpu" in said
     assert "1 rows rejected" in said and f"{path}:102 (no target)" in said
     rows = rows_in(out, ["source", "target"])
     tokenizer = Tokenizer.load(out / "bpe-270")
@@ -186,6 +192,31 @@ def test_pairs_by_command(tmp_path, capsys):
             assert sequences.lengths[2 * n + at] == len(ids)
     assert cli(["data", str(path), "--out", str(out)]) == 2
     assert "is there already; --fresh replaces it" in capsys.readouterr().err
+
+
+def test_chats_are_read_as_finetune_reads_them(tmp_path, capsys):
+    """Prompts with responses keep their lines, and a prompt may have several; of conversations each line is one."""
+    turns = [f'ask {n}\t"one\r\ntwo {n}"' for n in range(60)]
+    (tmp_path / "a.tsv").write_bytes("\r\n".join(["\ufeffprompt\tresponse", *turns, "ask 7\tother"]).encode())
+    assert cli(["data", str(tmp_path / "a.tsv"), "--out", str(tmp_path / "a")]) == 0
+    assert f"next: fastllm finetune language --model MODEL --data {tmp_path / 'a'}" in capsys.readouterr().out
+    found = [row for split in rows_in(tmp_path / "a", ["prompt", "response"]).values() for row in split]
+    assert len(found) == 61 and {("ask 7", "one\ntwo 7"), ("ask 7", "other")} <= set(found)
+
+    def line(n, *roles):
+        return json.dumps(dict(messages=[dict(role=role, content=f"{role}\n{n} \U0001f600") for role in roles], id=n))
+
+    lines = [line(n, "user", "assistant") for n in range(60)]
+    half = line(62, "user", "assistant").replace("ude00", "u0041")
+    wrong = ["", "{", "[]", line(60, "user"), line(61, "nobody", "assistant"), half]
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines, *wrong, lines[3]]))
+    meta = data.build_from_files([tmp_path / "b.jsonl"], tmp_path / "b")
+    counts = dict(read=61, duplicates=1)
+    assert meta["left_out"] == counts | {"no JSON object with messages": 4, "no turn of the assistant": 1}
+    task = TASKS["language-model"](Tokenizer.bytes(), 64)
+    read = [row["messages"] for split in SPLITS for row in task.rows(tmp_path / "b" / f"{split}.jsonl")]
+    assert sorted(map(str, read)) == sorted(str(json.loads(x)["messages"]) for x in lines)
+    assert data.describe(tmp_path / "b")["kind"] == "conversations"
 
 
 @pytest.mark.parametrize("shard", [7, 1 << 24])

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 import fastllm
 from fastllm import cli
 from fastllm.llm import data, evaluate, generate, measure, prune, quantize
-from fastllm.llm.checkpoint import load_model, save_model
+from fastllm.llm.checkpoint import Loaded, load_model, save_model
 from fastllm.llm.packed import packing, quantize_model
 from fastllm.llm.prompts import ChatTemplate
 from fastllm.llm.tokens import Tokenizer
@@ -121,6 +121,12 @@ def test_the_command_says_what_it_cost_and_brought(tmp_path, capsys):
     whole, packed = (measure.perplexity(x.model, TOKENS, text) for x in (before, after))
     assert f"{whole:.2f}" in told and f"{packed:.2f}" in told and abs(packed / whole - 1) < 0.01
     assert measure.size_of(after.model) < measure.size_of(before.model) / 2
+
+
+def test_speed_is_measured_within_the_positions_of_the_model():
+    model = Transformer(Config(**SIZES | dict(max_len=9)))
+    loaded = Loaded(model.eval(), TOKENS, {}, None)
+    assert measure.compare(loaded, loaded)["after"]["tokens_per_s"] > 0
 
 
 def test_perplexity_is_that_of_the_text():

@@ -6,6 +6,7 @@ Memory does not grow with the files: what has been seen is a table of hashes on 
 import csv
 import hashlib
 import io
+import json
 import sqlite3
 import unicodedata
 from collections import Counter
@@ -13,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastllm.llm.prompts import check_messages
 from fastllm.llm.sources import SPLITS, one_line, split_of
 
-COLUMNS = {"classification": ("text", "label"), "pairs": ("source", "target")}
+COLUMNS = {"classification": ("text", "label"), "pairs": ("source", "target"), "chat": ("prompt", "response")}
+EXTENSIONS = dict.fromkeys(COLUMNS, "tsv") | {"text": "txt", "conversations": "jsonl"}
 BREAK = "\f"  # a line of its own between the documents of a text file; cleaning leaves none inside of one
 LINES, CHARACTERS = 1000, 1 << 20  # that a quoted field may have, before its quote counts as one that never closes
 _DROPPED = {c: None for c in (*range(32), *range(127, 160), 0xFEFF) if chr(c) not in "\n\t"}
-OTHER_ROWS = (".csv", ".json", ".jsonl", ".parquet", ".xlsx")  # which nobody means as running text
+OTHER_ROWS = (".csv", ".json", ".parquet", ".xlsx")  # which nobody means as running text
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
 
 
@@ -68,8 +71,10 @@ class Rejects:
 
 
 def kind_of(paths, encoding="utf-8") -> str:
-    """By the first file: "classification" or "pairs" by the columns that its first line names, else "text"."""
+    """By the first file: one of `COLUMNS` by what its first line names, "conversations" for .jsonl, else "text"."""
     path = Path(paths[0])
+    if path.suffix.lower() == ".jsonl":
+        return "conversations"
     if path.suffix.lower() in OTHER_ROWS:
         raise ValueError(
             f"data: {path}: rows are read from a .tsv file (tabs between the columns); --kind text reads text"
@@ -118,7 +123,7 @@ def undecoded(text: str) -> bool:
     return not text.isascii() and any(0xDC80 <= ord(c) <= 0xDCFF for c in text)
 
 
-def records(path, file, columns, rejects: Rejects):
+def records(path, file, columns, rejects: Rejects, tidy=one_line):
     """(line number, {column: value}) of a TSV file, whose fields may be quoted as the csv module quotes them.
 
     A quote that never closes costs its own line only: reading goes on with the next one.
@@ -138,7 +143,7 @@ def records(path, file, columns, rejects: Rejects):
             elif len(row) != len(header):
                 rejects.add(path, number, f"with another number of columns ({len(row)}, not {len(header)})", line)
             else:
-                found = {name: one_line(clean(value)) for name, value in zip(header, row, strict=True)}
+                found = {name: tidy(clean(value)) for name, value in zip(header, row, strict=True)}
                 if empty := next((name for name in columns if not found[name]), None):
                     rejects.add(path, number, f"no {empty}", line)
                 else:
@@ -168,6 +173,28 @@ def fields_of(line: str, waiting: list, file):
         used += 1
 
 
+def conversations(path, file, rejects: Rejects):
+    """(line number, messages) of a file with a JSON object on each line, whose "messages" are a conversation."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        if undecoded(line):
+            rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            check_messages(messages)
+            messages = [dict(role=message["role"], content=clean(message["content"])) for message in messages]
+            json.dumps(messages, ensure_ascii=False).encode()  # no half of a surrogate pair
+        except (ValueError, KeyError, TypeError):
+            rejects.add(path, number, "no JSON object with messages", line)
+            continue
+        if any(message["role"] == "assistant" for message in messages):
+            yield number, messages
+        else:
+            rejects.add(path, number, "no turn of the assistant", line)
+
+
 def documents(path, file, whole: bool, rejects: Rejects):
     """(line number, text) of the documents of a text file: all of it, or what stands between blank lines."""
     lines, begin = [], 1
@@ -189,36 +216,39 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
     """Split the documents or rows of `paths` into the files train, valid and test in `folder`; returns a description.
 
     A document is a file where several are given (whole=True), else what stands between blank lines. What was met before
-    is left out. A document is in the split that its text decides, a row in the one that its text or source does, or its
-    `group`, a column: rows that share it share a split. What cannot be used is in rejected.tsv.
+    is left out. A document is in the split that its text decides, a row in the one that its text, source or prompt
+    does, a conversation in that of its first message, or a row in that of its `group`, a column: rows that share it
+    share a split. What cannot be used is in rejected.tsv.
     Raises ValueError for files that cannot be read and for a split that stays empty.
     """
     paths, kind, folder = [Path(path) for path in paths], kind or kind_of(paths, encoding), Path(folder)
     whole = len(paths) > 1 if whole is None else whole
-    if group and kind == "text":
-        raise ValueError("data: --group names a column, text has none")
+    if group and kind not in COLUMNS:
+        raise ValueError(f"data: --group names a column, {kind} has none")
     sizes, counts = Counter({split: 0 for split in SPLITS}), Counter(read=0, duplicates=0)
     classes, digest = Counter(), hashlib.sha256()
-    extension = "txt" if kind == "text" else "tsv"
+    extension = EXTENSIONS[kind]
     files = {split: open(folder / f"{split}.{extension}", "w", encoding="utf-8", newline="") for split in SPLITS}
     seen = Seen(folder / ".seen")
     rejects = Rejects(open(folder / "rejected.tsv", "w", encoding="utf-8"))
     rejects.file.write("file\tline\treason\trow\n")
     writers = {split: csv.writer(file, delimiter="\t", lineterminator="\n") for split, file in files.items()}
     try:
-        if kind != "text":
+        if kind in COLUMNS:
             for writer in writers.values():
                 writer.writerow(COLUMNS[kind])
         for path in paths:
             with reading(path, encoding) as file:
                 for row, key in rows_of(path, file, kind, whole, group, rejects):
                     counts["read"] += 1
-                    if not seen.add(row[0]):
+                    if not seen.add(*(row if kind == "chat" else row[:1])):  # a prompt may have several responses
                         counts["duplicates"] += 1
                         continue
                     split = split_of(key)
                     if kind == "text":
                         files[split].write((f"{BREAK}\n" if sizes[split] else "") + row[0] + "\n")
+                    elif kind == "conversations":
+                        files[split].write(row[0] + "\n")
                     else:
                         writers[split].writerow(row)
                         if kind == "classification" and split == "train":
@@ -243,14 +273,18 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
 
 
 def rows_of(path, file, kind, whole, group, rejects):
-    """((text,) or (text, label) or (source, target), the key that decides the split)."""
+    """((text,), (a line of JSON,) or the values of the columns, the key that decides the split)."""
     if kind == "text":
         for _, text in documents(path, file, whole, rejects):
             if text:
                 yield (text,), text
         return
-    columns = COLUMNS[kind]
-    for _, row in records(path, file, (*columns, group) if group else columns, rejects):
+    if kind == "conversations":
+        for _, messages in conversations(path, file, rejects):
+            yield (json.dumps(dict(messages=messages), ensure_ascii=False),), messages[0]["content"].casefold()
+        return
+    columns, tidy = COLUMNS[kind], str.strip if kind == "chat" else one_line
+    for _, row in records(path, file, (*columns, group) if group else columns, rejects, tidy):
         yield tuple(row[name] for name in columns), row[group or columns[0]].casefold()
 
 

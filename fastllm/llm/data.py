@@ -1,8 +1,8 @@
 """`fastllm data`: real text, or your own files, as train, valid and test files.
 
-Classification sets are TSV files with the columns text and label, pairs with source and target; texts for language
-models are plain text, beside them their tokens. They go under data/, which git ignores, because third-party text is
-fetched and not ours to hand on.
+Classification sets are TSV files with the columns text and label, pairs with source and target, chats with prompt and
+response, or lines of JSON with messages; texts for language models are plain text, beside them their tokens. They go
+under data/, which git ignores, because third-party text is fetched and not ours to hand on.
 """
 
 import csv
@@ -28,7 +28,7 @@ PAIRS = {
     "debian-synopsis": debian.synopses,
 }
 OFFLINE = {"classification": "stdlib-docstrings", "text": "pydoc"}
-COLUMNS = corpus.COLUMNS
+COLUMNS, EXTENSIONS = corpus.COLUMNS, corpus.EXTENSIONS
 
 
 def named() -> dict:
@@ -61,7 +61,7 @@ def build(name: str, out=None, *, fresh=False) -> dict:
     for split in SPLITS:
         if not found.splits[split]:
             raise Unavailable(f"{name}: the {split} split is empty")
-    extension = "txt" if kind == "text" else "tsv"
+    extension = EXTENSIONS[kind]
     meta = dict(name=name, kind=kind, origin=found.origin, left_out=found.counts, splits={}, folder=str(out))
     digest = hashlib.sha256()
     with atomic_folder(out) as temporary:
@@ -102,7 +102,7 @@ def describe(folder) -> dict | None:
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        extension = "txt" if meta["kind"] == "text" else "tsv"
+        extension = EXTENSIONS[meta["kind"]]
     except (OSError, ValueError, KeyError):
         return None
     complete = all((folder / f"{split}.{extension}").exists() for split in SPLITS)
@@ -152,7 +152,11 @@ def add_arguments(subparsers):
     parser.add_argument("--vocab", type=int, default=8192, help="tokens at most (default 8192)")
     parser.add_argument("--spacy", metavar="LANGUAGE", help="with --tokenizer words: spaCy says what a word is")
     own = parser.add_argument_group("your own files")
-    own.add_argument("--kind", choices=("text", *COLUMNS), help="default: by the columns of a .tsv, else text")
+    own.add_argument(
+        "--kind",
+        choices=EXTENSIONS,
+        help="default: by the columns of a .tsv; a .jsonl has conversations, another file text",
+    )
     own.add_argument("--documents", choices=("file", "paragraph"), help="of texts: what stays in one split")
     own.add_argument("--group", metavar="COLUMN", help="of rows: those with the same value stay in one split")
     own.add_argument("--encoding", default="utf-8", help="default: utf-8")
@@ -175,17 +179,25 @@ def main(args) -> int:
         meta = build_from_files(args.names, args.out, fresh=args.fresh, **options)
         unit = "documents" if meta["kind"] == "text" else "rows"
     title = f"{meta['name']} in {meta['folder']}: {meta['origin']}"
-    if meta["kind"] == "classification":
+    then = f"fastllm classify {meta['folder']}"
+    if meta["kind"] not in ("text", "pairs"):
         show(("split", unit), meta["splits"].items(), title=title)
-        print("classes (train): " + ", ".join(f"{label} {count}" for label, count in meta["classes"].items()))
+        if meta["kind"] == "classification":
+            print("classes (train): " + ", ".join(f"{label} {count}" for label, count in meta["classes"].items()))
+        else:
+            then = f"fastllm finetune language --model MODEL --data {meta['folder']}"
     else:
         folder = shards.tokenized(meta["folder"], args.tokenizer, args.vocab, args.spacy)
         tokens = shards.read_meta(folder)["tokens"]
         rows = [(split, count, tokens[split]) for split, count in meta["splits"].items()]
         show(("split", unit, "tokens"), rows, title=title)
         print(f"tokens: {folder}")
+        then = f"fastllm pretrain {meta['folder']} --tokenizer {args.tokenizer}"
+        then += "" if args.tokenizer == "bytes" else f" --vocab {args.vocab}"
+        then += (f" --spacy {args.spacy}" if args.spacy else "") + " --config translate-cpu" * (meta["kind"] == "pairs")
     print("left out or seen: " + ", ".join(f"{count} {what}" for what, count in meta["left_out"].items()))
     if rejected := meta.get("rejected", {}).get("count"):
         first = ", ".join(meta["rejected"]["first"])
         print(f"{rejected} rows rejected, all of them in {meta['folder']}/rejected.tsv: {first}")
+    print(f"next: {then}")
     return 0

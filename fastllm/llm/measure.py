@@ -12,7 +12,7 @@ from fastllm.llm.sessions import generates, is_encoder_decoder, positions_of, se
 from fastllm.text import show
 
 CONTEXT, MOST_TOKENS = 512, 1 << 15  # of a window of text, and of all windows
-PROMPT, STEPS = 32, 48  # of what speed is measured on
+PROMPT, STEPS = 32, 48  # tokens of what speed is measured on, where the model has room for as many
 
 
 def size_of(model) -> int:
@@ -44,17 +44,19 @@ class Steps:
     """One sequence of a model, token after token at the same place in its cache."""
 
     def __init__(self, model):
-        self.session, _ = session_of(model, "model", 1, PROMPT + STEPS)
-        self.prompt = torch.arange(5, 5 + PROMPT) % 5 + 5
+        positions = min(PROMPT + STEPS, positions_of(model))
+        self.session, _ = session_of(model, "model", 1, positions)
+        self.prompt = torch.arange(5, 5 + min(PROMPT, positions // 2)) % 5 + 5
+        self.steps = positions - len(self.prompt)
 
     def seconds(self) -> float:
-        """The median of STEPS tokens."""
+        """The median of `steps` tokens."""
         slot, taken = torch.tensor([0]), []
         self.session.clear(0)
         self.session.prefill([self.prompt], slot)
-        for n in range(STEPS):
-            began = time.perf_counter()
-            self.session.step(self.prompt[n % PROMPT : n % PROMPT + 1], slot)
+        for n in range(self.steps):
+            began, at = time.perf_counter(), n % len(self.prompt)
+            self.session.step(self.prompt[at : at + 1], slot)
             taken.append(time.perf_counter() - began)
         return statistics.median(taken)
 

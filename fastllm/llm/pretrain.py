@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -48,8 +49,10 @@ def run(
     own = {key: parts["training"].pop(key) for key in ("batch", "label_smoothing", "keep", "tensorboard")}
     recipe = Recipe(**parts["training"])
     ranks.check(own["batch"], recipe.accumulate)
-    tokens = ranks.first and shards.tokenized(data, chosen["tokenizer"], chosen["vocab"])
+    tokens = ranks.first and shards.tokenized(data, chosen["tokenizer"], chosen["vocab"], chosen.get("spacy"))
     folder = ranks.tell(tokens)  # the others wait until it is there
+    if ranks.first and not resume:
+        print(f"pretrain: tokens of {folder}; --tokenizer and --vocab choose others", file=sys.stderr)
     chosen["fingerprint"] = shards.read_meta(folder)["fingerprint"]
     objective = OBJECTIVES[chosen["task"]]
     task = objective(folder, chosen["context"], own["batch"], recipe.seed, own["label_smoothing"])

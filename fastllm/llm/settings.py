@@ -19,12 +19,12 @@ def defaults(cls, but=()) -> dict:
 
 
 SECTIONS = {
-    "data": dict(tokenizer="bpe", vocab=8192, context=512),
+    "data": dict(tokenizer="bpe", vocab=8192, spacy=None, context=512),
     "model": defaults(Config, DERIVED),
     "training": defaults(Recipe) | dict(batch=8, label_smoothing=0.0, keep=2, tensorboard=False),
 }
 # What a value without a default is where it is given.
-OPTIONAL = dict(kv_heads=int, head_dim=int, window=list, seconds=float)
+OPTIONAL = dict(kv_heads=int, head_dim=int, window=list, seconds=float, spacy=str)
 FREE = ("steps", "patience", "seconds", "keep", "tensorboard", "sample_every", "save_every")  # may change on resuming
 
 

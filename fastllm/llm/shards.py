@@ -60,6 +60,9 @@ def is_pairs(data: Path) -> bool:
     """Whether a data set holds pairs, not texts. Raises ValueError where it is neither."""
     if (data / "train.txt").exists():
         return False
+    if not data.is_dir():
+        what = "is a file" if data.exists() else "is not there"
+        raise ValueError(f"{data} {what}: a folder that `fastllm data` made is needed")
     if not (data / "train.tsv").exists():
         raise ValueError(f"{data} has neither train.txt nor train.tsv: `fastllm data` makes such a folder")
     with open(data / "train.tsv", encoding="utf-8") as file:
