@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -72,6 +73,16 @@ PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_tex
 @pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=["accelerate", "functions", "generation", "modules"])
 def test_the_examples_of_the_readme_run(code):
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/from-scratch.md"])
+def test_the_commands_of_the_pages_are_some(page):
+    pytest.importorskip("tokenizers")
+    lines = re.findall(r"^ *(fastllm [a-z].*)", (ROOT / page).read_text(), re.MULTILINE)
+    parser = cli.build_parser()
+    for line in lines:
+        parser.parse_args(shlex.split(line, comments=True)[1:])
+    assert len(lines) > 10
 
 
 def test_verify_exits_0_and_1(capsys, monkeypatch):
