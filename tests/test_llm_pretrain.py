@@ -145,7 +145,7 @@ def test_an_encoder_decoder_learns_pairs(pairs, tmp_path):
 def test_the_wrong_data_is_one_line(text, pairs, tmp_path, capsys):
     for arguments, message in (
         ([text, "--config", "translate-cpu"], "an encoder-decoder needs pairs"),
-        ([str(tmp_path / "nowhere")], "has neither train.txt nor train.tsv"),
+        ([str(tmp_path / "nowhere")], "nowhere is not there: a folder that `fastllm data` made is needed"),
         ([], "which data?"),
         ([text, "--tokenizer", "morse"], "tokenizer must be one of bpe, words, bytes"),
         ([text, "--tokenizer", "bytes", "--heads", "5"], "heads must divide d_model"),

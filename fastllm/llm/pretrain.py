@@ -51,8 +51,6 @@ def run(
     ranks.check(own["batch"], recipe.accumulate)
     tokens = ranks.first and shards.tokenized(data, chosen["tokenizer"], chosen["vocab"], chosen.get("spacy"))
     folder = ranks.tell(tokens)  # the others wait until it is there
-    if ranks.first and not resume:
-        print(f"pretrain: tokens of {folder}; --tokenizer and --vocab choose others", file=sys.stderr)
     chosen["fingerprint"] = shards.read_meta(folder)["fingerprint"]
     objective = OBJECTIVES[chosen["task"]]
     task = objective(folder, chosen["context"], own["batch"], recipe.seed, own["label_smoothing"])
@@ -69,6 +67,8 @@ def run(
     model = Transformer(model_config, not naive).to("cuda" if torch.cuda.is_available() else "cpu")
     options = dict(resume=resume, fresh=fresh, keep=own["keep"], free=("data", *settings.FREE))
     with distributed.shared(ranks, lambda: Run(out, chosen, **options)) as folder:
+        if ranks.first and not resume:
+            print(f"pretrain: tokens of {tokens}; --tokenizer and --vocab choose others", file=sys.stderr)
         history = train(
             model,
             task,
