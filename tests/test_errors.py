@@ -231,6 +231,63 @@ def test_softmax_of_a_scalar_is_an_error_not_a_crash():
         fastllm.softmax(t(()))
 
 
+NOT_DENSE = {
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "sparse coo": lambda x: x.to_sparse(),
+    "sparse csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+OF_ANY = {
+    "attention": lambda x: fastllm.attention(x, x, x),
+    "attention v": lambda x: fastllm.attention(t(*Q), t(*Q), x),
+    "attention bias": lambda x: fastllm.attention(t(*Q), t(*Q), t(*Q), bias=x),
+    "attention_varlen": lambda x: fastllm.attention_varlen(x, x, x, cu_seqlens_q=C, cu_seqlens_k=C),
+    "attention_with_kvcache": lambda x: fastllm.attention_with_kvcache(t(*Q), x, x, cache_seqlens=1),
+    "merge_attention": lambda x: fastllm.merge_attention([x, x], [t(1, 4, 5)] * 2),
+    "scaled_dot_product_attention": lambda x: fastllm.compat.scaled_dot_product_attention(x, x, x),
+    "flash_attn_qkvpacked_func": lambda x: fastllm.flash_attn_qkvpacked_func(x),
+    "flash_attn_varlen_kvpacked_func": lambda x: fastllm.flash_attn_varlen_kvpacked_func(t(3, 4, 8), x, C, C, 1, 1),
+    "layer_norm": lambda x: fastllm.layer_norm(x, W),
+    "rms_norm weight": lambda x: fastllm.rms_norm(X, x),
+    "rms_norm residual": lambda x: fastllm.rms_norm(X, residual=x),
+    "softmax": fastllm.softmax,
+    "log_softmax": fastllm.log_softmax,
+    "swiglu": fastllm.swiglu,
+    "geglu": lambda x: fastllm.geglu(X, x),
+    "bias_gelu": fastllm.bias_gelu,
+    "rope": lambda x: fastllm.rope(x, None, t(9, 4), t(9, 4)),
+    "cross_entropy": lambda x: fastllm.cross_entropy(x, C),
+    "linear_cross_entropy": lambda x: fastllm.linear_cross_entropy(X, x, C),
+    "lora_linear": lambda x: fastllm.lora_linear(x, t(4, 8), t(2, 8), t(4, 2)),
+    "quantize_weight": fastllm.quantize_weight,
+    "weight_only_linear": lambda x: fastllm.weight_only_linear(x, t(4, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse)")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("name", OF_ANY)
+def test_what_is_not_dense(name, kind):
+    """One line that names the function, instead of PyTorch's list of all its backends."""
+    x = NOT_DENSE[kind](X)
+    with pytest.raises(TypeError, match=f"^{name.split()[0]}: .* must be a dense tensor, got one that is ") as raised:
+        OF_ANY[name](x)
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse)")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_a_product_that_is_not_dense_is_pytorchs(dtype):
+    x, w = torch.randn(3, 5, 8).to(dtype), torch.randn(4, 8).to(dtype)
+    for kind in ("nested", "jagged"):
+        y = fastllm.linear(NOT_DENSE[kind](x), w)
+        assert y.is_nested and torch.equal(y.to_padded_tensor(0), torch.nn.functional.linear(x, w))
+    x = x.flatten(0, 1)
+    assert torch.equal(fastllm.linear(x.to_sparse(), w), torch.nn.functional.linear(x.to_sparse(), w))
+    assert torch.equal(fastllm.linear(x, w.to_sparse()), torch.nn.functional.linear(x, w.to_sparse()))
+
+
 HUGE = 2**50  # no machine can allocate the answer; the input is one number seen 2^50 times
 
 

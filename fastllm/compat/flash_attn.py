@@ -5,6 +5,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from fastllm.ops._common import check_tensor
 from fastllm.ops.attention import attention
 from fastllm.ops.kvcache import attention_with_kvcache
 from fastllm.ops.varlen import attention_varlen
@@ -23,6 +24,15 @@ def with_signature_of(function, *changed, without=()):
         return packed
 
     return decorate
+
+
+def _unpacked(op, name, x, parts, ndim):
+    """The parts of x [..., parts, H, D]."""
+    check_tensor(op, name, x)
+    if x.ndim != ndim or x.shape[-3] != parts:
+        leading = "total" if ndim == 4 else "B, T"
+        raise ValueError(f"{op}: {name} must be [{leading}, {parts}, H, D], got {list(x.shape)}")
+    return x.unbind(-3)
 
 
 def flash_attn_func(
@@ -104,19 +114,19 @@ def flash_attn_varlen_func(
 @with_signature_of(flash_attn_func, "q", "kv", without=("q", "k", "v"))
 def flash_attn_kvpacked_func(q, kv, *options, **named):
     """`flash_attn_func` with keys and values in one tensor kv [B, S, 2, Hkv, D]."""
-    return flash_attn_func(q, *kv.unbind(2), *options, **named)
+    return flash_attn_func(q, *_unpacked("flash_attn_kvpacked_func", "kv", kv, 2, 5), *options, **named)
 
 
 @with_signature_of(flash_attn_func, "qkv", without=("q", "k", "v"))
 def flash_attn_qkvpacked_func(qkv, *options, **named):
     """`flash_attn_func` with all three in one tensor qkv [B, T, 3, H, D]."""
-    return flash_attn_func(*qkv.unbind(2), *options, **named)
+    return flash_attn_func(*_unpacked("flash_attn_qkvpacked_func", "qkv", qkv, 3, 5), *options, **named)
 
 
 @with_signature_of(flash_attn_varlen_func, "q", "kv", without=("q", "k", "v", "block_table"))
 def flash_attn_varlen_kvpacked_func(q, kv, *options, **named):
     """`flash_attn_varlen_func` with keys and values in one tensor kv [total_k, 2, Hkv, D]."""
-    return flash_attn_varlen_func(q, *kv.unbind(1), *options, **named)
+    return flash_attn_varlen_func(q, *_unpacked("flash_attn_varlen_kvpacked_func", "kv", kv, 2, 4), *options, **named)
 
 
 LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
@@ -127,8 +137,8 @@ LENGTHS = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
 )
 def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, *options, **named):
     """`flash_attn_varlen_func` with all three in one tensor qkv [total, 3, H, D]."""
-    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-    return flash_attn_varlen_func(*qkv.unbind(1), *lengths, *options, **named)
+    parts = _unpacked("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 3, 4)
+    return flash_attn_varlen_func(*parts, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *options, **named)
 
 
 def flash_attn_with_kvcache(

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fastllm.ops._common import check_tensor
 from fastllm.ops.attention import attention
 
 
@@ -18,9 +19,14 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None where is_causal is set")
-    if enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:  # each by its own factor
-        key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
-    flat, lead = _as_heads(query, key, value, enable_gqa)
+    try:
+        if enable_gqa and key.shape[-3:-2] != value.shape[-3:-2]:  # each by its own factor
+            key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
+        flat, lead = _as_heads(query, key, value, enable_gqa)
+    except (AttributeError, RuntimeError):  # what is no tensor or a nested one
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_tensor("scaled_dot_product_attention", name, x)
+        raise
     mask = bias = None
     if attn_mask is not None:
         T, S = query.shape[-2], key.shape[-2]

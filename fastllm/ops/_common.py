@@ -4,20 +4,30 @@ import torch
 import torch.nn.functional as F
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED = torch.strided
 
 
 def check_tensor(op: str, name: str, x, *, like=None, dtypes=FLOATS):
-    """`x` is a tensor of one of `dtypes`, on the device (and, where `like` is given, of the dtype) of `like`."""
+    """`x` is a dense tensor of one of `dtypes`, on the device (and, where `like` is given, of the dtype) of `like`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not STRIDED or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_").replace("_", " ")
+        way = "to_padded_tensor(0)" if x.is_nested else "to_dense()"
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one that is {kind}: {way} makes a dense one")
     if x.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: {name} must be one of {names}, got {str(x.dtype).removeprefix('torch.')}")
     if like is not None:
-        if x.device != like.device:
+        if not (x.is_cpu and like.is_cpu) and x.device != like.device:  # to compare devices takes as long as all else
             raise ValueError(f"{op}: {name} must be on {like.device} like the first input, got {x.device}")
         if dtypes is FLOATS and x.dtype != like.dtype:
             raise TypeError(f"{op}: {name} must be {like.dtype} like the first input, got {x.dtype}")
+
+
+def is_dense(x) -> bool:
+    """Whether `x` has memory with strides, unlike nested and sparse tensors, of which no kernel knows anything."""
+    return x.layout is STRIDED and not x.is_nested
 
 
 def check_broadcast(op: str, name: str, x: torch.Tensor, shape):

@@ -16,6 +16,7 @@ from fastllm.ops._common import (
     check_tensor,
     drop_all,
     gradients_through,
+    is_dense,
     no_fp64,
     wants_gradient,
 )
@@ -213,8 +214,8 @@ def _kernels_lack(backend, q, v, dropout_p):
 def _check(q, k, v):
     tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
     if tensors and q.dtype is k.dtype is v.dtype and q.dtype in FLOATS and q.ndim == k.ndim == v.ndim == 4:
-        if q.is_cpu and k.is_cpu and v.is_cpu:  # most calls that are small enough for the time that checks take
-            return
+        if q.is_cpu and k.is_cpu and v.is_cpu and is_dense(q) and is_dense(k) and is_dense(v):
+            return  # most calls that are small enough for the time that checks take
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor("attention", name, x, like=None if name == "q" else q)
         if x.ndim != 4:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastllm import dispatch, reference
 from fastllm.dispatch import Op, choose, cpu_op
 from fastllm.ops import _tuned
-from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, wants_gradient
+from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, is_dense, wants_gradient
 from fastllm.ops._common import autocast as in_autocast_dtype
 
 linear_fwd = Op(
@@ -131,7 +131,7 @@ def linear(x, weight, bias=None, *, activation=None):
     and activation are applied to a block of y while that is in the cache. On CPU, where every product is PyTorch's, so
     is the activation. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
     chip; a product that activates what it has summed runs where it was measured to be faster (`FUSED`), or with
-    backend("triton").
+    backend("triton"). What is sparse or nested is PyTorch's.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or another activation.
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
@@ -139,9 +139,11 @@ def linear(x, weight, bias=None, *, activation=None):
     """
     if (activation is None or activation in ACTIVATIONS) and _is_pytorchs(x, weight, bias):
         return reference.linear(x, weight, bias, activation)
-    autocast = check_linear("linear", x, weight, bias)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be None, {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if any(isinstance(t, torch.Tensor) and not is_dense(t) for t in (x, weight)):
+        return reference.linear(x, weight, bias, activation)
+    autocast = check_linear("linear", x, weight, bias)
     kernels = kernels_for("linear", x, weight, autocast, activation)
     if kernels is None:
         return reference.linear(x, weight, bias, activation)
@@ -165,9 +167,12 @@ def _is_pytorchs(x, weight, bias) -> bool:
             return False
     if x.dtype not in FLOATS or weight.ndim != 2 or x.ndim == 0 or (bias is not None and bias.ndim != 1):
         return False
-    N, K = weight.shape
+    try:
+        (N, K), width = weight.shape, x.shape[-1]
+    except RuntimeError:  # nested tensors have no shape
+        return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    fits = x.shape[-1] == K and (bias is None or len(bias) == N)
+    fits = width == K and (bias is None or len(bias) == N)
     return fits and x.numel() < K * _tuned.fewest_rows(dtype)
 
 
