@@ -5,11 +5,13 @@ info, verify and bench work from a plain install. The other commands come from t
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import pkgutil
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from fastllm import tune_allocator
@@ -97,6 +99,18 @@ def nearest_of(word: str, known) -> str | None:
     return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
+@contextlib.contextmanager
+def plain_warnings():
+    """A warning is a line, without the line of our code that it comes from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {' '.join(str(message).split())}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@plain_warnings()
 def main(arguments=None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     wanted = next((a for a in arguments if not a.startswith("-")), None)

@@ -194,7 +194,7 @@ def _options(dtype):
         fastllm.attention_with_kvcache: {
             "contiguous cache": ((q, q, q), {"cache_seqlens": 1}),
             "pages, append, rotary, with attention's options but dropout": (
-                (q, q, q, one[:, :, :1].expand(1, 2, 1, 8), one[:, :, :1].expand(1, 2, 1, 8)),
+                (q, q, q.clone(), one[:, :, :1].expand(1, 2, 1, 8), one[:, :, :1].expand(1, 2, 1, 8)),
                 {"cache_seqlens": 1, "block_table": torch.zeros(1, 1, dtype=torch.int32)},
             ),
         },

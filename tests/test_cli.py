@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,17 @@ def test_errors_of_commands_are_one_line(llm_modules, capsys, error):
     assert cli.main(["train"]) == 2
     told = capsys.readouterr().err
     assert "a.tsv" in told and told.count("\n") == 1
+
+
+def test_a_warning_is_a_line_without_our_code(llm_modules, capsys, monkeypatch):
+    # As outside of pytest, which has its own.
+    monkeypatch.setattr(
+        warnings, "showwarning", lambda *args: sys.stderr.write(warnings.formatwarning(*args)), raising=False
+    )
+    llm_modules["train"] = fake_command("train", lambda args: warnings.warn("it is\nslow", stacklevel=1))
+    before = warnings.formatwarning
+    assert cli.main(["train"]) == 0 and capsys.readouterr().err == "warning: it is slow\n"
+    assert warnings.formatwarning is before
 
 
 def test_interrupt_exits_with_130(llm_modules, capsys):

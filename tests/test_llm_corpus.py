@@ -113,6 +113,7 @@ def test_paragraphs_or_files_are_documents(tmp_path):
             "must name the columns text and label or source and target or prompt and response, got body, class",
         ),
         (b"text\tlabel\na\tb\n", [], "1 different documents leave .* empty: more are needed"),
+        (b"text\tlabel\n\xe9t\xe9\tb\n", [], "more are needed; --encoding says .* latin-1.* rejected: .*x.tsv:2 "),
         (b"text\tlabel\na\n", [], r"0 different documents leave train empty.*x.tsv:2 \(with .* \(1, not 2\)\)"),
     ],
 )
@@ -134,6 +135,13 @@ def test_files_that_are_no_text_are_not_read_as_text(tmp_path, name, capsys):
     arguments += ["--encoding", "latin-1"] if name.endswith("gz") else []
     assert cli(arguments) == 2 and not (tmp_path / "out").exists()
     assert ("gzip: unpack it" if name.endswith("gz") else "rows are read from a .tsv file") in capsys.readouterr().err
+
+
+def test_files_of_two_kinds_are_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text\n\n" * 9)
+    (tmp_path / "b.tsv").write_text("text\tlabel\na\tb\n")
+    assert cli(["data", str(tmp_path / "a.txt"), str(tmp_path / "b.tsv"), "--out", str(tmp_path / "out")]) == 2
+    assert "a.txt is read as text and" in (said := capsys.readouterr().err) and "b.tsv as classification" in said
 
 
 def test_the_encoding_holds_for_the_first_line_too(tmp_path):

@@ -23,6 +23,8 @@ BREAK = "\f"  # a line of its own between the documents of a text file; cleaning
 LINES, CHARACTERS = 1000, 1 << 20  # that a quoted field may have, before its quote counts as one that never closes
 _DROPPED = {c: None for c in (*range(32), *range(127, 160), 0xFEFF) if chr(c) not in "\n\t"}
 OTHER_ROWS = (".csv", ".json", ".parquet", ".xlsx")  # which nobody means as running text
+UNDECODED = "not in the encoding"
+ENCODED = "--encoding says which encoding the files are in: latin-1, cp1252, ..."
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
 
 
@@ -71,8 +73,18 @@ class Rejects:
 
 
 def kind_of(paths, encoding="utf-8") -> str:
-    """By the first file: one of `COLUMNS` by what its first line names, "conversations" for .jsonl, else "text"."""
-    path = Path(paths[0])
+    """What all of the files hold. Raises ValueError where they hold what is not of one kind."""
+    kinds = {}
+    for path in paths:
+        kinds.setdefault(kind_of_file(Path(path), encoding), path)
+    if len(kinds) > 1:
+        (one, first), (other, second) = list(kinds.items())[:2]
+        raise ValueError(f"data: {first} is read as {one} and {second} as {other}: give files of one kind, or --kind")
+    return next(iter(kinds))
+
+
+def kind_of_file(path, encoding) -> str:
+    """One of `COLUMNS` by what a .tsv file's first line names, "conversations" for .jsonl, else "text"."""
     if path.suffix.lower() == ".jsonl":
         return "conversations"
     if path.suffix.lower() in OTHER_ROWS:
@@ -139,7 +151,7 @@ def records(path, file, columns, rejects: Rejects, tidy=one_line):
             if row is None:
                 rejects.add(path, number, "a quote that does not close", line)
             elif undecoded(line) or any(map(undecoded, row)):
-                rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+                rejects.add(path, number, UNDECODED, line.encode("utf-8", "replace").decode())
             elif len(row) != len(header):
                 rejects.add(path, number, f"with another number of columns ({len(row)}, not {len(header)})", line)
             else:
@@ -179,7 +191,7 @@ def conversations(path, file, rejects: Rejects):
         if not line.strip():
             continue
         if undecoded(line):
-            rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+            rejects.add(path, number, UNDECODED, line.encode("utf-8", "replace").decode())
             continue
         try:
             messages = json.loads(line)["messages"]
@@ -200,7 +212,7 @@ def documents(path, file, whole: bool, rejects: Rejects):
     lines, begin = [], 1
     for number, line in enumerate(file, 1):
         if undecoded(line):
-            rejects.add(path, number, "not in the encoding", line.encode("utf-8", "replace").decode())
+            rejects.add(path, number, UNDECODED, line.encode("utf-8", "replace").decode())
             continue
         if whole or line.strip():
             begin = begin if lines else number
@@ -263,6 +275,7 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
     if empty := [split for split in SPLITS if not sizes[split]]:
         said = f"; rejected: {', '.join(rejects.first)}" if rejects.first else ""
         cure = "more are needed" + (", or --documents paragraph" if kind == "text" and whole else "")
+        cure += f"; {ENCODED}" if rejects.counts[UNDECODED] else ""
         raise ValueError(f"data: {sum(sizes.values())} different documents leave {empty[0]} empty: {cure}{said}")
     meta = dict(kind=kind, origin=", ".join(map(str, paths)), splits=dict(sizes), fingerprint=digest.hexdigest()[:16])
     meta["left_out"] = dict(counts, **rejects.counts)

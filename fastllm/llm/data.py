@@ -199,5 +199,7 @@ def main(args) -> int:
     if rejected := meta.get("rejected", {}).get("count"):
         first = ", ".join(meta["rejected"]["first"])
         print(f"{rejected} rows rejected, all of them in {meta['folder']}/rejected.tsv: {first}")
+        if corpus.UNDECODED in meta["left_out"]:
+            print(corpus.ENCODED)
     print(f"next: {then}")
     return 0
