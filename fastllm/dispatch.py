@@ -290,6 +290,19 @@ def _why_not(name: str, x: torch.Tensor) -> str | None:
     return None
 
 
+def _first(args):
+    """The first tensor of an op's arguments, which may stand in a list."""
+    return args[0][0] if isinstance(args[0], list) else args[0]
+
+
+def _current(x):
+    """Makes the GPU of `x` the current one: Triton launches there, on its current stream, wherever the tensors are.
+    PyTorch does so for its own kernels and for C++ ones, but not for those in Python."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
 class Op:
     """One dispatcher op `fastllm::<name>` and the ways to call it."""
 
@@ -303,7 +316,9 @@ class Op:
         self.cuda = getattr(torch.ops.fastllm_cuda, self.name).default
 
     def triton(self, *args):
-        return getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)(*args)
+        launch = getattr(importlib.import_module(f"fastllm.kernels.{self.module}"), self.name)
+        with _current(_first(args)):
+            return launch(*args)
 
     def __call__(self, backend: str, *args):
         """Run on `backend`, as `choose` named it; interpreted Triton past the dispatcher, which sees CPU tensors."""
@@ -314,7 +329,7 @@ class Op:
     def _run(self, backend, *args):
         if backend == "cuda":
             return self.cuda(*args)
-        if backend == "triton" and not (args[0][0] if isinstance(args[0], list) else args[0]).is_cuda:
+        if backend == "triton" and not _first(args).is_cuda:
             return self.triton(*args)
         return self.dispatched(*args)
 

@@ -53,7 +53,8 @@ def _load_weight(weight_ptr, weight_offset, columns, inside):
     """weight + weight_offset in fp32, ones where there is no weight."""
     if weight_ptr is None:
         return tl.full(columns.shape, 1.0, tl.float32)
-    return tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+    else:  # behind a return code is compiled still, and here it loads from None
+        return tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The CUDA C++ kernels where they differ from the other backends: the ways through rows, the emulator, the choice."""
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -252,6 +253,19 @@ def test_the_measured_table_chooses(built, monkeypatch):
     assert [call.kernel for call in calls] == ["CUDA C++", "Triton", "Triton", "Triton"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
     assert dispatch.choose("rms_norm", on_gpu()) == "triton"  # measured on another GPU
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("current, guarded", [(0, [torch.device("cuda", 1)]), (1, [])])
+def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch, current, guarded, is_list):
+    made, seen = [], []
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or contextlib.nullcontext())
+    launcher = SimpleNamespace(rms_norm_fwd=lambda *args: seen.append(list(made)))
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: launcher)
+    norm.rms_norm_fwd.triton([x] if is_list else x)
+    assert seen == [guarded]
 
 
 def test_a_forced_call_that_cuda_cannot_do_says_why(built):

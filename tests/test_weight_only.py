@@ -26,6 +26,13 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def own_backend(own_backend):
+    """Also the device of every tensor that a test here makes."""
+    with torch.device(own_backend):
+        yield own_backend
+
+
 def quantize(w, kind):
     options = dict(KINDS[kind])
     if w.shape[1] % options.get("group_size", 1):

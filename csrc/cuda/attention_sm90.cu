@@ -128,7 +128,7 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
   constexpr int kBothGroups = 2 * 128;
   const int turn = 1 + group, next_turn = 2 - group;
   if (walk.blocks) {
-    if (group == 0) arrive_at<kBothGroups>(turn);  // the first turn
+    if (group == 1) arrive_at<kBothGroups>(next_turn);  // offers the first turn; nobody may arrive twice in one phase
     float shrink[2];
     wait_for_phase(L::kQThere, 0);
     wait_for_keys(0);

@@ -65,8 +65,8 @@ DEVICE void wait_for_phase(uint32_t at, int parity) {
       ".reg .pred ended;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra.uni there;\n"
-      "bra.uni again;\n"
+      "@ended bra there;\n"  // not .uni: the lanes of a warp may see the end of a phase at different times
+      "bra again;\n"
       "there:\n"
       "}" ::"r"(shared_address(at)),
       "r"(parity)
