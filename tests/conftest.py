@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 import fastllm
 from fastllm import dispatch
+from fastllm.bench.gpu.machine import STICKY
 from fastllm.llm import data, sources
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
@@ -168,6 +169,16 @@ def pytest_runtest_call(item):
         if getattr(item, "callspec", None) is None or item.callspec.params.get("backend") != "cuda":
             raise
         pytest.skip(str(why))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After an error that leaves a GPU's context unusable the other tests would fail too: whoever runs them may start
+    a process anew."""
+    report = yield
+    if call.excinfo is not None and torch.cuda.is_available() and STICKY.search(str(call.excinfo.value)):
+        item.session.shouldstop = "the CUDA context is lost"
+    return report
 
 
 def tiny_corpus(seed=0, n=160):

@@ -20,7 +20,7 @@ import interpreter  # noqa: F401
 
 from fastllm.bench import bars, cases, gpu, tune
 from fastllm.bench.bars import Bar
-from fastllm.bench.gpu import checks, show, timed
+from fastllm.bench.gpu import checks, look, show, timed, watching
 from fastllm.bench.tune import Tunable
 
 FP32 = torch.float32
@@ -36,6 +36,7 @@ TINY_TUNABLES = [
     Tunable("attention", "Call", "launch", "dq", [(TINY[0].case, "backward")], [dict(BLOCK_M=16)]),
     Tunable("softmax", None, "_launch_for", None, [(TINY[-1].case, "forward")], [dict(ROWS=1), dict(BLOCK=16)]),
 ]
+LOOKED = 'a warning\n{"results": 3, "bad": ["y: wrong"], "lacking": 0}\n{"kernels": ["one"]}\n'
 MODEL = dict(vocab=11, d_model=16, heads=2, layers=1, d_ff=16, max_len=8)
 
 
@@ -43,6 +44,7 @@ MODEL = dict(vocab=11, d_model=16, heads=2, layers=1, d_ff=16, max_len=8)
 def tiny(monkeypatch):
     monkeypatch.setattr(bars, "BARS", TINY)
     monkeypatch.setattr(cases, "VERIFY", [bar.case for bar in TINY[-2:]])
+    monkeypatch.setattr(checks, "side_by_side", lambda stage, jobs, each_s: [(jobs[0][0], 0, LOOKED, 0.1)])
     monkeypatch.setattr(tune, "tunables", lambda: TINY_TUNABLES)
     sizes = bars.Sizes(copy_bytes=1 << 16, products=((8, 8, 8),), model=MODEL, batch=1, dtype=FP32)
     monkeypatch.setattr(bars, "SIZES", sizes)
@@ -85,6 +87,14 @@ def test_check(tiny, tmp_path, capsys):
     assert (tests["PASSED"], tests["listed"], tests["unfinished"], tests["bad"]) == (1, 1, 0, [])
     assert of(found, "compile")[0]["failed"] == [] and of(found, "compile")[0]["jobs"] == len(TINY) + 1
     assert len(of(found, "sanitizer")) == 2 * len(bars.RISKIEST)
+    (looked,) = of(found, "look")
+    assert (looked["op"], looked["backend"], looked["results"], looked["kernels"]) == (
+        "layer_norm",
+        "triton",
+        3,
+        ["one"],
+    )
+    assert "look layer_norm triton: 1 bad: y: wrong" in shown
     attention, packed, cache, rms, layer, softmax = of(found, "bar")
     assert {"torch", "flash-attn-2"} <= set(attention["ratio"]) and "flash-attn-3" in attention["missing"]
     assert set(attention["missed"]) == {"sdpa"} and not packed["missed"] and not cache["missed"]
@@ -123,7 +133,6 @@ def test_compiling_side_by_side_waits_for_nobody(tiny, tmp_path, monkeypatch):
 
 def test_accept_takes_the_worse_of_two_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(bars, "BARS", TINY[-1:])
-    monkeypatch.setattr(checks.verify, "run", lambda device: [])
     times = iter([1.0, 2.0])
 
     def made_up(stage, contenders, rounds=5):
@@ -179,31 +188,136 @@ def test_a_wrong_result_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
 
 def stage_of(folder):
     options = gpu.parse(arguments(folder))
-    options.block_s, options.deadline, options.again = 1e-5, 1e12, ["--again"]
+    options.block_s, options.deadline = 1e-5, 1e12
     return gpu.Stage(options, gpu.Log(folder / "log.jsonl"))
 
 
 def test_a_step_that_fails_is_a_line(tmp_path):
     stage = stage_of(tmp_path)
-    stage.steps = lambda: [("one", 0, lambda: 1 / 0), ("two", 0, lambda: stage.log.add("two", kind="made"))]
+    stage.steps = lambda: [("one", 0, 9, lambda: 1 / 0), ("two", 0, 9, lambda: stage.log.add("two", kind="made"))]
     stage.run()
     assert of(stage.log.rows, "error")[0]["error"].startswith("ZeroDivisionError") and of(stage.log.rows, "made")
 
 
-def test_a_poisoned_context_starts_the_process_anew(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+def test_a_poisoned_context_ends_the_process(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     stage = stage_of(tmp_path)
     stage.machine.cuda = True
 
     def poisoned():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
-    stage.steps = lambda: [("one", 0, poisoned)]
+    stage.steps = lambda: [("one", 0, 9, poisoned)]
     stage.run()
-    assert started == [[sys.executable, "-m", "fastllm.bench.gpu", "--again"]]
+    assert ended == [3]
     assert "one" in gpu.Log(tmp_path / "log.jsonl").begun()  # so that it is not tried again
+
+
+# A process that takes the steps one after the other, as Stage.run does; each is Python.
+STEPS = """
+import json, os, sys, time
+path = sys.argv[1]
+def add(**row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + chr(10))
+done = {json.loads(line)["step"] for line in open(path)} if os.path.exists(path) else set()
+for name, code in json.loads(sys.argv[2]):
+    if name not in done:
+        add(step=name, kind="start", limit=0.0)
+        exec(code)
+        add(step=name, kind="end")
+"""
+
+
+@pytest.mark.parametrize(
+    "steps, errors",
+    [
+        ([("a", ""), ("b", "")], {}),
+        ([("a", "os._exit(3)"), ("b", "os.kill(os.getpid(), 9)"), ("c", "")], {"a": "status 3", "b": "status -9"}),
+        ([("a", "time.sleep(60)"), ("b", "")], {"a": "a kernel that hangs?"}),
+    ],
+    ids=["well", "dies", "hangs"],
+)
+def test_a_watched_process(tmp_path, monkeypatch, steps, errors):
+    monkeypatch.setattr(watching, "PATIENCE_S", 1.5)
+    path = tmp_path / "log.jsonl"
+    watching.watch([sys.executable, "-c", STEPS, str(path), json.dumps(steps)], path, time.time() + 50)
+    log = gpu.Log(path)
+    found = {row["step"]: row["error"] for row in log.of("error")}
+    assert found.keys() == errors.keys() and all(text in found[name] for name, text in errors.items())
+    assert [row["step"] for row in log.of("end")] == [name for name, _ in steps if name not in errors]
+
+
+def test_a_process_that_begins_nothing_is_not_tried_for_ever(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"step": "before", "kind": "end"}) + "\n")
+    watching.watch([sys.executable, "-c", "raise SystemExit(1)"], path, time.time() + 50)
+    assert "no more steps" in capsys.readouterr().err
+
+
+def test_the_time_of_a_watched_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "PATIENCE_S", 0.0)
+    path = tmp_path / "log.jsonl"
+    steps = json.dumps([("a", "add(step='a', limit=60, kind='start'); time.sleep(60)")])
+    watching.watch([sys.executable, "-c", STEPS, str(path), steps], path, time.time() + 1)
+    assert [row["error"] for row in gpu.Log(path).of("error")][-1:] in (["the time is over"], [])
+
+
+FAKE_PYTEST = """
+import os, sys, time
+for name in sys.argv[1:]:
+    if "hangs" in name:
+        print(name, end=" ", flush=True); time.sleep(60)
+    if "dies" in name:
+        os._exit(11)
+    print(name, "FAILED" if "poisons" in name else "PASSED", flush=True)
+    if "poisons" in name:
+        sys.exit(2)
+"""
+
+
+def test_a_share_of_tests_goes_on_behind_what_hangs_dies_or_poisons(tmp_path):
+    names = [f"tests/test_a.py::{name}" for name in ("one", "poisons", "two", "hangs", "three", "dies", "four")]
+    pytest_ = [sys.executable, "-c", FAKE_PYTEST]
+    found = checks.run_share(pytest_, names, tmp_path / "log.txt", time.time() + 50, patience_s=1.5)
+    ends = dict(zip(names, "PASSED FAILED PASSED KILLED PASSED KILLED PASSED".split(), strict=True))
+    assert found == ends
+
+
+def test_each_file_has_its_share_of_tests_at_any_time():
+    ids = [f"a::{n}" for n in range(4)] + [f"b::{n}" for n in range(2)]
+    assert checks.a_few_of_each(ids) == ["a::0", "b::0", "a::1", "a::2", "b::1", "a::3"]
+
+
+def test_looking_at_an_op(tiny):
+    found = look.found("softmax", "triton", "cpu")
+    assert found["results"] > 0 and found["lacking"] == 0 and not found["bad"]
+    assert {"attention", "softmax"} <= {op for op, _ in checks.looks()} | {"attention"}
+
+
+def test_jobs_side_by_side(tmp_path):
+    stage = stage_of(tmp_path)
+    stage.options.workers = 2
+    jobs = [(name, [sys.executable, "-c", code], {"WORD": "hello"}) for name, code in JOBS.items()]
+    found = {name: (status, output) for name, status, output, _ in checks.side_by_side(stage, jobs, each_s=3)}
+    assert found["well"] == (0, "hello\n") and found["dies"][0] == 7
+    assert found["hangs"][0] is None and "begun" in found["hangs"][1] and "no end after 3 s" in found["hangs"][1]
+
+
+JOBS = {
+    "well": "import os; print(os.environ['WORD'])",
+    "dies": "raise SystemExit(7)",
+    "hangs": "import time; print('begun', flush=True); time.sleep(60)",
+}
+
+
+def test_what_ended_badly_is_not_timed(tiny, tmp_path, monkeypatch):
+    stage = stage_of(tmp_path)
+    stage.log.add("look softmax triton", kind="look", op="softmax", backend="triton", problem="no end after 90 s")
+    timed.time_bar(stage, TINY[-1])
+    assert stage.log.of("bar")[0]["wrong"] == "no end after 90 s"
 
 
 def test_outcomes_of_a_log_that_was_cut():

@@ -10,7 +10,10 @@ import torch
 
 from fastllm.bench import memory
 
-STICKY = re.compile(r"CUDA error|illegal memory access|device-side assert|unspecified launch failure")
+# Errors after which nothing runs in a CUDA context any more.
+STICKY = re.compile(
+    "CUDA error|an illegal (memory access|instruction)|misaligned address|device-side assert|unspecified launch failure"
+)
 
 
 class Machine:

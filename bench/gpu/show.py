@@ -24,9 +24,12 @@ def report(log):
         text.show(HEADER, [cells(row) for row in log.of("bar")])
     for row in log.of("tests"):
         print(f"tests: {row['PASSED']} passed, {len(row['bad'])} failed, {row['unfinished']} not finished", *row["bad"])
-    for row in log.of("smoke"):
-        counts = f"{row['results']} results, {len(row['bad'])} bad; {row['lacking']} cases have no Triton kernel"
-        print(f"smoke: {counts}", *row["bad"], sep="\n  ")
+    if looks := log.of("look"):
+        print(f"looked at {len(looks)} ops and backends, {sum(row.get('results', 0) for row in looks)} results")
+    for row in looks:
+        bad = row.get("bad", [])
+        if row["problem"] or bad:
+            print(f"{row['step']}:", row["problem"] or f"{len(bad)} bad: {'; '.join(bad[:3])}")
     for row in log.of("sanitizer"):
         print(f"{row['step']}:", row.get("skipped") or ("clean" if row["rc"] == 0 else f"exit status {row['rc']}"))
     for row in log.of("tune"):

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 import fastllm
 from fastllm import verify
 from fastllm.bench import bars, measure, rivals, store, timing, tune
+from fastllm.bench.gpu import checks
 from fastllm.bench.gpu.machine import STICKY
+
+OWN = {"ours in CUDA C++": "cuda", "ours for Hopper": "hopper"}  # rivals that are kernels of our own
 
 
 def environment(stage):
@@ -52,7 +55,7 @@ def ceiling(stage, what: str) -> float:
 
 def time_bar(stage, bar):
     """Correct first; then ours and every rival in turn. In the stage accept twice, and the worse run counts."""
-    checked = wrong(stage, bar.case, bar.dtype)
+    checked = checks.trouble(stage, bar.case.op, "triton") or wrong(stage, bar.case, bar.dtype)
     if checked:
         stage.log.add(f"bar {bar.name}", kind="bar", **about(bar), wrong=checked)
         return
@@ -109,6 +112,11 @@ def contenders(stage, bar):
     with fastllm.backend("triton"):
         found, missing = {"ours": made(bar.case.ours)}, {}
     for name, function in bars.rivals_of(bar).items():
+        if name == "compile" and not stage.options.compile:
+            continue
+        if problem := checks.trouble(stage, bar.case.op, OWN.get(name)):
+            missing[name] = problem
+            continue
         try:
             found[name] = made(function())
         except Exception as problem:  # a rival may fail in any way; it is then a missing column that says why
