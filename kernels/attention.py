@@ -400,7 +400,9 @@ def scoring_of(q, v, shape, scale, softcap, mask=None, bias=None, alibi_slopes=N
 def call(q, k, v, window, scale, softcap, seed, dropout_p, *, packing=None, **tensors):
     """The `Call` for q [B, H, T, D], k and v; a packed batch has B = 1 and all rows in one."""
     (B, H, T, D), (Hkv, S), D_V = q.shape, k.shape[1:3], v.shape[3]
-    dropout = Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p), H) if dropout_p else None
+    # Of an integer that is 1 Triton makes a constant, and 3.6 loses it in a tuple of tuples; of True it makes none.
+    heads = True if H == 1 else H
+    dropout = Dropout(seed, int(dropout_p * 2**32), 1 / (1 - dropout_p), heads) if dropout_p else None
     scoring = scoring_of(q, v, (B, H, T, S), scale, softcap, dropout=dropout, **tensors)
     sizes = dict(H=H, G=H // max(Hkv, 1), D=D, D_V=D_V, BLOCK_D=max(32, triton.next_power_of_2(max(D, D_V))))
     pairs = scoring.mask or scoring.bias or dropout or (softcap and scoring.slope)

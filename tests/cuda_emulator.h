@@ -98,6 +98,7 @@ struct Fiber {
   uint64_t group = 0;
   std::vector<Product> products;
   uint64_t product_group = 0;
+  uint64_t phase_after[16] = {};  // the last phase of each named barrier that it has arrived in, plus 1
 };
 
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 256;

@@ -123,8 +123,11 @@ void take_registers() {}
 
 template <int kThreads>
 emulator::Barrier& named_barrier(int number) {
-  emulator::Barrier& b = emulator::machine().current->block->named[number];
+  emulator::Fiber& f = *emulator::machine().current;
+  emulator::Barrier& b = f.block->named[number];
   b.expected = kThreads;
+  if (f.phase_after[number] == b.generation + 1) emulator::fail("a thread arrives twice in one phase of a barrier");
+  f.phase_after[number] = b.generation + 1;
   return b;
 }
 template <int kThreads>

@@ -23,6 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from triton_edges import edge_calls
 from triton_launches import CALLS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # of one block, by archite
 SPILLED_BYTES = 64
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100; a kernel that wants more has been seen to compile to nothing
 SAMPLED = (80, 90)
+EDGE = "edge: "  # begins the names of what triton_edges.py launches
 REGISTERS = 65536  # of one multiprocessor
 
 
@@ -48,11 +50,11 @@ def recorded_launches():
     import torch
     from triton.runtime.jit import JITFunction
 
-    launches = {}
+    launches, prefix = {}, ""
 
     def record(kernel, grid):
         def launch(*args, **kwargs):
-            launches[describe(kernel, args, kwargs)] = kernel, args, kwargs, grid
+            launches[prefix + describe(kernel, args, kwargs)] = kernel, args, kwargs, grid
 
         return launch
 
@@ -60,6 +62,8 @@ def recorded_launches():
     try:
         for name, calls in CALLS.items():
             calls(torch, importlib.import_module(f"fastllm.kernels.{name}"))
+        prefix = EDGE
+        edge_calls(torch)
     finally:
         JITFunction.__getitem__ = before
     return launches
@@ -109,7 +113,7 @@ def source_hash(kernel):
 
 def architectures(name):
     """For which a launch is compiled."""
-    return (90,) if "_sm90" in name else tuple(SHARED_BYTES)
+    return (90,) if "_sm90" in name or name.startswith(EDGE) else tuple(SHARED_BYTES)
 
 
 def compile_one(job):
@@ -211,7 +215,7 @@ def main(update):
         if table[name].get("source") == hashes[name]:
             fresh[name] = dict(table[name])
     jobs = [(name, arch) for name in fresh for arch in architectures(name) if f"sm_{arch}" not in fresh[name]]
-    sample = {_launches[name][0].__name__: name for name in fresh}.values()
+    sample = {_launches[name][0].__name__: name for name in fresh if not name.startswith(EDGE)}.values()
     sampled = [
         (name, arch) for name in sample for arch in SAMPLED if arch in architectures(name) and (name, arch) not in jobs
     ]
