@@ -203,8 +203,9 @@ int main() {
         ("x[t] = t; a.out[t] = x[(t + 1) % 64];", "is wrong"),  # no barrier: half of the neighbours are not there yet
         ("x[t] = t; if (t < 32) sync_block(); a.out[t] = x[(t + 1) % 64];", "a barrier that not all threads reach"),
         ("x[t + 1] = t; sync_block(); a.out[t] = x[t];", "a write past the end of shared memory"),
+        ("arrive_at<128>(1); sync_at<128>(1); a.out[t] = x[t];", "a thread arrives twice in one phase of a barrier"),
     ],
-    ids=["barrier", "no barrier", "half a barrier", "overflow"],
+    ids=["barrier", "no barrier", "half a barrier", "overflow", "two arrivals"],
 )
 def test_the_emulator_finds(tmp_path, body, what):
     """What is wrong on a GPU is wrong here: a test of the tests."""
