@@ -1,4 +1,4 @@
-"""The process that runs the steps, watched from one that never touches the GPU.
+"""The process that runs the steps, watched from one that launches nothing.
 
 A kernel that waits for what never comes cannot be interrupted from inside its process; an illegal access leaves a
 context in which nothing runs any more. Both cost one step here, and not those behind it.
