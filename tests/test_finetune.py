@@ -55,8 +55,12 @@ class TestClassification:
         with pytest.raises(ValueError, match="a LoRA run that has not ended"):
             load_model(tmp_path / "two")
         monkeypatch.setattr(kind, "loss", loss)
+        for name in (".merged.killed_1", ".adapter.killed_1.replaced", ".result.json.killed_1"):  # kill -9 leaves these
+            (tmp_path / "two" / name).mkdir()
         pieces = finetune.run("classification", encoder, reviews, tmp_path / "two", resume=True, **options)
         assert pieces["history"]["loss"] == whole["history"]["loss"] and pieces["test"] == whole["test"]
+        names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("whole", "two")]
+        assert names[0] == names[1]
         states = [load_model(tmp_path / run).model.state_dict() for run in ("whole", "two")]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

@@ -147,6 +147,7 @@ def test_the_wrong_data_is_one_line(text, pairs, tmp_path, capsys):
         ([text, "--config", "translate-cpu"], "an encoder-decoder needs pairs"),
         ([str(tmp_path / "nowhere")], "nowhere is not there: a folder that `fastllm data` made is needed"),
         ([], "which data?"),
+        (["--resume"], "run has no run in it to resume; --out names the folder of one"),
         ([text, "--tokenizer", "morse"], "tokenizer must be one of bpe, words, bytes"),
         ([text, "--tokenizer", "bytes", "--heads", "5"], "heads must divide d_model"),
         ([text, "--tokenizer", "bytes", "--optimizer", "lion"], "optimizer must be one of"),

@@ -3,10 +3,11 @@
 import importlib
 
 
-def require(module: str, package: str | None = None, extra: str = "llm"):
-    """Import a third-party module that only an extra brings. Raises ImportError that names the cure."""
+def require(module: str, package: str | None = None, extra: str | None = "llm"):
+    """Import a third-party module that only an extra brings, or none does. Raises ImportError that names the cure."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = package or module
-        raise ImportError(f"{package} is needed here: pip install 'fastllm-kernels[{extra}]', or {package}") from error
+        cure = f"'fastllm-kernels[{extra}]', or {package}" if extra else package
+        raise ImportError(f"{package} is needed here: pip install {cure}") from error

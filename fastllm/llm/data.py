@@ -170,6 +170,7 @@ def main(args) -> int:
         show(("name", "for"), [(name, kind_of(name)) for name in named()])
         print(f"without a network: {', '.join(OFFLINE.values())}; or your own files: fastllm data FILE ...")
         return 0
+    shards.learnt(args.tokenizer, (), args.vocab, args.spacy)
     if len(args.names) == 1 and not Path(args.names[0]).suffix and not Path(args.names[0]).is_file():
         meta = build(args.names[0], args.out, fresh=args.fresh)
         unit = "characters" if meta["kind"] == "text" else "rows"

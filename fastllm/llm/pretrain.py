@@ -36,7 +36,9 @@ def run(
     Raises ValueError for settings that are not known or do not fit, and what `Run` raises.
     """
     ranks, begun = ranks or Ranks(), Path(out) / "run.json"
-    if resume and begun.exists():
+    if resume and not begun.exists():
+        raise ValueError(f"pretrain: {out} has no run in it to resume; --out names the folder of one")
+    if resume:
         chosen = json.loads(begun.read_text("utf-8"))
         data = chosen["data"] if data is None else str(data)
     else:

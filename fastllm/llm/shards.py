@@ -31,8 +31,7 @@ def tokenized(data, tokenizer="bpe", vocab=8192, language=None) -> Path:
     tokenizer is "bpe" or "words", trained on the train split with at most `vocab` tokens, or "bytes". Texts become one
     stream with an eos behind each document; pairs become sequences, source and target in turn, each with its eos.
     """
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"shards: tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
+    learnt(tokenizer, (), vocab, language)  # what is wrong with them is said before anything is read
     data = Path(data)
     pairs, fingerprint = is_pairs(data), fingerprint_of(data)
     name = tokenizer if tokenizer == "bytes" else f"{tokenizer}-{vocab}"
@@ -40,12 +39,7 @@ def tokenized(data, tokenizer="bpe", vocab=8192, language=None) -> Path:
     if (folder / "meta.json").exists() and read_meta(folder)["fingerprint"] == fingerprint:
         return folder
     texts = pair_texts if pairs else pieces
-    if tokenizer == "bytes":
-        made = Tokenizer.bytes()
-    elif tokenizer == "bpe":
-        made = Tokenizer.train_bpe(first(LEARN_FROM, texts(data, "train")), vocab)
-    else:
-        made = Tokenizer.train_words(first(LEARN_FROM, texts(data, "train")), vocab, language=language)
+    made = learnt(tokenizer, first(LEARN_FROM, texts(data, "train")), vocab, language)
     with atomic_folder(folder) as temporary:
         made.save(temporary)
         meta = dict(fingerprint=fingerprint, kind="pairs" if pairs else "text", tokens={}, characters={})
@@ -54,6 +48,19 @@ def tokenized(data, tokenizer="bpe", vocab=8192, language=None) -> Path:
         with atomic(temporary / "meta.json") as file:
             json.dump(meta, file, indent=1)
     return folder
+
+
+def learnt(tokenizer, texts, vocab, language=None) -> Tokenizer:
+    """A tokenizer that is trained on texts. Raises ValueError for options that do not fit, whatever the texts are."""
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"shards: tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
+    if language and tokenizer != "words":
+        raise ValueError(f"shards: spaCy says what words are: it is for --tokenizer words, not {tokenizer}")
+    if tokenizer == "bytes":
+        return Tokenizer.bytes()
+    if tokenizer == "bpe":
+        return Tokenizer.train_bpe(texts, vocab)
+    return Tokenizer.train_words(texts, vocab, language=language)
 
 
 def is_pairs(data: Path) -> bool:

@@ -184,7 +184,7 @@ def special_tokens(backend, config: dict) -> dict[str, str]:
 
 def spacy_words(language: str):
     """A function that splits a text into spaCy's words of a language; white space is no word."""
-    spacy = require("spacy", "spacy")
+    spacy = require("spacy", extra=None)
     try:
         split = spacy.blank(language).tokenizer
     except ImportError:
