@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-all test-transformers sanitize lint bench gpu demo readme readme-figures clean
+.PHONY: help setup build test test-all test-transformers sanitize avx512 lint bench gpu demo readme readme-figures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,12 +55,17 @@ test-transformers: build ## Hugging Face's tests beside several versions of tran
 
 # A build of its own beside the installed one; `pytest` alone does not put the folder it is called in before it.
 SANITIZED := build/sanitized
+EMULATED := build/emulated
 SANITIZE_TESTS ?= $(patsubst %,tests/test_%.py,attention varlen kvcache norm softmax cross_entropy linear_cross_entropy activation rope linear weight_only optim)
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	FASTLLM_SANITIZE=address,undefined FASTLLM_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  $(BIN)/pytest $(SANITIZE_TESTS) -m "not slow" -k "cpu and not opcheck and not compile"
+
+avx512: setup ## the kernel tests of AVX-512, emulated on a CPU that has AVX2 alone
+	FASTLLM_EMULATE=1 FASTLLM_REQUIRE_EXTENSION=1 $(BIN)/python setup.py -q build --build-lib $(EMULATED)
+	PYTHONPATH=$(EMULATED) $(BIN)/pytest $(SANITIZE_TESTS) -m "not slow" -k "avx512 and not opcheck and not compile"
 
 lint: setup ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check --output-format concise .

@@ -31,6 +31,12 @@ ISA_FLAGS = {
     "avx512_bf16": AVX512 + " -mavx512bf16 -mavx512vnni",
 }
 
+# FASTLLM_EMULATE: the AVX-512 files on a CPU that lacks it, for `make avx512`, which tests what they compute.
+# Without the pass that GCC 12 dies of (scalar replacement of aggregates).
+EMULATED = f"{ISA_FLAGS['avx2']} -O1 -fno-tree-sra -DFASTLLM_SPARE -Wno-psabi"
+EMULATED += f" -include {ROOT / 'tests/avx512_emulator.h'}"
+EMULATED_FLAGS = {"avx512": EMULATED, "avx512_bf16": f"{EMULATED} -DFASTLLM_EMULATE_BF16"}
+
 # Whose kernels an instruction set is needed for: it has those that they would only compile again (kernels.inl).
 COMPLETES = {"avx2": ("avx512", "avx512_bf16"), "avx512": ("avx512_bf16",)}
 
@@ -98,16 +104,18 @@ def has_isa_flags(cxx: str) -> bool:
     return X86 and os.name == "posix" and subprocess.run(probe, capture_output=True).returncode == 0
 
 
-def objects(isas: list[str]) -> dict[str, tuple[str, str]]:
+def objects(isas: list[str], emulate: bool) -> dict[str, tuple[str, str]]:
     """Object file -> source and the flags of its own."""
+    isa_flags = ISA_FLAGS | EMULATED_FLAGS if emulate else ISA_FLAGS
     files = ["csrc/ops.cpp", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cpu").glob("*bindings.cpp"))]
-    plain = {f"{Path(name).stem}.o": (name, "") for name in [*files, "csrc/cpu/dispatch.cpp"]}
+    plain = {f"{Path(name).stem}.o": (name, "") for name in files}
+    plain["dispatch.o"] = ("csrc/cpu/dispatch.cpp", EMULATED if emulate else "")
     return plain | {
-        f"{op}_{isa}.o": (f"csrc/cpu/{isa}.cpp", f"{ISA_FLAGS[isa]} -DFASTLLM_OP={op}") for op in OPS for isa in isas
+        f"{op}_{isa}.o": (f"csrc/cpu/{isa}.cpp", f"{isa_flags[isa]} -DFASTLLM_OP={op}") for op in OPS for isa in isas
     }
 
 
-def write_ninja(folder: Path, sanitize: str) -> dict:
+def write_ninja(folder: Path, sanitize: str, emulate: bool) -> dict:
     torch, cxx = torch_folder(), compiler()
     import pybind11
 
@@ -136,7 +144,7 @@ def write_ninja(folder: Path, sanitize: str) -> dict:
         "rule link",
         f"  command = {cxx} {link} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ltorch -lc10",
     ]
-    built = objects(isas)
+    built = objects(isas, emulate)
     for name, (source, own) in built.items():
         lines += [f"build {name}: cc {ROOT / source}", f"  own = {own}{spare.get(Path(source).stem, '')}"]
     lines += [f"build _C.so: link {' '.join(built)}", ""]
@@ -204,11 +212,12 @@ class BuildExtension(build_ext):
         (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
     def build_cpu(self, target: Path) -> dict:
-        sanitize = os.environ.get("FASTLLM_SANITIZE", "")
-        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{'-' + sanitize if sanitize else ''}"
+        sanitize, emulate = os.environ.get("FASTLLM_SANITIZE", ""), bool(os.environ.get("FASTLLM_EMULATE"))
+        name = "-".join(filter(None, ["ninja", sys.implementation.cache_tag, sanitize, "emulated" * emulate]))
+        folder = ROOT / "build" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            info = write_ninja(folder, sanitize)
+            info = write_ninja(folder, sanitize, emulate)
             run_ninja(folder, "the C++ extension")
             install(folder / "_C.so", target)
             return info
