@@ -223,6 +223,25 @@ def is_free() -> bool:
     return _forced is None and _recorder is None
 
 
+def is_direct(first, *others) -> bool:
+    """Whether a C++ kernel may be called on a tensor and others, which may be None, before anything of them is checked:
+    that takes longer than a small kernel does. The kernel checks too; where it raises, the caller goes the long way,
+    which says what is wrong. So nothing may be forced, recorded, traced, transformed, differentiated or cast.
+    """
+    if first is None or not is_free() or extension is None or transformed() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    differentiated = torch.is_grad_enabled()
+    for x in (first, *others):
+        if x is not None and (type(x) not in _TENSORS or not x.is_cpu or (differentiated and x.requires_grad)):
+            return False
+    return True
+
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
 def _choose(op, x, unsupported, optional=False):
     native = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type, "reference")
     name = _forced or native

@@ -234,3 +234,47 @@ def test_what_the_matrix_claims_runs(backend, dtype):
             (dx,) = torch.autograd.grad(first.sum(), x) if has_backward else (first,)
             assert [call.backend for call in made.calls] == [name], f"{function.__name__}, {option}"
             assert first.dtype == dx.dtype == dtype and dx.isfinite().all(), f"{function.__name__}, {option}"
+
+
+class Labelled(torch.Tensor):
+    pass
+
+
+def test_a_kernel_is_called_at_once_on_plain_tensors_alone():
+    x, w = torch.randn(2, 3), torch.nn.Parameter(torch.randn(3))
+    direct = dispatch.extension is not None
+    assert dispatch.is_direct(x, None) == direct
+    assert not dispatch.is_direct(x, w) and not dispatch.is_direct(None, x) and not dispatch.is_direct([1.0])
+    assert not dispatch.is_direct(x, x.to("meta")) and not dispatch.is_direct(x.as_subclass(Labelled))
+    with torch.no_grad():
+        assert dispatch.is_direct(x, w) == direct
+        with torch.autocast("cpu"):
+            assert not dispatch.is_direct(x, w)
+        with dispatch.recording([]):
+            assert not dispatch.is_direct(x, w)
+        with fastllm.backend("reference"):
+            assert not dispatch.is_direct(x, w)
+    assert not torch.func.vmap(lambda row: torch.tensor(dispatch.is_direct(row)))(x).any()
+
+
+@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+def test_both_ways_to_a_kernel_give_the_same(monkeypatch):
+    q, k, v, x, w = torch.randn(1, 4, 5, 8), *torch.randn(2, 1, 2, 7, 8), torch.randn(3, 4, 9), torch.randn(9)
+
+    def results():
+        return [
+            fastllm.attention(q, k, v),
+            fastllm.attention(q, k, v, causal=True),
+            fastllm.layer_norm(x.mT.contiguous().mT, w, w),
+            fastllm.rms_norm(x, w, weight_offset=1.0),
+            fastllm.softmax(x, scale=0.5),
+            fastllm.log_softmax(x),
+        ]
+
+    at_once = results()
+    asked = []
+    for name in ("attention", "norm", "softmax"):
+        monkeypatch.setattr(f"fastllm.ops.{name}.is_direct", lambda *given: asked.append(given))
+    for ours, long_way in zip(at_once, results(), strict=True):
+        torch.testing.assert_close(ours, long_way, rtol=0, atol=0)
+    assert len(asked) == len(at_once)

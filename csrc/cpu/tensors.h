@@ -225,7 +225,8 @@ inline uint64_t seed_of(const MaybeTensor& seed, const char* op) {
   return uint64_t(*(const int64_t*)seed->data_ptr());
 }
 inline void check_weight(const MaybeTensor& w, int64_t D, const char* op, const char* name) {
-  CHECK(!w || w->numel() == D, op, ": ", name, " must have ", D, " elements, got ", w ? w->numel() : 0);
+  CHECK(!w || (w->dim() == 1 && w->numel() == D), op, ": ", name, " must be [", D, "], got ", w ? w->numel() : 0,
+        " elements");
 }
 
 // Stripes of rows have partial sums of their own, and their number depends on N alone: the weight gradients are the

@@ -6,7 +6,7 @@ import operator
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op
+from fastllm.dispatch import Op, choose, cpu_op, is_direct
 from fastllm.ops._common import (
     FLOATS,
     apart,
@@ -155,11 +155,16 @@ def attention(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_attention.py).
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
+    plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
+    if plain and window is q_offset is scale is None and not return_lse and is_direct(q, k, v) and attention_plain:
+        try:
+            return attention_plain(q, k, v, q.size(3) ** -0.5, k.size(2) - q.size(2), -1, 0 if causal else -1)
+        except (RuntimeError, IndexError, ZeroDivisionError):
+            pass  # said below, in the terms of who called
     if isinstance(q, torch.Tensor):
         q, k, v = autocast(q, k, v)
     _check(q, k, v)
     options = check_options("attention", q, k, v, causal, window, q_offset, scale, softcap, dropout_p)
-    plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
     if not plain:
         (B, H, T, _), S = q.shape, k.shape[2]
         if mask is not None:

@@ -3,7 +3,7 @@
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, is_direct
 from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 
 
@@ -73,6 +73,11 @@ def log_softmax(x, *, dim=-1, scale=1.0, mask=None, causal=False):
 
 
 def _softmax(op, x, dim, scale, mask, causal, log):
+    if mask is None and dim == -1 and not causal and is_direct(x):
+        try:
+            return softmax_fwd.dispatched(x.contiguous(), None, scale, False, log)
+        except RuntimeError:
+            pass  # said below, in the terms of who called
     check_tensor(op, "x", x)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{op}: dim must be in [{-x.ndim}, {x.ndim}) for x {list(x.shape)}, got {dim}")
