@@ -300,6 +300,8 @@ def test_few_queries_of_many_keys(cpu_backend, name, T, S, dtype):
     """The rows of a key head together, forward and backward; where a bias has no gradient, with it."""
     B, heads = 2, 8
     inputs, do = tensors(B=B, H=heads, Hkv=heads // 2, T=T, S=S, D=40, Dv=24)
+    if T == 1:  # with one probability that outweighs the others, its rounding alone would be the largest error
+        inputs[0] *= 0.25
     alibi, bias, sink = torch.rand(B, heads), torch.randn(B, 1, T, S), torch.randn(heads)
     mask = torch.rand(B, 1, 1, S) < 0.7
     options = {
