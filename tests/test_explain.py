@@ -1,6 +1,7 @@
 """Which kernel ran, why not, and what strictness does about it."""
 
 import dataclasses
+import doctest
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import fastllm
+import fastllm.nn
 from fastllm import dispatch, info, reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +23,42 @@ needs_extension = pytest.mark.skipif(dispatch.extension is None, reason=f"{dispa
 def run(code, **environment):
     environment = {"PYTHONPATH": str(ROOT), **os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def public_objects():
+    """Every public name of the package and of its parts that have names to import."""
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    import fastllm.hf
+
+    return {id(x): x for m in (fastllm, fastllm.nn, fastllm.compat, fastllm.hf) for x in map(vars(m).get, m.__all__)}
+
+
+def test_examples_in_help_run(tmp_path, capsys):
+    pytest.importorskip("accelerate", reason="which transformers' Trainer needs, is not installed")
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30
+    )
+    names = dict(zip("qkv", qkv(), strict=True), fastllm=fastllm, Trainer=transformers.Trainer, data=[])
+    names |= dict(model=transformers.LlamaForCausalLM(config), input_ids=torch.arange(6)[None])
+    names |= dict(args=transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+    sources = [
+        example.source
+        for x in public_objects().values()
+        for test in doctest.DocTestFinder(recurse=False).find(x, x.__name__, globs={})
+        for example in test.examples
+    ]
+    assert len(sources) >= 4
+    for source in sources:
+        exec(source, names)
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM" in printed and "attention" in printed
+
+
+def test_help_says_what_every_name_is():
+    for x in public_objects().values():
+        assert x.__doc__ and not x.__doc__.startswith(f"{x.__name__}("), x  # a dataclass is given its signature
 
 
 def qkv():

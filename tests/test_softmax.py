@@ -115,3 +115,9 @@ def test_outputs_past_the_caches(cpu_backend, log):
     for part in (slice(0, 4100), slice(4100, None)):
         (some,), (dsome,) = run(function, [x[part]], [x[part]])
         assert torch.equal(y[part], some) and torch.equal(dx[part], dsome)
+
+
+def test_dim_by_position_as_torch_takes_it():
+    x = torch.randn(3, 4)
+    assert torch.equal(fastllm.softmax(x, 0), fastllm.softmax(x, dim=0))
+    assert torch.equal(fastllm.log_softmax(x, 0), fastllm.log_softmax(x, dim=0))

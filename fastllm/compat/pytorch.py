@@ -15,7 +15,8 @@ def scaled_dot_product_attention(
 
     is_causal is aligned top-left, as there. attn_mask is boolean (True = attend) or additive, then with its gradient;
     it broadcasts to [..., T, S]. With enable_gqa the third dimension from the end may be smaller in key and value by
-    a whole factor. A query that sees no key gives 0. The rest is `fastllm.attention`.
+    a whole factor. A query that sees no key gives 0. Raises ValueError for an attn_mask beside is_causal. The rest is
+    `fastllm.attention`.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None where is_causal is set")

@@ -163,7 +163,10 @@ class SwiGLU(nn.Module):
 
 
 class GeGLU(SwiGLU):
-    """y = down(gelu(gate(x)) * up(x)), gelu by tanh, as in Gemma, or exact with approximate="none"."""
+    """y = down(gelu(gate(x)) * up(x)), gelu by tanh, as in Gemma, or exact with approximate="none".
+
+    Constructor and shapes are those of `SwiGLU`; precision, what is saved, and errors those of `fastllm.geglu`.
+    """
 
     def __init__(self, d_model, d_ff, bias=False, approximate="tanh"):
         super().__init__(d_model, d_ff, bias)

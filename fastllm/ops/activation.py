@@ -111,6 +111,7 @@ def geglu(gate, up=None, *, approximate="tanh"):
     """y = gelu(gate) * up, with gelu(x) = x Phi(x) ("none") or its approximation by tanh ("tanh").
 
     Shapes, packing, precision, what is saved and errors are those of `swiglu`; ValueError for another `approximate`.
+    The default is what Gemma has, and Liger's geglu; that of torch.nn.functional.gelu is "none".
     Error: at most 1.1 times that of torch.nn.functional.gelu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
@@ -128,7 +129,8 @@ def bias_gelu(x, bias=None, *, approximate="tanh"):
 
     x [..., D] in fp32, bf16, fp16 or fp64, bias [D] in any of these, or None. Returns y like x. Computed in fp32 (fp64
     for fp64) and rounded once: x + bias is not rounded on the way. Saves x and bias. The gradient of bias is summed in
-    fp32 in an order that does not depend on the number of threads.
+    fp32 in an order that does not depend on the number of threads. The default is what GPT-2 has; that of
+    torch.nn.functional.gelu is "none".
     Raises TypeError for other dtypes, ValueError for shapes that do not match or another `approximate`.
     Error: at most 1.1 times that of torch.nn.functional.gelu(x + bias) in x's dtype (tests/test_activation.py).
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.

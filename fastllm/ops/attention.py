@@ -137,8 +137,9 @@ def attention(
     """o = softmax(s) v with s = softcap(scale * q k^T) + bias - slope * |i + q_offset - j|, over the visible keys.
 
     q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; H is a multiple of Hkv and keys are never repeated in memory
-    (GQA, MQA). One dtype of fp32, bf16, fp16, fp64; any strides. Returns o [B, H, T, Dv] in the memory order of q, or
-    (o, lse) with lse [B, H, T] in fp32 (fp64 for fp64), the natural log-sum-exp of s, differentiable.
+    (GQA, MQA). One dtype of fp32, bf16, fp16, fp64, under autocast brought to its own; any strides. Returns o
+    [B, H, T, Dv] in the memory order of q, or (o, lse) with lse [B, H, T] in fp32 (fp64 for fp64), the natural
+    log-sum-exp of s, differentiable.
 
     Query i stands at key position i + q_offset; the default S - T aligns the last query with the last key (as
     flash-attn), 0 the first with the first (as torch). causal: keys at positions up to the query's.

@@ -66,7 +66,7 @@ def lora_linear(x, weight, lora_a, lora_b, bias=None, *, scale=1.0, dropout_p=0.
     of x: no second [..., N] or [..., K] is written, and where weight and bias are frozen nothing is computed for them.
     The products are those of `fastllm.linear` and PyTorch; under autocast they are in its dtype.
     Saves x, and with dropout one byte for each of its elements; x A^T is made again in the backward pass.
-    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not.
+    Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or dropout_p.
     Error: at most 1.1 times that of the same in torch's operations in x's dtype (tests/test_lora.py).
     Source: Hu et al. 2021, arXiv:2106.09685.
     """

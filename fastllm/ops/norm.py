@@ -189,8 +189,8 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset) over the last dimension, with h = dropout(x) + residual.
 
     x [..., D] in fp32, bf16, fp16 or fp64; weight [D] in any of these; residual like x. weight_offset=1 is Gemma's
-    norm; dropout_p is that of `layer_norm`. Returns y like x, or (y, h) where a residual is given, h being the sum
-    rounded to x's dtype.
+    norm; dropout_p is that of `layer_norm`. eps is Llama's; torch.nn.functional.rms_norm has 1.2e-7, that of fp32.
+    Returns y like x, or (y, h) where a residual is given, h being the sum rounded to x's dtype.
     Computed in fp32 (fp64 for fp64) and rounded once at the end. Saves h (x itself where h is x) and rstd, 4 bytes a
     row, for the backward pass.
     Raises TypeError for dtypes that do not match, ValueError for shapes or devices that do not, or dropout_p.

@@ -49,21 +49,22 @@ def _forward(x, mask, scale, causal, log, backend):
     return softmax_fwd(backend, x, mask, scale, causal, log)
 
 
-def softmax(x, *, dim=-1, scale=1.0, mask=None, causal=False):
+def softmax(x, dim=-1, *, scale=1.0, mask=None, causal=False):
     """y = exp(scale * x - max) / sum exp(scale * x - max) along `dim`, over what `mask` and `causal` leave.
 
     x of any shape in fp32, bf16, fp16 or fp64. mask is boolean, True = keep, and broadcasts to x. causal needs
     x [..., T, S] and dim=-1: row i sees columns up to i + S - T (bottom-right, as attention does). Returns y like x; a
     row that sees nothing is 0 and has gradient 0. Computed in fp32 (fp64 for fp64) and rounded once.
     Saves y for the backward pass.
-    Raises TypeError for a mask that is not boolean, ValueError for one that does not broadcast.
+    Raises TypeError for other dtypes and a mask that is not boolean, ValueError for a mask that does not broadcast, a
+    dim that x does not have and causal where it has no meaning.
     Error: at most 1.1 times that of torch.softmax in x's dtype (tests/test_softmax.py).
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     return _softmax("softmax", x, dim, scale, mask, causal, log=False)
 
 
-def log_softmax(x, *, dim=-1, scale=1.0, mask=None, causal=False):
+def log_softmax(x, dim=-1, *, scale=1.0, mask=None, causal=False):
     """y = scale * x - log sum exp(scale * x) along `dim`; what is hidden gives -inf and gradient 0.
 
     Arguments, dtypes, precision, errors and source are those of `softmax`. Saves y for the backward pass.

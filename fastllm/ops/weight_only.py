@@ -189,6 +189,8 @@ def weight_only_linear(x, weight, bias=None):
     error of at most 2^-24 or 2^-16 of the largest of them, and exact products. A GPU multiplies weights rounded to x's
     dtype. More rows are a matrix product of x with weights unpacked to x's dtype, 4 million at a time (64 million on a
     GPU), as is the gradient of x.
+    The gradients are those of x and bias. The backward pass of few rows needs w alone; for more, the unpacked weights
+    are kept.
     A w that requires a gradient is a plain linear layer, and so is one in x's dtype on a GPU.
     Raises TypeError for dtypes, ValueError for shapes that do not fit.
     Error: at most 1.1 times that of torch.nn.functional.linear on the dequantised weight in x's dtype
