@@ -10,6 +10,7 @@ import os
 # Before PyTorch is imported, and for subprocesses too: OpenMP's threads sleep between two parallel regions. They would
 # spin, and where several processes share the cores, that took three quarters of the tests' CPU time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes for it, each of which imports PyTorch
 
 import pytest
 import torch
