@@ -449,3 +449,13 @@ def test_opcheck(layout):
     o, lse = ops.attention_fwd.dispatched(q, k, v, mask, *options)
     torch.library.opcheck(ops.attention_plain, (q, k, v, 0.3, 2, 5, 0))
     torch.library.opcheck(ops.attention_bwd.dispatched, (do, lse, q, k, v, o, lse, mask, *options, False, False))
+
+
+@pytest.mark.parametrize("kib, stages", [(227, 2), (99, 1)])
+def test_large_heads_fit_into_little_shared_memory(monkeypatch, kib, stages):
+    """The backward pass of head size 256 takes 100 KiB with two stages (triton_compile_table.json), 96 with one."""
+    kernels = pytest.importorskip("fastllm.kernels.attention", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "shared_bytes", lambda device: kib << 10)
+    q = torch.empty(1, 2, 8, 256, dtype=torch.bfloat16, device="meta")
+    call = kernels.call(q, q, q, None, 0.1, 0.0, None, 0.0)
+    assert call.launch("dq", q)["num_stages"] == stages
