@@ -22,9 +22,15 @@ needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ 
 
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
 def arch(request):
-    if torch.cuda.is_available():
-        pytest.skip("the ways that a real GPU takes are those of its own architecture: test_norm.py, test_softmax.py")
-    yield from conftest.emulated_cuda(request.param)
+    if not torch.cuda.is_available():
+        yield from conftest.emulated_cuda(request.param)
+    elif request.param < 90:
+        pytest.skip("a real GPU has one architecture")
+    elif reason := dispatch.missing_cuda():
+        pytest.skip(reason)
+    else:
+        with torch.device("cuda"), fastllm.backend("cuda"):
+            yield
 
 
 # One row a warp or less, a block, a cluster of blocks (on sm_90), too long for that; in 16-byte packs or by element.
