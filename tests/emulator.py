@@ -5,6 +5,7 @@ indices, barriers, shared memory, the layout of matrix fragments and the order o
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -27,16 +28,23 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The library, built where csrc/ or the emulator have changed since."""
-    include = Path(torch.__file__).parent
     cuda = ROOT / "csrc" / "cuda"
     kernels, bindings = sorted(cuda.glob("*.cu")), sorted(cuda.glob("*.cpp"))
     read = [*kernels, *bindings, *sorted(cuda.glob("*.*h")), ROOT / "csrc" / "cpu" / "float16.inl", HEADER, HOPPER]
     key = hashlib.sha256(repr([FLAGS, DEFINES, torch.__version__, *(p.read_text() for p in read)]).encode())
     folder = ROOT / "build" / f"cuda-emulated-{key.hexdigest()[:16]}"
     library = folder / "libfastllm_cuda_emulated.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that share the tests need it at the same time: one builds
+        if not library.exists():
+            compile_into(library, kernels, bindings)
+    return library
+
+
+def compile_into(library, kernels, bindings):
+    """Kernels and bindings, side by side, into one shared library, which is there when it is whole."""
+    folder, include = library.parent, Path(torch.__file__).parent
     common = [compiler(), *FLAGS.split(), f"-I{ROOT / 'csrc'}"]
     jobs = [[*common, "-include", HEADER, "-x", "c++", "-c", path, "-o", f"{folder / path.stem}.o"] for path in kernels]
     jobs += [
@@ -46,11 +54,10 @@ def build() -> Path:
     if failed := [p.args[-3] for p in [subprocess.Popen(job) for job in jobs] if p.wait()]:
         raise RuntimeError(f"the emulated CUDA kernels do not compile: {failed}")
     objects = sorted(folder.glob("*.o"))
-    fresh = library.with_suffix(f".{os.getpid()}")  # another process may be building too
+    fresh = library.with_suffix(".part")
     link = [compiler(), "-shared", *objects, "-o", fresh, f"-L{include / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run(link, check=True)
     fresh.replace(library)
-    return library
 
 
 @functools.cache
