@@ -1,7 +1,8 @@
 """`fastllm bench scaling`: how cost grows over sequence length, batch, vocabulary and threads, with fitted exponents.
 
 Each point is measured as the rows of the bench are. An exponent is the slope of log time over log size on the larger
-half of the sizes, fitted once per round: the median and the 20th and 80th percentile are those of the rounds' slopes.
+half of the sizes, fitted once per round: the median and the 20th and 80th percentile are those of the rounds' slopes. A
+size that took too long for as many rounds lends the others its own again.
 """
 
 import math
@@ -175,8 +176,9 @@ def exponents(points) -> dict:
         if len(at) < 3:
             continue
         logs = [math.log(x) for x, _ in at]
-        rounds = zip(*(samples for _, samples in at), strict=False)
-        slopes = [statistics.linear_regression(logs, list(map(math.log, times))).slope for times in rounds]
+        rounds = max(len(samples) for _, samples in at)
+        times = [[math.log(samples[i % len(samples)]) for _, samples in at] for i in range(rounds)]
+        slopes = [statistics.linear_regression(logs, each).slope for each in times]
         found[name] = vars(timing.Spread.of(slopes)) | {"from": at[0][0]}
     return found
 

@@ -276,6 +276,9 @@ def test_exponents_are_slopes_of_the_larger_half():
     assert found["ours"]["median"] == pytest.approx(2.0) and found["ours"]["from"] == 8
     assert found["torch"]["median"] == pytest.approx(1.0)
     assert growth.exponents(points[:2]) == {}
+    fewer = [dict(x=x, samples_s={"ours": [t] * n}) for x, t, n in ((1, 1.0, 3), (2, 2.0, 3), (4, 4.0, 1))]
+    fewer[0]["samples_s"]["ours"][0] = 5.0  # one round of many, though the largest size has no other
+    assert growth.exponents(fewer)["ours"]["median"] == pytest.approx(1.0)
 
 
 def test_a_rival_that_would_take_too_long_or_too_much_is_left_out():
