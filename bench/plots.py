@@ -344,14 +344,15 @@ def caches(rows) -> str | None:
 
 
 def curve(found, what) -> str:
-    """One curve of `fastllm bench scaling`: `what` is "ms" or "memory_bytes" against the size."""
+    """One curve of `fastllm bench scaling`: `what` is "ms" or "memory_bytes" against the size. Memory of less than a
+    page is drawn as one: an axis in logarithms has no 0."""
     made, axis = figure(WIDTH, 3.4)
     scale, unit = (1.0, "ms") if what == "ms" else (1e-6, "MB beyond the inputs")
     names = list(dict.fromkeys(name for point in found["points"] for name in point[what]))
     for name in sorted(names, key=lambda one: one != "ours"):
         colour = {"ours": OURS, "torch": INK}.get(name) or MARKERS[name][1]
         at = [(point["x"], point[what][name]) for point in found["points"] if name in point[what]]
-        middle = [(y["median"] if what == "ms" else y) * scale for _, y in at]
+        middle = [(y["median"] if what == "ms" else max(y, 4096)) * scale for _, y in at]
         label = {"ours": "fastllm", "torch": "PyTorch"}.get(name, name)
         if what == "ms":
             axis.fill_between(
