@@ -295,7 +295,7 @@ def test_a_kernel_is_called_at_once_on_plain_tensors_alone():
     assert not torch.func.vmap(lambda row: torch.tensor(dispatch.is_direct(row)))(x).any()
 
 
-@pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
+@needs_extension
 def test_both_ways_to_a_kernel_give_the_same(monkeypatch):
     q, k, v, x, w = torch.randn(1, 4, 5, 8), *torch.randn(2, 1, 2, 7, 8), torch.randn(3, 4, 9), torch.randn(9)
 

@@ -11,7 +11,7 @@ def check_tensor(op: str, name: str, x, *, like=None, dtypes=FLOATS):
     """`x` is a dense tensor of one of `dtypes`, on the device (and, where `like` is given, of the dtype) of `like`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.layout is not STRIDED or x.is_nested:
+    if not is_dense(x):
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_").replace("_", " ")
         way = "to_padded_tensor(0)" if x.is_nested else "to_dense()"
         raise TypeError(f"{op}: {name} must be a dense tensor, got one that is {kind}: {way} makes a dense one")

@@ -157,7 +157,7 @@ def attention(
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
     plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
-    if plain and window is q_offset is scale is None and not return_lse and is_direct(q, k, v) and attention_plain:
+    if plain and window is q_offset is scale is None and not return_lse and is_direct(q, k, v):
         try:
             return attention_plain(q, k, v, q.size(3) ** -0.5, k.size(2) - q.size(2), -1, 0 if causal else -1)
         except (RuntimeError, IndexError, ZeroDivisionError):

@@ -162,7 +162,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_direct(x, weight, bias) and layer_norm_plain:
+    if residual is None and not dropout_p and is_direct(x, weight, bias):
         try:
             return layer_norm_plain(x.contiguous(), weight, bias, eps)
         except RuntimeError:
@@ -197,7 +197,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_direct(x, weight) and rms_norm_plain:
+    if residual is None and not dropout_p and is_direct(x, weight):
         try:
             return rms_norm_plain(x.contiguous(), weight, eps, weight_offset)
         except RuntimeError:
