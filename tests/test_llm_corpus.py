@@ -110,7 +110,8 @@ def test_paragraphs_or_files_are_documents(tmp_path):
         (
             b"body\tclass\na\tb\n",
             [],
-            "must name the columns text and label or source and target or prompt and response, got body, class",
+            "must name the columns text and label or source and target or prompt and response or question, context and "
+            "answer, got body, class",
         ),
         (b"text\tlabel\na\tb\n", [], "1 different documents leave .* empty: more are needed"),
         (b"text\tlabel\na\tb\n", ["--vocab", "9"], "vocab must be at least 261"),
@@ -129,7 +130,7 @@ def test_bad_files_are_one_line_and_leave_nothing(tmp_path, capsys, content, arg
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.tsv.gz"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.tsv.gz"])
 def test_files_that_are_no_text_are_not_read_as_text(tmp_path, name, capsys):
     content = gzip.compress(b"a\n\nb\n\n") if name.endswith("gz") else b"text,label\n" + b"a, b\n\n" * 90
     (tmp_path / name).write_bytes(content)

@@ -1,6 +1,7 @@
 """A user's own files as documents: read as a stream, cleaned, without repeats, split; what is wrong is written down.
 
-Memory does not grow with the files: what has been seen is a table of hashes on the disk, the rest goes line by line.
+Memory does not grow with the files, but for JSON's, which are read whole: what has been seen is a table of hashes on
+the disk, the rest goes line by line.
 """
 
 import csv
@@ -14,15 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastllm.llm import spans
 from fastllm.llm.prompts import check_messages
 from fastllm.llm.sources import SPLITS, one_line, split_of
 
 COLUMNS = {"classification": ("text", "label"), "pairs": ("source", "target"), "chat": ("prompt", "response")}
-EXTENSIONS = dict.fromkeys(COLUMNS, "tsv") | {"text": "txt", "conversations": "jsonl"}
+EXTENSIONS = dict.fromkeys(COLUMNS, "tsv") | {"text": "txt", "conversations": "jsonl", "questions": "jsonl"}
+TABLES = COLUMNS | {"questions": ("question", "context", "answer")}  # read from .tsv files
 BREAK = "\f"  # a line of its own between the documents of a text file; cleaning leaves none inside of one
 LINES, CHARACTERS = 1000, 1 << 20  # that a quoted field may have, before its quote counts as one that never closes
 _DROPPED = {c: None for c in (*range(32), *range(127, 160), 0xFEFF) if chr(c) not in "\n\t"}
-OTHER_ROWS = (".csv", ".json", ".parquet", ".xlsx")  # which nobody means as running text
+OTHER_ROWS = (".csv", ".parquet", ".xlsx")  # which nobody means as running text
 UNDECODED = "not in the encoding"
 ENCODED = "--encoding says which encoding the files are in: latin-1, cp1252, ..."
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"PK": "a zip archive", b"\x1f\x8b": "gzip"}
@@ -37,6 +40,14 @@ def clean(text: str) -> str:
     return "\n".join(kept).strip("\n")
 
 
+def cleaned_line(text: str) -> str:
+    return one_line(clean(text))
+
+
+def cleaned_text(text: str) -> str:
+    return clean(text).strip()
+
+
 class Seen:
     """A set of texts, upper and lower case and white space alike, on the disk. Each takes a row of 16 bytes."""
 
@@ -45,12 +56,22 @@ class Seen:
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536", "locking_mode=EXCLUSIVE"):
             self._table.execute(f"PRAGMA {pragma}")
         self._table.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("CREATE TABLE homes (hash BLOB PRIMARY KEY, split TEXT) WITHOUT ROWID")
         self._table.execute("BEGIN")
 
     def add(self, *texts: str) -> bool:
         """False where it is there already."""
-        key = hashlib.blake2b("\0".join(one_line(text).casefold() for text in texts).encode(), digest_size=16).digest()
-        return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (self._key(texts),)).rowcount == 1
+
+    def home(self, text: str, split: str) -> str:
+        """The split that was given with this text first."""
+        key = self._key((text,))
+        self._table.execute("INSERT OR IGNORE INTO homes VALUES (?, ?)", (key, split))
+        return self._table.execute("SELECT split FROM homes WHERE hash = ?", (key,)).fetchone()[0]
+
+    @staticmethod
+    def _key(texts) -> bytes:
+        return hashlib.blake2b("\0".join(one_line(text).casefold() for text in texts).encode(), digest_size=16).digest()
 
     def close(self):
         self._table.close()
@@ -84,9 +105,16 @@ def kind_of(paths, encoding="utf-8") -> str:
 
 
 def kind_of_file(path, encoding) -> str:
-    """One of `COLUMNS` by what a .tsv file's first line names, "conversations" for .jsonl, else "text"."""
+    """One of `TABLES` by what a .tsv file's first line names, "questions" or "conversations" for .jsonl, else "text".
+
+    A .json file has "questions"; none of the other kinds is kept in one.
+    """
+    if path.suffix.lower() == ".json":
+        return "questions"
     if path.suffix.lower() == ".jsonl":
-        return "conversations"
+        with reading(path, encoding) as file:
+            first = next((line for line in file if line.strip()), "")
+        return "questions" if '"question"' in first and '"context"' in first else "conversations"
     if path.suffix.lower() in OTHER_ROWS:
         raise ValueError(
             f"data: {path}: rows are read from a .tsv file (tabs between the columns); --kind text reads text"
@@ -95,10 +123,10 @@ def kind_of_file(path, encoding) -> str:
         return "text"
     with reading(path, encoding) as file:
         header = header_of(file.readline())
-    for kind, columns in COLUMNS.items():
+    for kind, columns in TABLES.items():
         if set(columns) <= set(header):
             return kind
-    wanted = " or ".join(" and ".join(columns) for columns in COLUMNS.values())
+    wanted = " or ".join(f"{', '.join(columns[:-1])} and {columns[-1]}" for columns in TABLES.values())
     raise ValueError(f"data: the first line of {path} must name the columns {wanted}, got {', '.join(header)}")
 
 
@@ -135,10 +163,11 @@ def undecoded(text: str) -> bool:
     return not text.isascii() and any(0xDC80 <= ord(c) <= 0xDCFF for c in text)
 
 
-def records(path, file, columns, rejects: Rejects, tidy=one_line):
+def records(path, file, columns, rejects: Rejects, tidy=cleaned_line, empty=()):
     """(line number, {column: value}) of a TSV file, whose fields may be quoted as the csv module quotes them.
 
-    A quote that never closes costs its own line only: reading goes on with the next one.
+    All of `columns` are there, and have a value but for those in `empty`. A quote that never closes costs its own line
+    only: reading goes on with the next one.
     """
     header = header_of(file.readline())
     if missing := [name for name in columns if name not in header]:
@@ -155,9 +184,9 @@ def records(path, file, columns, rejects: Rejects, tidy=one_line):
             elif len(row) != len(header):
                 rejects.add(path, number, f"with another number of columns ({len(row)}, not {len(header)})", line)
             else:
-                found = {name: tidy(clean(value)) for name, value in zip(header, row, strict=True)}
-                if empty := next((name for name in columns if not found[name]), None):
-                    rejects.add(path, number, f"no {empty}", line)
+                found = {name: tidy(value) for name, value in zip(header, row, strict=True)}
+                if lacking := next((name for name in columns if not found[name] and name not in empty), None):
+                    rejects.add(path, number, f"no {lacking}", line)
                 else:
                     yield number, found
         number += used
@@ -185,14 +214,18 @@ def fields_of(line: str, waiting: list, file):
         used += 1
 
 
-def conversations(path, file, rejects: Rejects):
-    """(line number, messages) of a file with a JSON object on each line, whose "messages" are a conversation."""
+def decoded_lines(path, file, rejects: Rejects):
+    """(line number, line) of those that are not blank and in the encoding."""
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
         if undecoded(line):
             rejects.add(path, number, UNDECODED, line.encode("utf-8", "replace").decode())
-            continue
+        elif line.strip():
+            yield number, line
+
+
+def conversations(path, file, rejects: Rejects):
+    """(line number, messages) of a file with a JSON object on each line, whose "messages" are a conversation."""
+    for number, line in decoded_lines(path, file, rejects):
         try:
             messages = json.loads(line)["messages"]
             check_messages(messages)
@@ -205,6 +238,52 @@ def conversations(path, file, rejects: Rejects):
             yield number, messages
         else:
             rejects.add(path, number, "no turn of the assistant", line)
+
+
+def questions(path, file, group, rejects: Rejects):
+    """(question, context, answers, start; what decides the split) of a table, of lines of JSON, or of a JSON file.
+
+    That is the value of `group`; without one the title of the article, where rows say it, else the context.
+    """
+    for number, row in raw_questions(path, file, group, rejects):
+        try:
+            whole = spans.checked(row)
+            if group and not isinstance(row.get(group), (str, int)):
+                raise spans.Unusable(f"no {group}")
+            found = spans.cleaned(whole, clean)
+            json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair
+        except ValueError as error:
+            reason = "half of a surrogate pair" if isinstance(error, UnicodeError) else error.reason
+            kept = {name: value for name, value in row.items() if name != spans.LINE}
+            rejects.add(path, number, reason, json.dumps(kept))
+            continue
+        yield found, str(row[group]) if group else str(row.get("title") or found["context"])
+
+
+def raw_questions(path, file, group, rejects):
+    """(line number, row as the file has it)."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        for number, line in decoded_lines(path, file, rejects):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                rejects.add(path, number, "no JSON object", line)
+    elif suffix == ".json":
+        text = file.read()
+        if undecoded(text):
+            raise ValueError(f"data: {path} is not all in the encoding; {ENCODED}")
+        try:
+            yield from spans.read_json(text)
+        except ValueError as error:
+            raise ValueError(f"data: {path} is {error}") from None
+    else:
+        columns = TABLES["questions"] + ((group,) if group else ())
+        yield from records(path, file, columns, rejects, str, ("answer",))
 
 
 def documents(path, file, whole: bool, rejects: Rejects):
@@ -229,13 +308,14 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
 
     A document is a file where several are given (whole=True), else what stands between blank lines. What was met before
     is left out. A document is in the split that its text decides, a row in the one that its text, source or prompt
-    does, a conversation in that of its first message, or a row in that of its `group`, a column: rows that share it
-    share a split. What cannot be used is in rejected.tsv.
+    does, a conversation in that of its first message, a question in that of its article's title or, without one, of its
+    context, or a row in that of its `group`, a column: rows that share it share a split. Questions on one context
+    always do. What cannot be used is in rejected.tsv.
     Raises ValueError for files that cannot be read and for a split that stays empty.
     """
     paths, kind, folder = [Path(path) for path in paths], kind or kind_of(paths, encoding), Path(folder)
     whole = len(paths) > 1 if whole is None else whole
-    if group and kind not in COLUMNS:
+    if group and kind not in TABLES:
         raise ValueError(f"data: --group names a column, {kind} has none")
     sizes, counts = Counter({split: 0 for split in SPLITS}), Counter(read=0, duplicates=0)
     classes, digest = Counter(), hashlib.sha256()
@@ -251,20 +331,22 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
                 writer.writerow(COLUMNS[kind])
         for path in paths:
             with reading(path, encoding) as file:
-                for row, key in rows_of(path, file, kind, whole, group, rejects):
+                for row, same, key in rows_of(path, file, kind, whole, group, rejects):
                     counts["read"] += 1
-                    if not seen.add(*(row if kind == "chat" else row[:1])):  # a prompt may have several responses
+                    if not seen.add(*same):
                         counts["duplicates"] += 1
                         continue
                     split = split_of(key)
+                    if kind == "questions":
+                        split = seen.home(same[0], split)
                     if kind == "text":
                         files[split].write((f"{BREAK}\n" if sizes[split] else "") + row[0] + "\n")
-                    elif kind == "conversations":
-                        files[split].write(row[0] + "\n")
-                    else:
+                    elif kind in COLUMNS:
                         writers[split].writerow(row)
                         if kind == "classification" and split == "train":
                             classes[row[1]] += 1
+                    else:
+                        files[split].write(row[0] + "\n")
                     sizes[split] += 1
                     digest.update(repr((split, row)).encode())
     finally:
@@ -275,6 +357,7 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
     if empty := [split for split in SPLITS if not sizes[split]]:
         said = f"; rejected: {', '.join(rejects.first)}" if rejects.first else ""
         cure = "more are needed" + (", or --documents paragraph" if kind == "text" and whole else "")
+        cure += ", or --group context (else the questions of an article stay together)" * (kind == "questions")
         cure += f"; {ENCODED}" if rejects.counts[UNDECODED] else ""
         raise ValueError(f"data: {sum(sizes.values())} different documents leave {empty[0]} empty: {cure}{said}")
     meta = dict(kind=kind, origin=", ".join(map(str, paths)), splits=dict(sizes), fingerprint=digest.hexdigest()[:16])
@@ -286,19 +369,25 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
 
 
 def rows_of(path, file, kind, whole, group, rejects):
-    """((text,), (a line of JSON,) or the values of the columns, the key that decides the split)."""
+    """((text,), (a line of JSON,) or the values of the columns, what makes it a repeat, what decides the split)."""
     if kind == "text":
         for _, text in documents(path, file, whole, rejects):
             if text:
-                yield (text,), text
-        return
-    if kind == "conversations":
+                yield (text,), (text,), text
+    elif kind == "conversations":
         for _, messages in conversations(path, file, rejects):
-            yield (json.dumps(dict(messages=messages), ensure_ascii=False),), messages[0]["content"].casefold()
-        return
-    columns, tidy = COLUMNS[kind], str.strip if kind == "chat" else one_line
-    for _, row in records(path, file, (*columns, group) if group else columns, rejects, tidy):
-        yield tuple(row[name] for name in columns), row[group or columns[0]].casefold()
+            row = (json.dumps(dict(messages=messages), ensure_ascii=False),)
+            yield row, row, messages[0]["content"].casefold()
+    elif kind == "questions":
+        for found, key in questions(path, file, group, rejects):
+            same = found["context"], found["question"]
+            yield (json.dumps(found, ensure_ascii=False),), same, one_line(key).casefold()
+    else:
+        columns, tidy = COLUMNS[kind], cleaned_text if kind == "chat" else cleaned_line
+        for _, found in records(path, file, (*columns, group) if group else columns, rejects, tidy):
+            row = tuple(found[name] for name in columns)
+            same = row if kind == "chat" else row[:1]  # a prompt may have several responses
+            yield row, same, found[group or columns[0]].casefold()
 
 
 def read_documents(path):

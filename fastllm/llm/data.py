@@ -1,8 +1,9 @@
 """`fastllm data`: real text, or your own files, as train, valid and test files.
 
 Classification sets are TSV files with the columns text and label, pairs with source and target, chats with prompt and
-response, or lines of JSON with messages; texts for language models are plain text, beside them their tokens. They go
-under data/, which git ignores, because third-party text is fetched and not ours to hand on.
+response, or lines of JSON with messages, questions lines of JSON with context and answers; texts for language models
+are plain text, beside them their tokens. They go under data/, which git ignores, because third-party text is fetched
+and not ours to hand on.
 """
 
 import csv
@@ -155,7 +156,7 @@ def add_arguments(subparsers):
     own.add_argument(
         "--kind",
         choices=EXTENSIONS,
-        help="default: by the columns of a .tsv; a .jsonl has conversations, another file text",
+        help="default: by the columns of a .tsv or .jsonl; a .json has questions, another file text",
     )
     own.add_argument("--documents", choices=("file", "paragraph"), help="of texts: what stays in one split")
     own.add_argument("--group", metavar="COLUMN", help="of rows: those with the same value stay in one split")
@@ -186,7 +187,8 @@ def main(args) -> int:
         if meta["kind"] == "classification":
             print("classes (train): " + ", ".join(f"{label} {count}" for label, count in meta["classes"].items()))
         else:
-            then = f"fastllm finetune language --model MODEL --data {meta['folder']}"
+            task = "questions" if meta["kind"] == "questions" else "language"
+            then = f"fastllm finetune {task} --model MODEL --data {meta['folder']}"
     else:
         folder = shards.tokenized(meta["folder"], args.tokenizer, args.vocab, args.spacy)
         tokens = shards.read_meta(folder)["tokens"]

@@ -1,11 +1,9 @@
 """Extractive question answering: a question, and the span of a text that answers it, if one does."""
 
-import json
-
 import torch
 import torch.nn.functional as F
 
-from fastllm.llm import rows
+from fastllm.llm import rows, spans
 from fastllm.llm.metrics import Answers, Mean
 from fastllm.llm.tasks.base import ALONE, SHOWN, Task, few, is_ours, logits_of, padded
 
@@ -13,7 +11,7 @@ LONGEST = 30  # tokens of an answer
 
 
 class Questions(Task):
-    """SQuAD's JSON (1.1 or 2.0), or rows with question, context, answer and, optionally, start (in characters).
+    """SQuAD's JSON (1.1 or 2.0), or rows with question, context and answer, as fastllm/llm/spans.py says.
 
     A context that is too long is read in windows that overlap by half; a question whose answer is not in the window, or
     that has none, points at the first token. Without a start, the answer is where the context has it first.
@@ -136,32 +134,24 @@ def _best(found):
 
 
 def _table(path):
-    for line, row in rows.read(path, ("question", "context"), ("answer", "start")):
-        answer, start = row.get("answer") or "", row.get("start")
-        yield _checked(f"{path} line {line}", row["question"], row["context"], [answer] if answer else [], start)
+    for line, row in rows.read(path, ("question", "context"), ("answer", "answers", "start", "is_impossible")):
+        yield _checked(f"{path} line {line}", row)
 
 
 def _squad(path):
+    text = "\n".join(line for _, line in rows.lines(path))
+    found = spans.read_json(text)
     try:
-        articles = json.loads("\n".join(line for _, line in rows.lines(path)))["data"]
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for n, one in enumerate(paragraph["qas"]):
-                    texts = [] if one.get("is_impossible") else [answer["text"] for answer in one["answers"]]
-                    start = one["answers"][0]["answer_start"] if texts else None
-                    where = f"{path}, question {one.get('id', n)}"
-                    yield _checked(where, one["question"], paragraph["context"], texts, start)
-    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not in SQuAD's format (data, paragraphs, qas, answers): {what}") from None
+        for n, (_, row) in enumerate(found):
+            yield _checked(f"{path}, question {row.get('id', n)}", row)
+    except spans.Unusable:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
 
 
-def _checked(where, question, context, answers, start):
-    if answers:
-        try:
-            start = context.find(answers[0]) if start in (None, "") else int(start)
-        except ValueError:
-            raise ValueError(f"{where}: start must be a number of characters, got {start!r}") from None
-        if start < 0 or context[start : start + len(answers[0])] != answers[0]:
-            raise ValueError(f"{where}: the answer {answers[0]!r} does not stand in the context at {start}")
-    return dict(question=question, context=context, answers=answers, start=start)
+def _checked(where, row):
+    try:
+        return spans.checked(row)
+    except spans.Unusable as error:
+        raise spans.Unusable(error.reason, f"{where}: {error}") from None
