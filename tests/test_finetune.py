@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from check import assert_as_accurate
 from finetune_models import own, write
 
 from fastllm.llm import evaluate, finetune
@@ -36,6 +37,39 @@ class TestClassification:
         assert (out / "adapter" / "adapter_config.json").exists() == bool(options.get("lora"))
         total = sum(p.numel() for p in loaded.model.parameters())
         assert (result["trained"] < total) == bool(options)
+
+    @pytest.mark.parametrize("base", ["encoder", "bert"])
+    def test_an_adapter_has_its_head_and_names_its_classes(self, request, reviews, tmp_path, base):
+        """Of a base without a head, and, of BERT, without a pooler, which is drawn anew and so learns as a whole."""
+        base, out, data = request.getfixturevalue(base), tmp_path / "run", tmp_path / "three"
+        if base.name == "bert":
+            plain = load_model(base, accelerate=False)
+            plain.model.pooler = None
+            save_model(base, plain.model, plain.tokenizer)
+        for split in ("train", "valid", "test"):
+            head, *lines = (reviews / f"{split}.tsv").read_text().splitlines()
+            lines = [f"{line} 3" if n % 3 else line for n, line in enumerate(lines)]
+            write(data / f"{split}.tsv", head.split("\t"), [line.split("\t") for line in lines])
+        finetune.run("classification", base, data, out, lora=2, epochs=1, lr=1e-2, max_len=64)
+        whole, found = load_model(out), load_model(out / "adapter")
+        assert found.meta["classes"] == ["bad", "bad 3", "good", "good 3"] and found.meta["max_len"] == 64
+        assert found.meta["task"] == "classification" and "lora" not in found.meta
+        state = whole.model.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in found.model.state_dict().items())
+        scores = [evaluate.run(path, data, batch=16)["scores"] for path in (out, out / "adapter")]
+        assert scores[0] == scores[1] and list(scores[0]["classes"]) == found.meta["classes"]
+        assert {example["answer"] for example in scores[1]["examples"]} <= set(found.meta["classes"])
+        with pytest.raises(ValueError, match="is an adapter for classification, one for language-model is needed"):
+            load_model(out / "adapter", task="language-model")
+        if base.name == "bert":
+            peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+            plain = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=4)
+            theirs = peft.PeftModel.from_pretrained(plain, out / "adapter").merge_and_unload().eval()
+            ids = torch.tensor([[5, 6, 7, 8]])
+            with torch.no_grad():
+                got, peer = found.model(ids).logits, theirs(ids).logits
+                truth = found.model.double()(ids).logits
+            assert_as_accurate(got, peer, truth)
 
     def test_a_run_in_two_pieces_is_the_run_in_one(self, reviews, encoder, tmp_path, monkeypatch):
         options = FAST | dict(lora=4, lora_dropout=0.1, epochs=2)

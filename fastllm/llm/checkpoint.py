@@ -77,7 +77,8 @@ def load_model(path, *, task=None, accelerate=True, **options) -> Loaded:
     With a task ("language-model", "masked-lm", "encoder-decoder", "classification", "question-answering", "encoder")
     a model of ours must have it, and a folder of Hugging Face is loaded as that: parameters that it lacks are drawn
     anew, and named in meta["new"]. options go to its from_pretrained (dtype, num_labels, ...). accelerate=False gives
-    plain PyTorch. A folder with a LoRA adapter is the model that it names as its base, the updates in the weights.
+    plain PyTorch. A folder with a LoRA adapter is the model that it names as its base, the updates in the weights, with
+    the head and the names of classes that it was trained with.
     Raises ValueError in one line for a folder that is none of these, lacks a file, has a damaged one, or holds a model
     of another task.
     """
@@ -201,16 +202,21 @@ def _load_hugging_face(folder, config, task, accelerate, options) -> Loaded:
 
 
 def _load_adapted(folder, task, accelerate, options) -> Loaded:
-    from fastllm.llm import lora
+    from fastllm.llm import finetune, lora
 
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
         cure = "start where that is, or take the whole model, which a run folder has in `best`"
         raise ValueError(f"load_model: {folder} is a LoRA adapter for {base}, which is no folder here: {cure}")
-    loaded = load_model(base, task=task, accelerate=False, **options)
-    ours = isinstance(loaded.model, Transformer)
-    if ours and accelerate:
-        loaded = load_model(base, task=task)
+    meta = read_json(folder / lora.MORE) if (folder / lora.MORE).exists() else {}
+    if task not in (None, meta.get("task", task)):
+        raise ValueError(f"load_model: {folder} is an adapter for {meta['task']}, one for {task} is needed")
+    ours = read_json(resolve(base) / "config.json").get("format") == "fastllm"
+    if "task" in meta:  # with a head like the one that is in the adapter
+        learned = {name: meta[name] for name in ("classes",) if name in meta}
+        loaded = finetune.prepare(base, meta["task"], learned, accelerate=accelerate, **options)
+    else:
+        loaded = load_model(base, task=task, accelerate=accelerate and ours, **options)
     try:
         lora.load_adapter(folder, loaded.model)
     except ValueError as error:
@@ -218,7 +224,8 @@ def _load_adapted(folder, task, accelerate, options) -> Loaded:
     lora.merge(loaded.model).requires_grad_(True)
     if accelerate and not ours:
         fastllm.accelerate(loaded.model)
-    return loaded
+    kept = {name: value for name, value in loaded.meta.items() if name != "new"}
+    return Loaded(loaded.model, loaded.tokenizer, kept | meta, loaded.source)
 
 
 def _load_packed(folder, config, task, accelerate, packing) -> Loaded:

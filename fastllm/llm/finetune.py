@@ -84,7 +84,7 @@ def run(
     if lora:
         if getattr(ranks, "mode", "ddp") == "fsdp":
             raise ValueError("finetune: with --lora little is trained, and --parallel fsdp does not merge it: take ddp")
-        head = heads(loaded.model) if kind.headed else ()
+        head = trained_whole(loaded) if kind.headed else ()
         options = dict(alpha=alpha, dropout=lora_dropout, targets=targets, keep=head)
         adapters.adapt(loaded.model, lora, **options)
         meta["lora"] = lora
@@ -131,7 +131,8 @@ def run(
         )
         if lora:
             if ranks.first:
-                adapters.save_adapter(out / "adapter", loaded.model, base=model, task=name)
+                more = {name: value for name, value in meta.items() if name not in ("lora", "base")}
+                adapters.save_adapter(out / "adapter", loaded.model, base=model, **more)
             plain = adapters.merge(loaded.model)
             if ranks.first:
                 del meta["lora"]
@@ -152,21 +153,20 @@ def _task_name(task) -> str:
     return NAMES[task]
 
 
-def prepare(path, task, learned, *, accelerate=True) -> Loaded:
+def prepare(path, task, learned, *, accelerate=True, **options) -> Loaded:
     """The model of a folder, with a head for the task; a new one where it has none, or one for other classes.
 
-    Models of transformers are as transformers makes them: accelerate them when they are complete. A model of ours runs
-    on the kernels with accelerate=True.
+    Models of transformers are as transformers makes them, by the options of its from_pretrained: accelerate them when
+    they are complete. A model of ours runs on the kernels with accelerate=True.
     """
     classes = learned.get("classes")
     config = read_json(resolve(path) / "config.json")
     if "packing" in (config.get("fastllm") or config):
         raise ValueError(f"finetune: {path} is packed in few bits; fine-tune the model it was made from, then quantize")
     if config.get("format") != "fastllm":
-        options = {}
         if classes:
             labels = dict(enumerate(classes))
-            options = dict(num_labels=len(classes), id2label=labels, label2id={c: n for n, c in labels.items()})
+            options |= dict(num_labels=len(classes), id2label=labels, label2id={c: n for n, c in labels.items()})
             options["ignore_mismatched_sizes"] = True
         loaded = load_model(path, task=task, accelerate=False, **options)
         if getattr(loaded.model.config, "pad_token_id", None) is None:
@@ -174,8 +174,8 @@ def prepare(path, task, learned, *, accelerate=True) -> Loaded:
         loaded.meta |= learned
         return loaded
     if not TASKS[task].headed:
-        return load_model(path, task=task, accelerate=accelerate)
-    loaded = load_model(path, accelerate=accelerate)
+        return load_model(path, task=task, accelerate=accelerate, **options)
+    loaded = load_model(path, accelerate=accelerate, **options)
     if loaded.meta.get("task") == task and loaded.meta.get("classes") == classes:
         return loaded
     before = loaded.model
@@ -222,6 +222,16 @@ def heads(model) -> tuple[str, ...]:
         return ("head",)
     children = [name for name, child in model.named_children() if list(child.parameters())]
     return tuple(name for name in children if name != model.base_model_prefix)
+
+
+def trained_whole(loaded) -> list[str]:
+    """What LoRA must not freeze: the head, and modules that were drawn anew, in which nothing has been learnt."""
+    found = list(heads(loaded.model))
+    for name in loaded.meta.get("new") or ():
+        owner = name.rpartition(".")[0]
+        if owner and not any(f"{owner}.".startswith(f"{other}.") for other in found):
+            found.append(owner)
+    return found
 
 
 def depths(model) -> tuple[dict[str, int], int]:

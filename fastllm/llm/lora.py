@@ -18,6 +18,7 @@ from fastllm.llm.files import atomic, atomic_folder
 from fastllm.model import Transformer
 from fastllm.nn import LoRALinear
 
+MORE = "fastllm.json"  # in an adapter's folder: task, classes, ...
 PREFIX = "base_model.model."  # of every name in an adapter's file
 # What an adapter of peft may say besides: of each name the values that mean nothing to an update like ours.
 PLAIN = dict(
@@ -129,11 +130,13 @@ def adapter_state(model) -> dict:
     return found
 
 
-def save_adapter(folder, model, *, base="", task=None):
-    """Write adapter_config.json and adapter_model.safetensors, complete or not at all.
+def save_adapter(folder, model, *, base="", task=None, **meta):
+    """Write adapter_config.json and adapter_model.safetensors, complete or not at all, and MORE beside them, for what
+    peft's files have no place for.
 
     base is the name or folder of the model that it belongs to, for the reader. Modules that train as a whole (a new
-    head) are in it. Raises ValueError for a model without an adapter.
+    head) are in it. meta is what `checkpoint.save_model` keeps of the whole model: names of classes and the like.
+    Raises ValueError for a model without an adapter.
     """
     layers = adapted(model)
     if not layers:
@@ -159,6 +162,8 @@ def save_adapter(folder, model, *, base="", task=None):
         require("safetensors.torch", "safetensors").save_file(state, temporary / "adapter_model.safetensors")
         with atomic(temporary / "adapter_config.json") as file:
             json.dump(config, file, indent=1)
+        with atomic(temporary / MORE) as file:
+            json.dump(meta if task is None else dict(task=task) | meta, file, indent=1)
 
 
 def _shortest(layers, every) -> list[str]:
