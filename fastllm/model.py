@@ -393,10 +393,12 @@ class Transformer(nn.Module):
         stop=None,
         cache=True,
         generator=None,
+        ended=torch.all,
     ):
         """[B, T + count]: `tokens` [B, T], continued. temperature=0 takes the likeliest token, else samples from
         softmax(logits / temperature), from the top_k likeliest only where given. A sequence that has produced `stop`
-        goes on with it, and generation ends when all have. cache=False computes every position anew each time.
+        goes on with it, and generation ends when all have: when ended(done), done [B] bool, says so, by which processes
+        that gather parameters together can end together. cache=False computes every position anew each time.
         The prompts must have one length: padding is not supported here. Raises ValueError past max_len.
         """
         if self.config.kind == "encoder":
@@ -416,7 +418,7 @@ class Transformer(nn.Module):
                     chosen = chosen.masked_fill(done, stop)
                     done = done | (chosen == stop)
                 tokens = torch.cat([tokens, chosen[:, None]], 1)
-                if done.all():
+                if ended(done):
                     break
                 fresh = chosen[:, None] if cache else tokens
         finally:

@@ -31,6 +31,7 @@ TASKS |= {"classification, lora": ("encoder", dict(lora=2, optimizer="adamw", lr
 TASKS |= {
     "classification, bert": ("bert", {}),
     "classification, fsdp": ("encoder", {}),
+    "language, fsdp": TASKS["language"],
     "seq2seq, fsdp": TASKS["seq2seq"],
 }
 
@@ -80,7 +81,7 @@ def one_rank(folder, name, out, more, mode="ddp"):
         found = finetune.run(task, folder / model, folder / task, out, **given, ranks=ranks)
     splits = ["valid"] * len(found["history"]["evaluations"]) + ["test"]
     count = sum(len(range(ranks.rank, len(tiny_corpus(n=ROWS)[split]), ranks.ranks)) for split in splits)
-    assert len(evaluated) == (count if mode == "ddp" else 0)
+    assert len(evaluated) == count
 
 
 def outcome(out):
@@ -89,6 +90,7 @@ def outcome(out):
     return dict(
         losses=torch.tensor(history["loss"], dtype=torch.float64),
         evaluations=torch.tensor([e["loss"] for e in history["evaluations"]] + [found["test"]["loss"]]).double(),
+        scores=floats(found["test"]),
         parameters=torch.cat([state[key].flatten().double() for key in sorted(state)]),
     ), history["tokens"]
 
@@ -163,3 +165,51 @@ def test_two_ranks_score_what_one_does(folder, name, monkeypatch):
     truth = floats(evaluated(folder, name)["scores"])
     assert_as_accurate(floats(several).float(), floats(one).float(), truth, name)
     assert len(several.get("examples", [])) == len(one.get("examples", []))
+
+
+def in_step(folder, mode):
+    """Rank n has n batches, and of another pass each has none; and pretraining's evaluation, of five batches."""
+    from fastllm.llm.objectives import NextToken
+
+    with distributed.start(mode) as ranks:
+        own = [f"{ranks.rank}{n}" for n in range(ranks.rank)]
+        taken = list(ranks.in_step(own))
+        assert [batch for batch, counts in taken if counts] == own
+        extra = [batch for batch, counts in taken if not counts]
+        last = (own or ["10"])[-1]  # of the first rank that has any
+        assert extra == ([last] * (ranks.ranks - 1 - ranks.rank) if mode == "fsdp" else [])
+        assert list(ranks.in_step([])) == []
+        objective = NextToken(folder / "text" / "bytes", 16, 4)
+        torch.manual_seed(0)
+        model = Transformer(Config(vocab=objective.tokenizer.size, **SIZES)).eval()
+        ranks.spread(model)
+        batches = []
+        objective.arranged = lambda inputs: batches.append(inputs) or NextToken.arranged(objective, inputs)
+        with ranks.evaluating(model):
+            found = objective.evaluate(model, "valid", None, ranks)
+        assert len(batches) == (2 if mode == "fsdp" or ranks.rank < 2 else 1)
+        if ranks.first:
+            (folder / f"evaluated {mode}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("mode", distributed.MODES)
+def test_batches_are_taken_in_step_where_they_must(folder, mode):
+    from fastllm.llm import shards
+    from fastllm.llm.objectives import NextToken
+
+    if not (folder / "text").exists():
+        (folder / "text").mkdir()
+        for split in ("train", "valid", "test"):
+            (folder / "text" / f"{split}.txt").write_text("the cat sat on the mat.\n" * 13 + "the end")
+        shards.tokenized(folder / "text", "bytes")
+    processes.run_launched(in_step, 3, folder, mode)
+    objective, several = (
+        NextToken(folder / "text" / "bytes", 16, 4),
+        json.loads((folder / f"evaluated {mode}.json").read_text()),
+    )
+    torch.manual_seed(0)
+    model = Transformer(Config(vocab=objective.tokenizer.size, **SIZES)).eval()
+    assert len(list(objective.passes("valid", None))) == 5
+    one, truth = objective.evaluate(model, "valid", None), objective.evaluate(model.double(), "valid", None)
+    assert several["tokens"] == one["tokens"]
+    assert_as_accurate(floats(several).float(), floats(one).float(), floats(truth), mode)

@@ -109,8 +109,6 @@ def run(
         seed=seed,
     )
     settings |= dict(model=str(model), data=str(data))
-    # What each evaluates: FSDP's ranks, which gather parameters as one, must all take as many batches, so all of them.
-    share = ranks if getattr(ranks, "mode", "ddp") == "ddp" else Ranks()
     rates = groups(loaded.model, weight_decay, layer_decay)
     options = dict(resume=resume, fresh=fresh, free=("data",))
     with distributed.shared(ranks, lambda: Run(out, settings, **options)) as folder:
@@ -121,7 +119,7 @@ def run(
             real_tokens,
             recipe,
             weight_of=made.weight,
-            evaluate=lambda model: numbers(made.scores(model, made.rows(path["valid"]), batch, True, share)),
+            evaluate=lambda model: numbers(made.scores(model, made.rows(path["valid"]), batch, True, ranks)),
             run=folder,
             tokenizer=loaded.tokenizer,
             meta=meta,
@@ -139,7 +137,7 @@ def run(
                 save_model(out / "merged", plain, loaded.tokenizer, **meta)
                 point(out / "best", "merged")
         with ranks.evaluating(loaded.model):
-            test = made.scores(loaded.model, made.rows(path["test"]), batch, ranks=share)
+            test = made.scores(loaded.model, made.rows(path["test"]), batch, ranks=ranks)
         result = dict(task=name, settings=settings, recipe=asdict(recipe), trained=trained, history=history, test=test)
         if ranks.first:
             with atomic(out / "result.json") as file:

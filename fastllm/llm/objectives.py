@@ -10,9 +10,11 @@ from dataclasses import dataclass, fields
 import torch
 
 from fastllm.llm.batches import Epochs, pad
+from fastllm.llm.ranks import Ranks
 from fastllm.llm.shards import Sequences, Stream, read_meta
 from fastllm.llm.tokens import Tokenizer
 
+ALONE = Ranks()
 LIMIT = 1 << 16  # tokens of an evaluation while training
 
 
@@ -66,12 +68,15 @@ class Objective:
         return int((inputs.targets >= 0).sum())
 
     @torch.no_grad()
-    def evaluate(self, model, split="valid", limit=LIMIT) -> dict:
-        """Mean loss over about `limit` targets (None: all), spread over the split."""
+    def evaluate(self, model, split="valid", limit=LIMIT, ranks=ALONE) -> dict:
+        """Mean loss over about `limit` targets (None: all), spread over the split; each of `ranks` takes its share of
+        the batches, and all return the loss over all."""
         total, count = 0.0, 0
-        for inputs in self.passes(split, limit):
-            weight = self.weight_of(inputs)
-            total, count = total + float(self.loss_of(model, inputs)) * weight, count + weight
+        for inputs, counts in ranks.in_step(ranks.share(self.passes(split, limit))):
+            loss, weight = float(self.loss_of(model, inputs)), self.weight_of(inputs)
+            if counts:
+                total, count = total + loss * weight, count + weight
+        total, count = map(sum, zip(*ranks.gather((total, count))))
         loss = total / count
         found = dict(loss=loss, perplexity=math.exp(min(loss, 700)), tokens=count)
         if self.kind == "decoder":

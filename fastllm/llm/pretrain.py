@@ -79,7 +79,7 @@ def run(
             recipe,
             weight_of=task.weight_of,
             length=chosen["context"],
-            evaluate=task.evaluate,
+            evaluate=lambda model: task.evaluate(model, ranks=ranks),
             sample=lambda model: task.sample(model, prompt),
             run=folder,
             tokenizer=task.tokenizer,
@@ -89,7 +89,7 @@ def run(
             what="pretrain",
         )
         with ranks.evaluating(model):
-            test = task.evaluate(model, "test", None)
+            test = task.evaluate(model, "test", None, ranks)
             result = dict(settings=chosen, history=history, test=test, sample=task.sample(model, prompt))
         result["parameters"] = sum(p.numel() for p in model.parameters())
         if ranks.first:

@@ -29,6 +29,7 @@ class Ranks:
     """The only process of a training run; `Processes` has what several do differently. All call every method."""
 
     rank, ranks = 0, 1
+    lockstep = False  # whether all must call the model equally often, in evaluation too
 
     @property
     def first(self) -> bool:
@@ -58,6 +59,12 @@ class Ranks:
     def share(self, rows):
         """Of rows that come one by one this rank's part: every so many of them."""
         return itertools.islice(rows, self.rank, None, self.ranks)
+
+    def in_step(self, batches):
+        """(batch, whether it counts), of this rank's batches. In lockstep all ranks get as many: one that has no more
+        gets its last again, or where it had none another rank's, and those do not count."""
+        for batch in batches:
+            yield batch, True
 
     def seed(self, seed: int, number: int) -> int:
         """For what is random in one batch: ranks with different rows or positions drop out differently."""
@@ -114,6 +121,7 @@ class Processes(Ranks):
     def __init__(self, mode: str = "ddp", sequence_ranks: int = 1, shards: Shards | None = None):
         self.rank, self.ranks, self.mode = dist.get_rank(), dist.get_world_size(), mode
         self.sequence_ranks, self.shares = sequence_ranks, self.ranks // sequence_ranks
+        self.lockstep = mode == "fsdp"  # whose ranks gather parameters as one
         self.sequence = None if shards is None else SequenceHooks(shards)
 
     def check(self, batch: int, accumulate: int):
@@ -143,6 +151,22 @@ class Processes(Ranks):
         found = [None] * self.ranks
         dist.all_gather_object(found, value)
         return found
+
+    def in_step(self, batches):
+        if not self.lockstep:
+            yield from super().in_step(batches)
+            return
+        batches, last = iter(batches), None
+        while True:
+            batch = next(batches, None)
+            states = self.gather((batch is not None, last is None))
+            if not any(has for has, _ in states):
+                return
+            if any(not has and new for has, new in states):
+                others = self.gather(batch)
+                last = next(other for other in others if other is not None)
+            last = last if batch is None else batch
+            yield last, batch is not None
 
     def spread(self, model: nn.Module) -> nn.Module:
         if self.sequence is not None:

@@ -54,7 +54,7 @@ class Task:
         """Scores of a model in eval() on rows, "loss" among them; quick leaves out what has to be generated.
 
         "examples" are a few rows with the model's answer, of a classifier wrong ones. With `ranks`, each of which has
-        the whole model and all rows, each takes its share of the rows, and all return the scores of all.
+        all rows, each takes its share of them, and all return the scores of all.
         """
         raise NotImplementedError
 

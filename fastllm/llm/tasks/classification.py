@@ -54,9 +54,11 @@ class Classification(Task):
     @torch.no_grad()
     def scores(self, model, rows, batch, quick=False, ranks=ALONE):
         confusion, loss, mistakes = Confusion(self.classes), Mean(), []
-        for examples in self.batches(ranks.share(rows), batch):
+        for examples, counts in ranks.in_step(self.batches(ranks.share(rows), batch)):
             part = self.collate(examples)
             logits = self.logits(model, part)
+            if not counts:
+                continue
             loss.add(float(F.cross_entropy(logits, part["labels"], reduction="sum")), len(examples))
             found = logits.argmax(-1)
             confusion.add(part["labels"], found)

@@ -96,9 +96,11 @@ class Language(Task):
     @torch.no_grad()
     def scores(self, model, rows, batch, quick=False, ranks=ALONE):
         found = Perplexity()
-        for examples in self.batches(ranks.share(rows), batch):
+        for examples, counts in ranks.in_step(self.batches(ranks.share(rows), batch)):
             part = self.collate(examples)
-            found.add(float(loss_sum(self, model, part)), self.weight(part), part["bytes"])
+            loss = float(loss_sum(self, model, part))
+            if counts:
+                found.add(loss, self.weight(part), part["bytes"])
         return found.over(ranks).scores()
 
 

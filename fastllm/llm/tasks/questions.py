@@ -81,9 +81,11 @@ class Questions(Task):
     @torch.no_grad()
     def scores(self, model, rows, batch, quick=False, ranks=ALONE):
         answers, loss, waiting, shown = Answers(), Mean(), {}, []
-        for examples in self.batches(ranks.share(rows), batch):
+        for examples, counts in ranks.in_step(self.batches(ranks.share(rows), batch)):
             part = self.collate(examples)
             start, end = self.logits(model, part)
+            if not counts:
+                continue
             pairs = zip((start, end), part["labels"].unbind(1), strict=True)
             total = sum(float(F.cross_entropy(x, label, reduction="sum")) for x, label in pairs) / 2
             loss.add(total, len(examples))

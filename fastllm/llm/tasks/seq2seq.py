@@ -75,20 +75,27 @@ class Seq2Seq(Task):
                 self._ends[model] = torch.equal(own, model(**row).logits)
         return self._ends[model]
 
-    def generate(self, model, batch, count) -> list[str]:
-        """The likeliest token after the other, up to `count` of them."""
-        tokenizer = self.tokenizer
+    def room(self, example) -> int:
+        """How many tokens an answer may have."""
+        return min(self.max_len, 2 * len(example["labels"]) + 8)
+
+    def generate(self, model, batch, counts, ranks=ALONE) -> list[str]:
+        """The likeliest token after the other, up to counts[n] of them in row n."""
+        tokenizer, count = self.tokenizer, max(counts)
+        if ranks.lockstep:
+            count = max(ranks.gather(count))
         if is_ours(model):
-            count = min(count, model.config.max_len - 1)
-            start = batch["begun"][:, :1]
-            made = model.generate(start, count, source=batch["tokens"], source_mask=batch["mask"], stop=tokenizer.eos)
+            given = dict(source=batch["tokens"], source_mask=batch["mask"], stop=tokenizer.eos)
+            if ranks.lockstep:
+                given["ended"] = lambda done: all(ranks.gather(bool(done.all())))
+            made = model.generate(batch["begun"][:, :1], min(count, model.config.max_len - 1), **given)
         else:
             mask = torch.ones_like(batch["tokens"]) if batch["mask"] is None else batch["mask"].long()
-            made = model.generate(
-                input_ids=batch["tokens"], attention_mask=mask, max_new_tokens=count, do_sample=False, num_beams=1
-            )
+            given = dict(do_sample=False, num_beams=1, synced_gpus=ranks.lockstep)
+            made = model.generate(input_ids=batch["tokens"], attention_mask=mask, max_new_tokens=count, **given)
         texts = []
-        for ids in made[:, 1:].tolist():
+        for ids, own in zip(made[:, 1:].tolist(), counts, strict=True):
+            ids = ids[:own]
             if tokenizer.eos in ids:
                 ids = ids[: ids.index(tokenizer.eos)]
             texts.append(tokenizer.decode(ids))
@@ -99,15 +106,15 @@ class Seq2Seq(Task):
         perplexity, translation, rouge, shown, count = Perplexity(), None, None, [], 0
         if not quick:
             translation, rouge = Translation(), Rouge()
-        for examples in self.batches(ranks.share(rows), batch):
+        for examples, counts in ranks.in_step(self.batches(ranks.share(rows), batch)):
             part = self.collate(examples)
-            perplexity.add(float(self.loss_sum(model, part)), self.weight(part))
-            count += len(examples)
-            if quick:
+            loss = float(self.loss_sum(model, part))
+            made = [] if quick else self.generate(model, part, [self.room(example) for example in examples], ranks)
+            if not counts:
                 continue
-            longest = max(len(example["labels"]) for example in examples)
-            made = self.generate(model, part, min(self.max_len, 2 * longest + 8))
-            for example, text in zip(examples, made, strict=True):
+            perplexity.add(loss, self.weight(part))
+            count += len(examples)
+            for example, text in zip(examples, made):
                 translation.add(text, example["pair"][1])
                 rouge.add(text, example["pair"][1])
                 if len(shown) < SHOWN:
