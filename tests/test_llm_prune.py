@@ -13,7 +13,7 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed")
 from check import assert_as_accurate
 
 from fastllm import cli
-from fastllm.llm import generate, prune
+from fastllm.llm import finetune, generate, prune
 from fastllm.llm.checkpoint import load_model, save_model
 from fastllm.llm.tokens import Tokenizer
 from fastllm.model import Config, Transformer
@@ -24,6 +24,7 @@ OURS = {
     "modern": dict(norm="rmsnorm", positions="rotary", activation="swiglu", tie_embeddings=False),
     "tied": dict(positions="learned", activation="gelu", kv_heads=None),
     "encoder": dict(kind="encoder", classes=3),
+    "encoder-decoder": dict(kind="encoder-decoder", positions="rotary", layers=3),
 }
 
 
@@ -51,16 +52,24 @@ def randomised(model):
     return model
 
 
-def without(model, shares, tokens):
+def without(model, shares, batches):
     """The whole model, with nothing coming from the parts that went."""
-    family, model = prune.family_of(model), copy.deepcopy(model)
-    of_heads, of_channels, of_layers = prune.importances(model, tokens)
-    layers, gone = model.get_submodule(family.layers), []
-    best = of_layers.argsort(descending=True)
+    model = copy.deepcopy(model)
+    for stack, of in zip(prune.family_of(model).stacks, prune.importances(model, batches), strict=True):
+        stack_without(model, model.get_submodule(stack), of, shares)
+    if hasattr(model.config, "num_hidden_layers"):
+        model.config.num_hidden_layers = round(shares["layers"] * model.config.num_hidden_layers)
+    return model
+
+
+def stack_without(model, layers, of, shares):
+    family, gone = prune.family_of(model), []
+    best = of.layers.argsort(descending=True)
     for n, layer in enumerate(layers):
-        parts = [(family.feed_columns, of_channels[n], prune.suited(shares["channels"], of_channels.shape[1]))]
-        if family.query and shares.get("heads", 1) < 1:
-            parts.append((family.out, of_heads[n], round(shares["heads"] * of_heads.shape[1])))
+        parts = [(family.feed_columns, of.channels[n], prune.suited(shares["channels"], of.channels.shape[1]))]
+        if shares.get("heads", 1) < 1:
+            for names, heads in zip(family.attentions_of(layer), of.heads, strict=True):
+                parts.append((names[-1], heads[n], round(shares["heads"] * heads.shape[1])))
         for name, importance, count in parts:
             module = layer.get_submodule(name)
             weight = module.weight.data.t() if type(module).__name__ == "Conv1D" else module.weight.data
@@ -76,14 +85,12 @@ def without(model, shares, tokens):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = n
-    if hasattr(model.config, "num_hidden_layers"):
-        model.config.num_hidden_layers = len(layers)
-    return model
 
 
 def logits_of(model, tokens):
+    two = isinstance(model, Transformer) and model.config.kind == "encoder-decoder"
     with torch.no_grad():
-        found = model(tokens)
+        found = model(tokens, source=tokens.flip(1)) if two else model(tokens)
     return getattr(found, "logits", found)
 
 
@@ -92,17 +99,19 @@ def logits_of(model, tokens):
 def test_what_is_left_computes_what_the_whole_does_without_the_rest(name, calibrated):
     model = model_of(name)
     tokens = torch.randint(5, TOKENS.size, (2, 12)) if calibrated else None
+    if calibrated and name == "encoder-decoder":
+        padding = torch.arange(12) < torch.tensor([[12], [7]])
+        tokens = [dict(tokens=tokens, mask=padding, begun=tokens[:, :9], labels=tokens[:, 1:10])]
     shares = dict(channels=0.5, layers=0.5) | ({} if name in ("GPT2", "Bert") else dict(heads=0.5))
     before = copy.deepcopy(model.state_dict())
-    small, x = prune.prune_model(model, tokens=tokens, **shares), torch.randint(5, TOKENS.size, (2, 20))
+    small, x = prune.prune_model(model, batches=tokens, **shares), torch.randint(5, TOKENS.size, (2, 20))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     peer = without(model, shares, tokens)
     assert_as_accurate(logits_of(small, x).half(), logits_of(peer, x).half(), logits_of(peer.double(), x), name)
     inner = [parameter for key, parameter in small.named_parameters() if ".0." in key and parameter.ndim == 2]
     whole = [parameter for key, parameter in model.named_parameters() if ".0." in key and parameter.ndim == 2]
     assert sum(p.numel() for p in inner) <= (0.5 if "heads" in shares else 0.72) * sum(p.numel() for p in whole)
-    count = len(small.get_submodule(prune.family_of(small).layers))
-    assert count == 2
+    assert {len(small.get_submodule(stack)) for stack in prune.family_of(small).stacks} == {2}
 
 
 def test_the_gradient_finds_what_matters():
@@ -113,9 +122,8 @@ def test_the_gradient_finds_what_matters():
         feed.up.weight[7] *= 100
         feed.down.weight[:, 7] = 0
     tokens = torch.randint(5, TOKENS.size, (4, 16))
-    _, by_size, _ = prune.importances(model)
-    _, by_gradient, _ = prune.importances(model, tokens)
-    assert by_size[0].argmax() == 7 and by_gradient[0].argmin() == 7
+    (by_size,), (by_gradient,) = prune.importances(model), prune.importances(model, tokens)
+    assert by_size.channels[0].argmax() == 7 and by_gradient.channels[0].argmin() == 7
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -140,7 +148,7 @@ def test_folders_are_read_and_generate(name, tmp_path, capsys):
     sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("m", "m-pruned")]
     assert sizes[1] < 0.7 * sizes[0]
     found = load_model(tmp_path / "m-pruned")
-    assert len(found.model.get_submodule(prune.family_of(found.model).layers)) == 3
+    assert len(found.model.get_submodule(prune.family_of(found.model).stacks[0])) == 3
     assert len(generate.run(found, ["ab"], max_tokens=8)[0]["tokens"]) > 0
 
 
@@ -161,7 +169,8 @@ def test_what_is_left_is_trained(tmp_path, capsys):
     result = json.loads((tmp_path / "small" / "result.json").read_text())
     pruned, tuned = load_model(tmp_path / "small" / "pruned"), load_model(tmp_path / "small")
     assert tuned.model.config == pruned.model.config and tuned.model.config.heads == 4
-    assert prune.test_loss(tuned, data, 32) == result["test"]["loss"] < prune.test_loss(pruned, data, 32) / 2
+    losses = [prune.on_test(loaded, data, 32)["test_loss"] for loaded in (tuned, pruned)]
+    assert losses[0] == result["test"]["loss"] < losses[1] / 2
     # Again, over what is there; and bad data leaves nothing.
     training = dict(finetune=data, epochs=1, max_len=32, measure=False)
     with pytest.raises(ValueError, match="small is there already; --fresh replaces it"):
@@ -172,6 +181,42 @@ def test_what_is_left_is_trained(tmp_path, capsys):
     for given, why in ((["--finetune", str(data)], "has no text"), (["--lr", "1e-3"], "lr is for --finetune DATA")):
         assert cli.main(["prune", str(folder), "--heads", "0.5", "--out", str(tmp_path / "bad"), *given]) == 2
         assert why in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_an_encoder_decoder_by_command(tmp_path, capsys):
+    """Both stacks and cross-attention are smaller; loss and BLEU are measured, and come back with training."""
+    for package in ("sklearn", "sacrebleu", "rouge_score"):
+        pytest.importorskip(package)
+    data, folder = tmp_path / "pairs", tmp_path / "m"
+    data.mkdir()
+    table = "source\ttarget\n" + "".join(f"{x} cat\tthe cat is {x}\n" for x in ("red", "blue", "green") * 8)
+    for split in ("train", "valid", "test"):
+        (data / f"{split}.tsv").write_text(table)
+    torch.manual_seed(0)
+    words = Tokenizer.train_words(["the cat is red blue green"] * 2, 50)
+    sizes = SIZES | dict(kind="encoder-decoder", vocab=words.size, layers=1, d_model=32)
+    save_model(folder, Transformer(Config(**sizes)), words)
+    training = dict(lr=1e-2, batch=8, max_len=32, patience=0, evaluations=1)
+    finetune.run("seq2seq", folder, data, tmp_path / "taught", epochs=8, **training)
+    pairs = str(data / "test.tsv")
+    given = ["prune", str(tmp_path / "taught"), "--heads", "0.5", "--channels", "0.5", "--calibrate", pairs]
+    assert cli.main([*given, "--text", pairs, "--out", str(tmp_path / "small")]) == 0
+    told = capsys.readouterr().out
+    for word in ("size, MB", "tokens/s", "loss", "BLEU", f"written: {tmp_path / 'small'}"):
+        assert word in told
+    small = load_model(tmp_path / "small").model
+    assert (small.config.heads, small.config.kv_heads, small.config.d_ff, small.config.head_dim) == (4, 2, 128, 4)
+    block = small.decoder.blocks[0]
+    assert block.cross_attention.query.weight.shape == (16, 32) and block.attention.key.weight.shape == (8, 32)
+    assert small.encoder.blocks[0].attention.out.weight.shape == (32, 16)
+    shares = dict(heads=0.5, channels=0.5, calibrate=pairs, text=pairs)
+    found = prune.run(tmp_path / "taught", tmp_path / "tuned", finetune=data, epochs=6, **shares, **training)
+    before, after = found["before"], found["after"]
+    assert before["test_bleu"] == before["text_bleu"] > 80 and after["test_bleu"] == after["text_bleu"] > 60
+    assert after["test_loss"] < found["pruned"]["test_loss"] / 2 and found["pruned"]["test_bleu"] < after["test_bleu"]
+    (data / "text.txt").write_text("no pairs")
+    assert cli.main([*given, "--text", str(data / "text.txt"), "--out", str(tmp_path / "bad")]) == 2
+    assert "must be a .tsv or .jsonl file of pairs" in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
 def test_bad_input(tmp_path, capsys):

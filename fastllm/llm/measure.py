@@ -1,5 +1,6 @@
 """Size, speed and quality of a model before and after it was made smaller."""
 
+import itertools
 import math
 import statistics
 import time
@@ -12,6 +13,7 @@ from fastllm.llm.sessions import generates, is_encoder_decoder, positions_of, se
 from fastllm.text import show
 
 CONTEXT, MOST_TOKENS = 512, 1 << 15  # of a window of text, and of all windows
+ROWS = 200  # of a file of pairs
 PROMPT, STEPS = 32, 48  # tokens of what speed is measured on, where the model has room for as many
 
 
@@ -40,12 +42,42 @@ def perplexity(model, tokenizer, text: str) -> float:
     return math.exp(total / count)
 
 
+def pairs_task(loaded):
+    """The task of an encoder-decoder, whose rows are pairs."""
+    from fastllm.llm.finetune import task_for
+
+    return task_for(loaded)
+
+
+def scorer(loaded, path, command):
+    """A function of a `Loaded` that scores it on a file: perplexity of a text; of an encoder-decoder loss and BLEU on
+    its first ROWS pairs. The file is read now. Raises ValueError for one that is not fit, and for other models.
+    """
+    if path is None:
+        return lambda one: {}
+    if not generates(loaded.model):
+        raise ValueError(f"{command}: --text measures a model that writes text, {loaded.source} holds another")
+    if not is_encoder_decoder(loaded.model):
+        text = read_text(path)
+        return lambda one: dict(perplexity=perplexity(one.model, one.tokenizer, text))
+    if Path(path).suffix not in (extensions := pairs_task(loaded).extensions):
+        raise ValueError(f"{command}: {path} must be a {' or '.join(extensions)} file of pairs, source and target")
+    rows = list(itertools.islice(pairs_task(loaded).rows(Path(path)), ROWS))
+
+    def score(one):
+        found = pairs_task(one).scores(one.model, rows, 16)
+        return {f"text_{name}": found[name] for name in ("loss", "bleu")}
+
+    return score
+
+
 class Steps:
     """One sequence of a model, token after token at the same place in its cache."""
 
-    def __init__(self, model):
+    def __init__(self, loaded):
+        model = loaded.model
         positions = min(PROMPT + STEPS, positions_of(model))
-        self.session, _ = session_of(model, "model", 1, positions)
+        self.session, _ = session_of(model, "model", 1, positions, loaded.tokenizer.bos)
         self.prompt = torch.arange(5, 5 + min(PROMPT, positions // 2)) % 5 + 5
         self.steps = positions - len(self.prompt)
 
@@ -61,24 +93,20 @@ class Steps:
         return statistics.median(taken)
 
 
-def compare(before, after, text=None) -> dict:
-    """{"before": {...}, "after": {...}}: bytes; tokens_per_s, measured in turn; perplexity of a text.
-
-    The last two are of models that continue a text. Raises ValueError for an empty text.
-    """
+def compare(before, after, score=lambda loaded: {}) -> dict:
+    """{"before": {...}, "after": {...}}: bytes; tokens_per_s, measured in turn, of models that write text; and what
+    score(loaded), a `scorer`, finds."""
     both = {"before": before, "after": after}
     found = {name: dict(bytes=size_of(loaded.model)) for name, loaded in both.items()}
-    speaks = all(generates(loaded.model) and not is_encoder_decoder(loaded.model) for loaded in both.values())
-    if not speaks:
+    if not all(generates(loaded.model) for loaded in both.values()):
         return found
-    steps, samples = {name: Steps(loaded.model) for name, loaded in both.items()}, {name: [] for name in both}
+    steps, samples = {name: Steps(loaded) for name, loaded in both.items()}, {name: [] for name in both}
     for _ in range(3):
         for name, one in steps.items():
             samples[name].append(one.seconds())
     for name, loaded in both.items():
         found[name]["tokens_per_s"] = 1 / statistics.median(samples[name])
-        if text is not None:
-            found[name]["perplexity"] = perplexity(loaded.model, loaded.tokenizer, text)
+        found[name] |= score(loaded)
     return found
 
 
@@ -95,10 +123,12 @@ def show_comparison(found: dict, out):
         return
     before, after = found["before"], found["after"]
     rows = [("size, MB", f"{before['bytes'] / 1e6:.2f}", f"{after['bytes'] / 1e6:.2f}")]
-    more = dict(tokens_per_s="tokens/s", perplexity="perplexity", loss="loss on test")
+    more = dict(tokens_per_s="tokens/s", perplexity="perplexity", text_loss="loss", text_bleu="BLEU")
+    more |= dict(test_loss="loss on test", test_bleu="BLEU on test")
     for key, name in more.items():
         if key in before:
             rows.append((name, f"{before[key]:,.2f}", f"{after[key]:,.2f}"))
-    ratios = [after[key] / before[key] for key in ("bytes", *more) if key in before]
-    show(("", "before", "after", "ratio"), [(*row, f"{r:.2f}x") for row, r in zip(rows, ratios, strict=True)])
+    pairs = [(before[key], after[key]) for key in ("bytes", *more) if key in before]
+    ratios = [f"{b / a:.2f}x" if a else "" for a, b in pairs]
+    show(("", "before", "after", "ratio"), [(*row, ratio) for row, ratio in zip(rows, ratios, strict=True)])
     print(f"written: {out}")
