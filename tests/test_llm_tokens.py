@@ -95,13 +95,20 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_spacy_says_what_a_word_is(tmp_path):
+def test_spacy_says_what_a_word_is(tmp_path, monkeypatch):
     pytest.importorskip("spacy")
     words = Tokenizer.train_words(["Don't go.", "Don't stay in the U.K.!"], 40, min_count=1, language="en")
     assert words.id("n't") is not None and words.id("u.k.") is not None
     assert len(words.encode("Don't stay")) == 3
     words.save(tmp_path)
     assert Tokenizer.load(tmp_path).encode("Don't stay") == words.encode("Don't stay")
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    for text in ("Don't stay  in the U.K.!", "E\u0301t\u00e9, go. \U0001f600\n\tn't", ""):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == words.encode(text)
     with pytest.raises(ValueError, match="no language 'xq'"):
         Tokenizer.train_words(["a"], 40, language="xq")
 

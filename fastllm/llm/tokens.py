@@ -17,6 +17,9 @@ ROLES = {
 }
 
 
+SPACY_WORDS = Path(__file__).with_name("spacy_words.py")  # a program for transformers; nothing here imports it
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` (as `backend`) that knows its special tokens and never reads one out of a user's text.
 
@@ -58,14 +61,17 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json, and tokenizer_config.json with the special tokens: transformers' AutoTokenizer reads
-        them. Words that spaCy splits are split at white space there."""
+        them, for words that spaCy splits with trust_remote_code=True, by a file of code that is written too."""
         folder = Path(folder)
         with atomic(folder / "tokenizer.json") as file:
             file.write(self.backend.to_str(pretty=True))
         config = {ROLES[role][0][0]: token for role, token in self.special.items()}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if self.language:
-            config["spacy_language"] = self.language
+            config |= dict(spacy_language=self.language, tokenizer_class="SpacyWords")
+            config["auto_map"] = {"AutoTokenizer": [None, f"{SPACY_WORDS.stem}.SpacyWords"]}
+            with atomic(folder / SPACY_WORDS.name) as file:
+                file.write(SPACY_WORDS.read_text("utf-8"))
         if self.chat_template:
             config["chat_template"] = self.chat_template
         with atomic(folder / "tokenizer_config.json") as file:
