@@ -18,6 +18,8 @@ from fastllm.decoder import Unsupported
 from fastllm.sampling import penalised, sample
 from fastllm.session import Plan, fingerprint
 
+__all__ = ["generate", "plan"]
+
 _plans = weakref.WeakKeyDictionary()  # model -> {weights: Plan}
 
 
@@ -54,19 +56,21 @@ def generate(
 ):
     """`input_ids` [B, T] int64, continued: [B, T + new], as Hugging Face's model.generate returns it.
 
-    The arguments are Hugging Face's, with its defaults. attention_mask [B, T] marks padding, on either side, which no
-    token sees. A sequence that has produced an eos_token_id (a number, or several; default: the model's own) goes on
-    with pad_token_id, and generation ends when all have. do_sample=False takes the likeliest token: of a model in fp32
-    with weights="model" the same as the model itself; with num_beams above 1 beam search takes the likeliest text.
-    do_sample=True draws: repetition_penalty, temperature, top_k, top_p and min_p are applied, in this order. The
-    penalty leaves padding out, except where model.generate penalises it too (transformers before 5.23). streamer gets
-    `put(tokens)`, first of the prompt and then of every step, and `end()`; or it is a function of the tokens. `weights`
-    is that of `Plan`. Computed in fp32, prompts in the model's dtype.
+    The arguments are Hugging Face's, with its defaults: of the model's generation_config only the tokens count that end
+    and pad. attention_mask [B, T] marks padding, on either side, which no token sees. A sequence that has produced an
+    eos_token_id (a number, or several; default: the model's own) goes on with pad_token_id (default: the model's own,
+    else the first eos, else 0), and generation ends when all have. do_sample=False takes the likeliest token: of a
+    model in fp32 with weights="model" the same as the model itself; with num_beams above 1 beam search takes the
+    likeliest text. do_sample=True draws: repetition_penalty, temperature, top_k, top_p and min_p are applied, in this
+    order. The penalty leaves padding out, except where model.generate penalises it too (transformers before 5.23).
+    streamer gets `put(tokens)`, first of the prompt and then of every step, and `end()`; or it is a function of the
+    tokens. `weights` is that of `Plan`. Computed in fp32, prompts in the model's dtype.
 
-    What this cannot do (another family of models, arguments beside these, beams that are drawn or streamed, a model on
-    a GPU) goes to model.generate; `fastllm.explain` says so, a warning does once, and FASTLLM_STRICT=1 makes it an
-    error.
-    Raises ValueError for shapes that do not fit, for an empty prompt and for positions that the model does not have.
+    What this cannot do (another family of models, arguments beside these, beams that are drawn, streamed or, with
+    early_stopping="never", not stopped early, a model on a GPU) goes to model.generate; `fastllm.explain` says so, a
+    warning does once, and FASTLLM_STRICT=1 makes it an error.
+    Raises ValueError for shapes that do not fit, for options out of their range, for an empty prompt and for positions
+    that the model does not have.
     """
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype != torch.int64:
         raise ValueError(

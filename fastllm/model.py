@@ -23,6 +23,8 @@ import fastllm
 import fastllm.nn
 from fastllm.sampling import sample
 
+__all__ = ["Config", "Transformer"]
+
 KINDS = ("encoder", "decoder", "encoder-decoder")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("sinusoidal", "learned", "rotary")
@@ -39,8 +41,10 @@ class Config:
     side by side), with per_token one for every position; masked_lm gives it one over the vocabulary for every position.
     dropout is that of the paper, on the embeddings and on what every block adds; attention_dropout is the one on
     attention probabilities.
-    scale_embedding multiplies embeddings by sqrt(d_model). max_len bounds learned positions and rotary tables. head_dim
-    is d_model / heads unless it is given.
+    scale_embedding multiplies embeddings by sqrt(d_model). max_len is the longest sequence, whatever the positions.
+    kv_heads are the heads of keys and values where there are fewer than queries', head_dim is d_model / heads unless it
+    is given. window is `fastllm.attention`'s, of every self-attention. tie_embeddings gives a head over the vocabulary
+    the embedding's weight.
     Raises ValueError for a name that is not offered and for sizes that do not fit together.
     """
 
@@ -71,8 +75,8 @@ class Config:
         for name, offered in choices.items():
             if getattr(self, name) not in offered:
                 raise ValueError(f"Config: {name} must be one of {', '.join(offered)}, got {getattr(self, name)!r}")
-        for name in ("vocab", "d_model", "heads", "layers", "d_ff", "max_len"):
-            if getattr(self, name) < 1:
+        for name in ("vocab", "d_model", "heads", "layers", "d_ff", "max_len", "kv_heads", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Config: {name} must be at least 1, got {getattr(self, name)}")
         if (self.head_dim is None and self.d_model % self.heads) or self.heads % (self.kv_heads or self.heads):
             raise ValueError(
@@ -269,12 +273,13 @@ class Transformer(nn.Module):
     mask [B, T] and source_mask [B, S] are boolean, True = a real token, False = padding; None = no padding.
     With targets [B, T], the tokens to come (or those that are masked), forward returns their mean cross-entropy instead
     of logits; -100 does not count, and label_smoothing is cross_entropy's. cu_seqlens [n + 1] packs n sequences into
-    tokens [1, T], which then need no padding and see nothing of each other (not with a source). Accelerated, the logits
-    of a vocabulary from LARGE_VOCAB on are never all in memory where there are targets.
+    tokens [1, T], which then need no padding and see nothing of each other (not with a source, nor where an encoder
+    pools for its classes). Accelerated, the logits of a vocabulary from LARGE_VOCAB on are never all in memory where
+    there are targets.
     accelerated=False runs plain PyTorch as the tutorials write it, True the fastllm kernels.
     Under `fastllm.nn.sequence_parallel` every sequence is this rank's part of one, and the loss that of this part.
-    Raises ValueError for sequences past max_len, for a source that is missing or not wanted, for targets of an encoder
-    without masked_lm.
+    Raises ValueError for sequences past max_len, for a source that is missing, not wanted or packed, for targets of an
+    encoder without masked_lm, for packed sequences that are to be pooled.
     """
 
     sequence = None
@@ -352,11 +357,13 @@ class Transformer(nn.Module):
     def forward(
         self, tokens, mask=None, source=None, source_mask=None, targets=None, cu_seqlens=None, label_smoothing=0.0
     ):
-        if (source is not None) != (self.config.kind == "encoder-decoder"):
-            wanted = "needs a source" if source is None else "takes no source"
-            raise ValueError(f"Transformer: kind={self.config.kind!r} {wanted}")
+        self._check_source(source)
         if cu_seqlens is not None and source is not None:
             raise ValueError("Transformer: a source cannot be packed (cu_seqlens)")
+        if cu_seqlens is not None and self.config.classes and not self.config.per_token:
+            raise ValueError(
+                "Transformer: packed sequences (cu_seqlens) cannot be pooled, only per_token=True takes them"
+            )
         if self.config.kind == "encoder":
             x = self.encode(tokens, mask, cu_seqlens)
             if not self.config.masked_lm:
@@ -374,6 +381,11 @@ class Transformer(nn.Module):
             return fastllm.linear_cross_entropy(x, self.head_weight(x.dtype), targets, label_smoothing=label_smoothing)
         cross_entropy = fastllm.cross_entropy if self.accelerated else F.cross_entropy
         return cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
+
+    def _check_source(self, source):
+        if (source is not None) != (self.config.kind == "encoder-decoder"):
+            wanted = "needs a source" if source is None else "takes no source"
+            raise ValueError(f"Transformer: kind={self.config.kind!r} {wanted}")
 
     def head_weight(self, dtype) -> torch.Tensor:
         """[V, d_model]; of a head that is packed in few bits what its numbers stand for, in `dtype`."""
@@ -395,14 +407,19 @@ class Transformer(nn.Module):
         generator=None,
         ended=torch.all,
     ):
-        """[B, T + count]: `tokens` [B, T], continued. temperature=0 takes the likeliest token, else samples from
-        softmax(logits / temperature), from the top_k likeliest only where given. A sequence that has produced `stop`
-        goes on with it, and generation ends when all have: when ended(done), done [B] bool, says so, by which processes
-        that gather parameters together can end together. cache=False computes every position anew each time.
-        The prompts must have one length: padding is not supported here. Raises ValueError past max_len.
+        """[B, T + new]: `tokens` [B, T], continued by `count` or, where all have stopped, fewer. temperature=0 takes
+        the likeliest token, else samples from softmax(logits / temperature), from the top_k likeliest only where given.
+        A sequence that has produced `stop` goes on with it, and generation ends when all have: when ended(done), done
+        [B] bool, says so, by which processes that gather parameters together can end together. cache=False computes
+        every position anew each time. The prompts must have one length: padding is not supported here, but in a source,
+        by its mask. Raises ValueError for an encoder, a source that is missing or not wanted, an empty prompt, and past
+        max_len.
         """
         if self.config.kind == "encoder":
             raise ValueError("Transformer.generate: an encoder does not generate")
+        self._check_source(source)
+        if not tokens.shape[1]:
+            raise ValueError("Transformer.generate: the prompt is empty, a token to start from is needed")
         was_training = self.training
         self.eval()
         context = None if source is None else self.encode(source, source_mask)

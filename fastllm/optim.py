@@ -7,6 +7,8 @@ from fastllm.dispatch import choose
 from fastllm.ops._common import FLOATS
 from fastllm.ops.adamw import adamw_step
 
+__all__ = ["AdamW"]
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -36,13 +38,15 @@ def _lacks(group, backend):
 
 
 class AdamW(torch.optim.AdamW):
-    """p -= lr * (weight_decay * p + m' / (sqrt(v') + eps)), m and v the averages of the gradient and of its square.
+    """p -= lr * (weight_decay * p + m' / (sqrt(v') + eps)): m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) of the
+    averages m = beta1 m + (1 - beta1) g and v = beta2 v + (1 - beta2) g^2 of gradients; with amsgrad the largest v.
 
     Constructor, defaults, closures, hooks and state dict are those of torch.optim.AdamW, and each takes the other's
     state dict. A group of parameters is one call of a kernel that reads and writes each number once (on a GPU a launch
     for each dtype), on CPU in C++ and on an NVIDIA GPU in Triton. It computes
     in fp32 (fp64 for fp64) and keeps the moments of bf16 and fp16 parameters in fp32, where PyTorch has them in the
-    parameters' dtype: 4 bytes more a parameter and moment, for averages that do not drown in rounding.
+    parameters' dtype: 2 bytes more for each moment of each number, for averages that do not drown in rounding.
+    PyTorch's, which reads the state dict, rounds them.
     What the kernel does not know is PyTorch's own step: parameters on several devices, strided or sparse ones,
     subclasses of Tensor, fp64 on a GPU, foreach, capturable, differentiable and fused=True.
     `fastllm.explain` tells.

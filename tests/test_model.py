@@ -217,6 +217,14 @@ def test_compiles_whole(kind):
         (lambda: make()(torch.zeros(1, 4, dtype=torch.int64), source=torch.zeros(1, 4)), "takes no source"),
         (lambda: make(kind="encoder-decoder")(torch.zeros(1, 4, dtype=torch.int64)), "needs a source"),
         (lambda: make(kind="encoder").generate(torch.zeros(1, 4, dtype=torch.int64), 1), "does not generate"),
+        (lambda: make(kind="encoder-decoder").generate(torch.zeros(1, 4, dtype=torch.int64), 1), "needs a source"),
+        (lambda: make().generate(torch.zeros(1, 4, dtype=torch.int64), 1, source=torch.zeros(1, 4)), "no source"),
+        (lambda: make().generate(torch.zeros(1, 0, dtype=torch.int64), 1), "the prompt is empty"),
+        (lambda: Config(vocab=5, kv_heads=0), "kv_heads must be at least 1, got 0"),
+        (
+            lambda: make(kind="encoder", classes=2)(torch.zeros(1, 4).long(), cu_seqlens=torch.tensor([0, 1, 4])),
+            "cannot be pooled",
+        ),
     ],
 )
 def test_wrong_use_is_named(function, message):
