@@ -111,13 +111,13 @@ def test_paragraphs_or_files_are_documents(tmp_path):
             b"body\tclass\na\tb\n",
             [],
             "must name the columns text and label or source and target or prompt and response or question, context and "
-            "answer, got body, class",
+            "answer, got body, class: change that line",
         ),
-        (b"text\tlabel\na\tb\n", [], "1 different documents leave .* empty: more are needed"),
+        (b"text\tlabel\na\tb\n", [], "1 different row leaves .* empty: more are needed"),
         (b"text\tlabel\na\tb\n", ["--vocab", "9"], "vocab must be at least 261"),
         (b"text\tlabel\na\tb\n", ["--spacy", "en"], "it is for --tokenizer words, not bpe"),
         (b"text\tlabel\n\xe9t\xe9\tb\n", [], "more are needed; --encoding says .* latin-1.* rejected: .*x.tsv:2 "),
-        (b"text\tlabel\na\n", [], r"0 different documents leave train empty.*x.tsv:2 \(with .* \(1, not 2\)\)"),
+        (b"text\tlabel\na\n", [], r"0 different rows leave train empty.*x.tsv:2 \(with .* \(1, not 2\)\)"),
     ],
 )
 def test_bad_files_are_one_line_and_leave_nothing(tmp_path, capsys, content, arguments, message):

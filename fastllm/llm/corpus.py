@@ -127,7 +127,8 @@ def kind_of_file(path, encoding) -> str:
         if set(columns) <= set(header):
             return kind
     wanted = " or ".join(f"{', '.join(columns[:-1])} and {columns[-1]}" for columns in TABLES.values())
-    raise ValueError(f"data: the first line of {path} must name the columns {wanted}, got {', '.join(header)}")
+    got = f"got {', '.join(header)}: change that line"
+    raise ValueError(f"data: the first line of {path} must name the columns {wanted}, {got}")
 
 
 def header_of(line: str) -> list[str]:
@@ -357,9 +358,12 @@ def build(folder, paths, *, kind=None, encoding="utf-8", whole=None, group=None)
     if empty := [split for split in SPLITS if not sizes[split]]:
         said = f"; rejected: {', '.join(rejects.first)}" if rejects.first else ""
         cure = "more are needed" + (", or --documents paragraph" if kind == "text" and whole else "")
-        cure += ", or --group context (else the questions of an article stay together)" * (kind == "questions")
+        if kind == "questions" and group is None:
+            cure += ", or --group context (else the questions of an article stay together)"
         cure += f"; {ENCODED}" if rejects.counts[UNDECODED] else ""
-        raise ValueError(f"data: {sum(sizes.values())} different documents leave {empty[0]} empty: {cure}{said}")
+        count, what = sum(sizes.values()), "document" if kind == "text" else "row"
+        leave = f"{what} leaves" if count == 1 else f"{what}s leave"
+        raise ValueError(f"data: {count} different {leave} {empty[0]} empty: {cure}{said}")
     meta = dict(kind=kind, origin=", ".join(map(str, paths)), splits=dict(sizes), fingerprint=digest.hexdigest()[:16])
     meta["left_out"] = dict(counts, **rejects.counts)
     meta["rejected"] = dict(count=sum(rejects.counts.values()), first=rejects.first)
