@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("attention_varlen_bwd", TORCH_BOX(&fastllm::cpu::attention_varlen_bwd));
   m.impl("weight_only_linear_fwd", TORCH_BOX(&fastllm::cpu::weight_only_linear_fwd));
   m.impl("quantized_linear_fwd", TORCH_BOX(&fastllm::cpu::quantized_linear_fwd));
+  m.impl("quantized_linear_bwd", TORCH_BOX(&fastllm::cpu::quantized_linear_bwd));
   m.impl("dequantize_fwd", TORCH_BOX(&fastllm::cpu::dequantize_fwd));
   m.impl("attention_kvcache_fwd", TORCH_BOX(&fastllm::cpu::attention_kvcache_fwd));
 }

@@ -49,6 +49,20 @@ def hold(x, weight, exact, bias):
     assert_as_accurate(got, peer, truth)
 
 
+def hold_gradients(x, weight, exact, bias):
+    dy = torch.randn(*x.shape[:-1], len(exact)).to(x.dtype)
+
+    def gradients(linear, w, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, bias)]
+        return torch.autograd.grad(linear(leaves[0], w, leaves[1]), leaves, dy.to(dtype))
+
+    ours = gradients(fastllm.weight_only_linear, weight, x.dtype)
+    peers = gradients(F.linear, exact.to(x.dtype), x.dtype)
+    for got, peer, truth in zip(ours, peers, gradients(F.linear, exact, torch.float64), strict=True):
+        assert got.dtype == peer.dtype and got.shape == peer.shape
+        assert_as_accurate(got, peer, truth)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -118,14 +132,41 @@ def test_zero_and_constant_weights(own_backend, kind):
         assert torch.equal(quantize(w, kind).dequantize(), w)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["ours", "PyTorch's"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_are_a_matrix_product(own_backend, dtype, monkeypatch):
+def test_many_rows_are_a_matrix_product(own_backend, dtype, own, monkeypatch):
     for rows in ("few rows", "cpu"):
         monkeypatch.setitem(ops._CHUNK, rows, 32 * 96)  # several chunks of rows
+    monkeypatch.setattr(ops, "_is_own", lambda x, weight, M: own and x.is_cpu and own_backend == "cpu")
     packed = quantize(torch.randn(100, 96), "int8 grouped")
     hold(torch.randn(3, 11, 96).to(dtype), packed, packed.dequantize().double(), torch.randn(100))
+    hold_gradients(torch.randn(3, 11, 96).to(dtype), packed, packed.dequantize().double(), torch.randn(100))
     w = torch.randn(100, 96).bfloat16()
     hold(torch.randn(33, 96).to(dtype), w, w.double(), torch.randn(100))
+    hold_gradients(torch.randn(33, 96).to(dtype), w, w.double(), torch.randn(100))
+
+
+# Rows of x: those of decoding, those whose gradient alone is a product, and a product both ways; then weights of more
+# than one block of it, down and across.
+GRADIENT_SIZES = [(1, 1, 1), (1, 100, 96), (2, 33, 256), (7, 250, 100), (12, 50, 96), (33, 100, 160), (20, 401, 450)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", GRADIENT_SIZES, ids=str)
+def test_gradients(own_backend, size, kind, dtype):
+    M, N, K = size
+    packed = quantize(torch.randn(N, K), kind)
+    hold_gradients(torch.randn(M, K).to(dtype), packed, packed.dequantize().double(), torch.randn(N))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_backward_keeps_no_unpacked_weight(rows):
+    kept, packed = [], quantize(torch.randn(64, 96), "int4")
+    x = torch.randn(rows, 96, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda t: t):
+        y = fastllm.weight_only_linear(x, packed)
+    assert not kept and y.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -160,11 +201,13 @@ def test_views_leading_dimensions_and_no_rows(own_backend):
 
 @pytest.mark.skipif(dispatch.extension is None, reason="the C++ extension is not built")
 def test_same_for_any_number_of_threads():
-    packed, x, found = quantize(torch.randn(3000, 256), "int4"), torch.randn(3, 256), []
-    w, before = torch.randn(3000, 256).bfloat16(), torch.get_num_threads()
+    packed, x, many = quantize(torch.randn(3000, 256), "int4"), torch.randn(3, 256), torch.randn(40, 256)
+    w, before, found = torch.randn(3000, 256).bfloat16(), torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append((fastllm.weight_only_linear(x, packed), fastllm.weight_only_linear(x, w)))
+        ys = [fastllm.weight_only_linear(t.requires_grad_(), packed) for t in (x, many)]
+        gradients = [torch.autograd.grad(y, t, y)[0] for y, t in zip(ys, (x, many), strict=True)]
+        found.append((*ys, *gradients, fastllm.weight_only_linear(x, w)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
@@ -243,6 +286,7 @@ def test_opcheck():
         torch.library.opcheck(
             ops.dequantize_fwd.dispatched, (*tensors, x.bfloat16(), 16, 40, 40, 64, p.bits, p.group_size)
         )
+        torch.library.opcheck(ops.quantized_linear_bwd, (torch.randn(2, 40), *tensors, 64, p.bits, p.group_size))
     torch.library.opcheck(ops.weight_only_linear_fwd.dispatched, (x, torch.randn(40, 64).bfloat16(), None))
 
 

@@ -55,6 +55,7 @@ BENCH = [
     softmax(4096, 1024, log=True),
     *(weight_only(1, N, K, bits) for N, K in ((768, 768), (4096, 4096), (14336, 4096)) for bits in (16, 8, 4)),
     weight_only(8, 4096, 4096, 4),
+    *(weight_only(M, 4096, 4096, bits) for M in (16, 512) for bits in (8, 4)),
     weight_only(64, 4096, 4096, 8),
     varlen([round(16 * 32 ** (n / 31)) for n in range(32)], 8, 64, causal=True),  # 32 of 16 to 512, log-uniform
     linear(512, 768, 768),

@@ -79,6 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
 Tensor weight_only_linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, MaybeTensor offsets, MaybeTensor bias, int64_t rows,
                             int64_t bits, int64_t group);
+Tensor quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, MaybeTensor offsets, int64_t columns, int64_t bits,
+                            int64_t group);
 Tensor dequantize_fwd(Tensor codes, Tensor scales, MaybeTensor offsets, Tensor like, int64_t begin, int64_t end,
                       int64_t rows, int64_t columns, int64_t bits, int64_t group);
 

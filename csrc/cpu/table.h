@@ -159,6 +159,11 @@ struct WeightOnly {  // y = x w^T + bias for a few rows of x, in fp32
   bool add;  // to what is in y
 };
 
+struct WeightBlock {   // rows [n, n + rows) and columns [k, k + depth) of a packed weight
+  int64_t n, rows;     // n is a multiple of 16
+  int64_t k, columns;  // k is a multiple of 32
+};
+
 struct Rotation {  // rows of one sequence, rotated at their positions or as they are, to where they are kept
   Heads from, to;
   int64_t H, T, D, first;     // row t goes to row first + t
@@ -244,6 +249,10 @@ struct WeightOnlyKernels {
   void (*panels[2])(const WeightOnly&, const void* prepared, int64_t begin, int64_t end);  // 4 bits, 8 bits
   int64_t (*bytes)(const WeightOnly&);  // of what `prepare` makes of x for `panels`
   void (*prepare)(const WeightOnly&, void* prepared);
+  void (*columns[2])(const WeightOnly&, int64_t begin, int64_t end);  // of y = x w for few rows of x, [M, N]
+  // A block of w as linear's gemm takes b, in panels of `width` columns: of the product with w, or its transpose.
+  void (*block[2])(const WeightOnly&, const WeightBlock&, float* panels, int64_t width);
+  void (*transposed_block[2])(const WeightOnly&, const WeightBlock&, float* panels, int64_t width);
   void (*dequantize[kTypes])(const WeightOnly&, int64_t begin, int64_t end, void* out);
   void (*widen[kTypes])(const void* x, float* y, int64_t n);
   void (*narrow[kTypes])(const float* x, void* y, int64_t n);

@@ -79,6 +79,7 @@ constexpr int64_t kPiece = 16;
 template <int kBits, int C, class V>
 void panel_rows(const WeightOnly& a, const Prepared& p, int64_t panel, int64_t m) {
   constexpr int R = kPanel / V::L;
+  constexpr int64_t kAhead = 4096;  // bytes; a panel is one stream
   const int32_t* w = panel_words<kBits>(a, panel);
   const int64_t steps_per_group = a.group / p.step, groups = p.steps / steps_per_group;
   V y[C][R];
@@ -89,13 +90,17 @@ void panel_rows(const WeightOnly& a, const Prepared& p, int64_t panel, int64_t m
     for (int64_t piece = 0; piece < p.step; piece += kPiece) {
       V sum[C][R];
       UNROLLED for (int c = 0; c < C; ++c) UNROLLED for (int r = 0; r < R; ++r) sum[c][r] = V::set(0);
-      for (int64_t k = 0; k < kPiece; k += 8, x += 8, w += kPanel * kBits / 4) UNROLLED for (int j = 0; j < 8; ++j) {
+      for (int64_t k = 0; k < kPiece; k += 8, x += 8, w += kPanel * kBits / 4) {
+        PREFETCH((const char*)w + kAhead);
+        if (kBits == 8) PREFETCH((const char*)w + kAhead + 64);
+        UNROLLED for (int j = 0; j < 8; ++j) {
           const int left = kBits == 8 ? 24 - 8 * (j % 4) : 28 - 8 * (j % 4) - 4 * (j / 4);
           UNROLLED for (int r = 0; r < R; ++r) {
             const V q = V::template field<kBits>(w + (kBits == 8 ? j / 4 * kPanel : 0) + r * V::L, left);
             UNROLLED for (int c = 0; c < C; ++c) sum[c][r] = fma(q, V::set(x[c * p.steps * p.step + j]), sum[c][r]);
           }
         }
+      }
       UNROLLED for (int r = 0; r < R; ++r) {
         const V scale = per_row<kBits, V>(a.scales, place + r * V::L);
         UNROLLED for (int c = 0; c < C; ++c) y[c][r] = fma(sum[c][r], scale, y[c][r]);
@@ -130,34 +135,8 @@ void panels(const WeightOnly& a, const void* memory, int64_t begin, int64_t end)
   }
 }
 
-// Rows of w in a storage type: out[n][k] for the panels [begin, end), out starting at the first of them.
-template <int kBits, class V, class S>
-void unpack(const WeightOnly& a, int64_t begin, int64_t end, S* out) {
-  const int64_t groups = packed_columns(a) / a.group;
-  for (int64_t panel = begin; panel < end; ++panel)
-    for (int64_t r = 0; r < kPanel; r += V::L)
-      for (int64_t k = 0; k < a.K; k += V::L) {
-        V t[V::L];
-        const int64_t place = (panel * groups + k / a.group) * kPanel + r;
-        const V scale = per_row<kBits, V>(a.scales, place);
-        const V offset = a.offsets ? per_row<kBits, V>(a.offsets, place) : V::set(0);
-        for (int64_t j = 0; j < V::L; ++j) {
-          const int64_t line = (k + j) / (32 / kBits);
-          const int at = int((k + j) % (32 / kBits));
-          const int left = kBits == 8 ? 24 - 8 * at : 28 - 8 * (at % 4) - 4 * (at / 4);
-          const V q = V::template field<kBits>(panel_words<kBits>(a, panel) + line * kPanel + r, left);
-          t[j] = fma(q, scale, offset);
-        }
-        transpose(t);
-        const int64_t n = panel * kPanel + r, columns = a.K - k < V::L ? a.K - k : V::L;
-        for (int64_t i = 0; i < V::L && n + i < a.N; ++i)
-          store(t[i], out + (n + i - begin * kPanel) * a.K + k, columns);
-      }
-}
-template <class V, class S>
-void dequantize(const WeightOnly& a, int64_t begin, int64_t end, void* out) {
-  a.bits == 8 ? unpack<8, V>(a, begin, end, (S*)out) : unpack<4, V>(a, begin, end, (S*)out);
-}
+#include "weight_only_unpack.inl"
+#include "weight_only_bwd.inl"
 
 // The rows [begin, end) of a weight in a storage type.
 template <class V, class S>
@@ -179,6 +158,13 @@ void narrow_numbers(const float* x, void* y, int64_t n) {
 
 // No entries for double: what decoding wants is fewer bits, not more.
 #define PER_FLOAT(kernel) ENTRIES((kernel<Vec, float>), (kernel<Vec, bf16>), (kernel<Vec, half>), nullptr)
-constexpr WeightOnlyKernels kTable = {
-    PER_FLOAT(rows),       {panels<4, Vec>, panels<8, Vec>}, prepared_bytes,           prepare<Vec>,
-    PER_FLOAT(dequantize), PER_FLOAT(widen_numbers),         PER_FLOAT(narrow_numbers)};
+constexpr WeightOnlyKernels kTable = {PER_FLOAT(rows),
+                                      {panels<4, Vec>, panels<8, Vec>},
+                                      prepared_bytes,
+                                      prepare<Vec>,
+                                      {columns<4, Vec>, columns<8, Vec>},
+                                      {block<4, Vec>, block<8, Vec>},
+                                      {transposed_block<4, Vec>, transposed_block<8, Vec>},
+                                      PER_FLOAT(dequantize),
+                                      PER_FLOAT(widen_numbers),
+                                      PER_FLOAT(narrow_numbers)};

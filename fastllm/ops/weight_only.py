@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm import dispatch, reference
+from fastllm.dispatch import Op, choose, cpu_op
+from fastllm.ops import _tuned
 from fastllm.ops._common import autocast, check_tensor, wants_gradient
-from fastllm.ops.linear import linear, matmul
+from fastllm.ops.linear import linear, matmul, own_products
 
 PANEL = 16  # rows of a packed weight that lie together
 # Rows of x that the kernel reads every weight once for; more are a matrix product.
@@ -27,6 +28,11 @@ quantized_linear_fwd = Op(
     " int group) -> Tensor",
     "weight_only",
     lambda x, codes, scales, offsets, bias, rows, bits, group: x.new_empty(*x.shape[:-1], rows),
+)
+quantized_linear_bwd = cpu_op(
+    "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, Tensor? offsets, int columns, int bits, int group)"
+    " -> Tensor",
+    lambda dy, codes, scales, offsets, columns, bits, group: dy.new_empty(*dy.shape[:-1], columns),
 )
 dequantize_fwd = Op(
     "dequantize_fwd(Tensor codes, Tensor scales, Tensor? offsets, Tensor like, int begin, int end, int rows,"
@@ -187,10 +193,11 @@ def weight_only_linear(x, weight, bias=None):
     Up to 16 rows of x, or 64 on a GPU, read every weight once; sums are in fp32. Where the CPU has VPDPBUSD, rows of x
     are split into planes of 8 bits, three for fp32 and two for bf16 and fp16, with a scale per 64 (or 32) numbers: an
     error of at most 2^-24 or 2^-16 of the largest of them, and exact products. A GPU multiplies weights rounded to x's
-    dtype. More rows are a matrix product of x with weights unpacked to x's dtype, 4 million at a time (64 million on a
-    GPU), as is the gradient of x.
-    The gradients are those of x and bias. The backward pass of few rows needs w alone; for more, the unpacked weights
-    are kept.
+    dtype. More rows are a matrix product. On CPUs with vectors it unpacks weights where it would copy them, a block at
+    a time, in fp32 and where 16-bit products are ours (`linear`); else it is one of PyTorch's with weights unpacked to
+    x's dtype, 4 million at a time (64 million on a GPU).
+    The gradients are those of x and bias. The backward pass keeps nothing but w, and reads it as the forward pass does:
+    dx = dy w of up to 8 rows reads every weight once, with sums in fp32; of more, it is a product of the same kind.
     A w that requires a gradient is a plain linear layer, and so is one in x's dtype on a GPU.
     Raises TypeError for dtypes, ValueError for shapes that do not fit.
     Error: at most 1.1 times that of torch.nn.functional.linear on the dequantised weight in x's dtype
@@ -214,25 +221,50 @@ def weight_only_linear(x, weight, bias=None):
     # PyTorch's product on a GPU is ours, if it needs no other weight than there is.
     backend = choose(op, x, _lacks(x, weight), optional=not quantized and weight.dtype == x.dtype)
     M = x.numel() // max(x.shape[-1], 1)
-    if backend == "reference" or M > FEW_ROWS[backend] or (not quantized and wants_gradient(weight)):
+    if backend == "reference" or (not quantized and wants_gradient(weight)):
         return _product(x, weight, bias)
+    unpacked = M > FEW_ROWS[backend] and not (quantized and _is_own(x, weight, M))
     if wants_gradient(x, bias):
-        return _WeightOnlyLinear.apply(x, bias, weight, backend)
-    return _kernel(backend, x, weight, bias)
+        return _WeightOnlyLinear.apply(x, bias, weight, backend, unpacked)
+    return _product(x, weight, bias) if unpacked else _kernel(backend, x, weight, bias)
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, weight, backend):
-        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return _kernel(backend, x, weight, bias)
+    def forward(ctx, x, bias, weight, backend, unpacked):
+        ctx.weight, ctx.bias_dtype, ctx.unpacked = weight, None if bias is None else bias.dtype, unpacked
+        return _product(x, weight, bias) if unpacked else _kernel(backend, x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-        dx = sum(matmul(flat[:, begin:end], w) for begin, end, w in _in_chunks(ctx.weight, flat.detach()))
         dbias = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
-        return dx.view(*dy.shape[:-1], ctx.weight.shape[1]), dbias, None, None
+        dx = _gradient(flat, ctx.weight, ctx.unpacked) if ctx.needs_input_grad[0] else None
+        dx = None if dx is None else dx.view(*dy.shape[:-1], ctx.weight.shape[1])
+        return dx, dbias, None, None, None
+
+
+def _gradient(dy, weight, unpacked):
+    """dy [M, N] times w [N, K]."""
+    packed = isinstance(weight, QuantizedWeight) and dy.is_cpu and quantized_linear_bwd and not torch.is_grad_enabled()
+    if packed and not unpacked:
+        return quantized_linear_bwd(
+            dy, weight.codes, weight.scales, weight.offsets, weight.shape[1], weight.bits, weight.group_size
+        )
+    parts = [matmul(dy[:, begin:end], w) for begin, end, w in _in_chunks(weight, dy.detach())]
+    return parts[0] if len(parts) == 1 else sum(part.float() for part in parts).to(dy.dtype)  # rounded once more
+
+
+def _is_own(x, weight, M):
+    """Whether the product of many rows is our kernel, which unpacks weights where it reads them: in fp32 PyTorch's
+    would need them all in memory first."""
+    N, K = weight.shape
+    return x.is_cpu and (own_products(x.dtype, M, N, K)[0] or (x.dtype == torch.float32 and _has_vectors()))
+
+
+@_tuned.assume_constant_result
+def _has_vectors():
+    return dispatch.extension is not None and dispatch.extension.selected() != "scalar"
 
 
 def _kernel(backend, x, weight, bias):
