@@ -3,9 +3,9 @@
 // A function of a vector of floats is a template on it, so that one of Two vectors has it too. VecD, whose numbers are
 // double, has its own.
 
-// e^r 2^n: n is in the low bits of `shifted`, and r in [-0.347, 0.347].
+// e^r for r in [-0.347, 0.347].
 template <class V>
-inline V exp_reduced(V r, V shifted) {
+inline V exp_polynomial(V r) {
   // Degree 6 (5e-9), exact at 0.
   V p = V::set(1.381443348e-03f);
   p = fma(p, r, V::set(8.368796669e-03f));
@@ -13,8 +13,12 @@ inline V exp_reduced(V r, V shifted) {
   p = fma(p, r, V::set(1.666651964e-01f));
   p = fma(p, r, V::set(4.999999404e-01f));
   p = fma(p, r, V::set(1.0f));
-  p = fma(p, r, V::set(1.0f));
-  return scale_by_power_of_two(p, shifted);
+  return fma(p, r, V::set(1.0f));
+}
+// The same times 2^n, which is in the low bits of `shifted`.
+template <class V>
+inline V exp_reduced(V r, V shifted) {
+  return scale_by_power_of_two(exp_polynomial(r), shifted);
 }
 
 // e^(a b + c - low), as if a b + c were not rounded: |low| is far below 1, and a b + c within [-87, 87].
@@ -41,6 +45,18 @@ inline V exp(V x) {
   const V r = fma(minus_n, V::set(-2.12194440e-4f), fma(minus_n, V::set(0.693359375f), x));
   return zero_below(x, V::set(-87.33654f), exp_reduced(r, shifted));
 }
+
+// e^x for the terms of a row's sum, the largest of which is 1: exactly 0 below log(2^-126.5), as n is then -127 and 2^n,
+// which a product applies, has the bits of 0. ln 2 is one number, 2.7e-9 of it off. max keeps a NaN that is its second
+// argument.
+template <class V>
+inline V exp_of_term(V x) {
+  const V bounded = max(V::set(-88.1f), x), magic_and_bias = V::set(12582912.0f + 127);
+  const V shifted = fma(bounded, V::set(1.44269504f), magic_and_bias);
+  const V r = fma(magic_and_bias - shifted, V::set(0.693147182f), bounded);
+  return exp_polynomial(r) * scale_by_power_of_two(V::set(0), shifted);
+}
+inline VecD exp_of_term(VecD x) { return exp(x); }
 
 // 2^(x factor) for x factor within [-126, 127], without the digits of the product that only a result far from 1 needs.
 template <class V>
@@ -162,19 +178,20 @@ inline V joined(V x) {
 
 #include "vec_two.inl"
 
-// kSums sums over a row: f(s, i, n) adds the terms at [i, i + n) to s[0], s[1], ... in V::kChains independent chains
-// (four of single vectors): faster, and rounding errors grow that much slower.
-template <class V, int kSums, class F>
+// kSums sums over a row: f(s, i, n) adds the terms at [i, i + n) to s[0], s[1], ... in C independent chains (four of
+// single vectors): faster, and rounding errors grow that much slower.
+template <class V, int kSums, int C = V::kChains, class F>
 inline void sums_over(int64_t D, typename V::T* totals, F f) {
-  constexpr int C = V::kChains;
   V s[C][kSums];
   UNROLLED for (int u = 0; u < C; ++u) UNROLLED for (int k = 0; k < kSums; ++k) s[u][k] = V::set(0);
   int64_t i = 0;
   for (; i + C * V::L <= D; i += C * V::L) UNROLLED for (int u = 0; u < C; ++u) f(s[u], i + u * V::L, int64_t(V::L));
-  for (; i + V::L <= D; i += V::L) f(s[0], i, int64_t(V::L));
-  if (i < D) f(s[1], i, D - i);
+  if constexpr (C > 1)
+    for (; i + V::L <= D; i += V::L) f(s[0], i, int64_t(V::L));
+  if (i < D) f(s[C > 1], i, D - i);
   UNROLLED for (int k = 0; k < kSums; ++k) {
-    auto one = joined(s[0][k]) + joined(s[1][k]);
+    auto one = joined(s[0][k]);
+    if constexpr (C > 1) one = one + joined(s[1][k]);
     if constexpr (C == 4) one = one + (s[2][k] + s[3][k]);
     totals[k] = sum(one);
   }
@@ -203,10 +220,10 @@ inline void wide_sums_over(int64_t D, double* totals, F f) {
 }
 
 // One sum: f(s, i, n) is s with the terms at [i, i + n).
-template <class V, class F>
+template <class V, int C = V::kChains, class F>
 inline typename V::T sum_over(int64_t D, F f) {
   typename V::T total;
-  sums_over<V, 1>(D, &total, [&](V* s, int64_t i, int64_t n) { *s = f(*s, i, n); });
+  sums_over<V, 1, C>(D, &total, [&](V* s, int64_t i, int64_t n) { *s = f(*s, i, n); });
   return total;
 }
 

@@ -35,8 +35,10 @@ typename V::T masked_scores(const Softmax& a, SoftmaxRow row, typename V::T* s) 
 template <class V, class S>
 inline typename V::T largest_score(const Softmax& a, SoftmaxRow row) {
   const S* x = (const S*)a.x + row.begin;
-  const V scale = V::set(typename V::T(a.scale));
-  return max_over<V>(row.visible, [&](int64_t i, int64_t n) { return load<V>(x + i, n) * scale; });
+  const typename V::T scale = a.scale;
+  // Rounding keeps the order: the largest product is that of the largest x.
+  if (scale > 0) return scale * max_over<V>(row.visible, [&](int64_t i, int64_t n) { return load<V>(x + i, n); });
+  return max_over<V>(row.visible, [&](int64_t i, int64_t n) { return load<V>(x + i, n) * V::set(scale); });
 }
 
 template <class V, class S, bool kLog, bool kMasked>
@@ -56,8 +58,9 @@ FLATTENED void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* 
     return v;
   };
 
-  const T total = sum_over<V>(row.visible, [&](V sum, int64_t i, int64_t n) {
-    const V e = exp_fma(unscaled(i, n), scale, zero - shift, zero);
+  // A long term keeps the units busy by itself: more chains would only take registers from its constants.
+  const T total = sum_over<V, V::kChains / 2>(row.visible, [&](V sum, int64_t i, int64_t n) {
+    const V e = exp_of_term(fma(unscaled(i, n), scale, zero - shift));
     if (!kLog) keep(e, s + i);
     return sum + inside(e, n);
   });
@@ -67,14 +70,14 @@ FLATTENED void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* 
       store_output(stream, (unscaled(i, n) * scale - shift) - log_total, y + i, n);
     });
   } else {
-    // A quotient from the reciprocal and its remainder is rounded once, as a division is, and much cheaper.
-    const V inverse = V::set(empty ? T(0) : T(1) / total), minus_total = V::set(-total);
+    // The reciprocal in two numbers: a product with both is rounded once, as a division is, and much cheaper.
+    const double inverse = empty ? 0 : 1 / double(total);
+    const V high = V::set(T(inverse)), low = V::set(T(inverse - T(inverse)));
     for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
       PREFETCH(next + i);
       V e;
       recall(s + i, e);
-      const V q = e * inverse;
-      store_output(stream, fma(fma(q, minus_total, e), inverse, q), y + i, n);
+      store_output(stream, fma(e, high, e * low), y + i, n);
     });
   }
   const V hidden = V::set(kLog ? T(-INFINITY) : T(0));
