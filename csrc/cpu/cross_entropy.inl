@@ -5,6 +5,7 @@
 //   dz[c] = dloss (p[c] total - s / V w[c] - (1 - s) w[t] [c = t]),  total = (1 - s) w[t] + s / V sum(w) + 2 z_loss lse
 // An ignored row has loss 0 and gradient 0, whatever its logits are.
 
+constexpr int64_t kAhead = 256;    // how far ahead of its use memory is fetched, in numbers
 constexpr int64_t kLogits = 2048;  // read twice, for the largest and for the sum, the second time from the L1 cache
 
 template <class V>
@@ -55,8 +56,11 @@ FLATTENED void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
       m = largest;
     }
     const V shift = V::set(m > -INFINITY ? T(m) : T(0));  // -inf - -inf would be NaN
-    total +=
-        sum_over<V>(size, [&](V sum, int64_t i, int64_t n) { return sum + inside(exp_normal(z(i, n) - shift), n); });
+    const S* next = x + start + kLogits;  // fetched here, where the terms leave the memory idle
+    total += sum_over<V, V::kChains / 2>(size, [&](V sum, int64_t i, int64_t n) {
+      PREFETCH(next + i);
+      return sum + inside(exp_of_term(z(i, n) - shift), n);
+    });
 
     if (a.label_smoothing) {  // sum_c w[c] (z[c] - centre): logits far from 0 would lose their digits in the sum
       if (start == 0) centre = largest - largest == 0 ? largest : 0;
@@ -114,7 +118,9 @@ FLATTENED void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
   for_vectors<V>(a.V, [&](int64_t i, int64_t n) {
     V z = load<V>(x + i, n);
     if (kCapped) z = softcapped(z, softcap);
-    V d = exp(z - lse_high) * each;
+    PREFETCH(x + kAhead + i);
+    PREFETCH(dx + kAhead + i);
+    V d = exp_of_term(z - lse_high) * each;
     if (smooth) d = weight ? fma(load<V>(weight + i, n), flat, d) : d + flat;
     if (kCapped) {
       const V u = z * inverse_cap;

@@ -196,6 +196,25 @@ inline void sums_over(int64_t D, typename V::T* totals, F f) {
     totals[k] = sum(one);
   }
 }
+// The sum of all lanes of C vectors, in double.
+template <class V, int C>
+inline double wide_sum(const V (&x)[C]) {
+  double sum[V::L] = {};
+  for (int u = 0; u < C; ++u) {
+    typename V::T lanes[V::L];
+    keep(x[u], lanes);
+    for (int j = 0; j < V::L; ++j) sum[j] += double(lanes[j]);
+  }
+  for (int n = V::L / 2; n > 0; n /= 2)
+    for (int j = 0; j < n; ++j) sum[j] += sum[j + n];
+  return sum[0];
+}
+template <class V, class O, int C>
+inline double wide_sum(const Two<V, O> (&x)[C]) {
+  V both[2 * C];
+  UNROLLED for (int u = 0; u < C; ++u) both[2 * u] = x[u].a, both[2 * u + 1] = x[u].b;
+  return wide_sum(both);
+}
 // The same, the lanes of every chain added in double: for a sum that something close to it is subtracted from.
 template <class V, int kSums, class F>
 inline void wide_sums_over(int64_t D, double* totals, F f) {
@@ -206,16 +225,10 @@ inline void wide_sums_over(int64_t D, double* totals, F f) {
   for (; i + C * L <= D; i += C * L) UNROLLED for (int u = 0; u < C; ++u) f(s[u], i + u * L, int64_t(L));
   for (; i + L <= D; i += L) f(s[0], i, int64_t(L));
   if (i < D) f(s[1], i, D - i);
-  for (int k = 0; k < kSums; ++k) {
-    double sum[L] = {};
-    for (int u = 0; u < C; ++u) {
-      typename V::T lanes[L];
-      keep(s[u][k], lanes);
-      for (int j = 0; j < L; ++j) sum[j] += double(lanes[j]);
-    }
-    for (int n = L / 2; n > 0; n /= 2)
-      for (int j = 0; j < n; ++j) sum[j] += sum[j + n];
-    totals[k] = sum[0];
+  UNROLLED for (int k = 0; k < kSums; ++k) {
+    V chains[C];
+    UNROLLED for (int u = 0; u < C; ++u) chains[u] = s[u][k];
+    totals[k] = wide_sum(chains);
   }
 }
 

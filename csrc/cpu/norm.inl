@@ -171,7 +171,6 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
     const V d = (kCentred ? fma(v - mu[k], slope[k], g - mean_g[k]) : fma(v, slope[k], g)) * r[k];
     return dh ? d + load<V>(dh + at, n) : d;
   };
-  const bool stream = a.stream;
   if (!kAll && a.dropout_p > 0)
     for (int k = 0; k < kRows; ++k)
       for_kept<V>(a, row + k, [&](int64_t i, int64_t n, V keep) {
@@ -179,10 +178,15 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
         if (dresidual) store(d, dresidual + k * D + i, n);
         store(d * keep, dx + k * D + i, n);
       });
+  else if (a.stream)  // one row after another: the CPU gathers what goes past the caches line by line
+    for (int k = 0; k < kRows; ++k)
+      for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
+        store_output(true, gradient(k, weights(i, n), i, n), dx + k * D + i, n);
+      });
   else
     for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
       const V w = weights(i, n);
-      UNROLLED for (int k = 0; k < kRows; ++k) store_output(stream, gradient(k, w, i, n), dx + k * D + i, n);
+      UNROLLED for (int k = 0; k < kRows; ++k) store(gradient(k, w, i, n), dx + k * D + i, n);
     });
 }
 

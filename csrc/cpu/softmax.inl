@@ -58,8 +58,12 @@ FLATTENED void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* 
     return v;
   };
 
-  // A long term keeps the units busy by itself: more chains would only take registers from its constants.
+  // What the next steps wait for is fetched here, where the terms leave the memory idle: the next row and, unless it is
+  // stored past the caches, y. One chain of sums is enough for terms as long as these, and leaves registers to them.
+  const S* fetched = stream ? next : y;
   const T total = sum_over<V, V::kChains / 2>(row.visible, [&](V sum, int64_t i, int64_t n) {
+    PREFETCH(next + i);
+    PREFETCH(fetched + i);
     const V e = exp_of_term(fma(unscaled(i, n), scale, zero - shift));
     if (!kLog) keep(e, s + i);
     return sum + inside(e, n);
@@ -74,7 +78,6 @@ FLATTENED void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* 
     const double inverse = empty ? 0 : 1 / double(total);
     const V high = V::set(T(inverse)), low = V::set(T(inverse - T(inverse)));
     for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
-      PREFETCH(next + i);
       V e;
       recall(s + i, e);
       store_output(stream, fma(e, high, e * low), y + i, n);
