@@ -198,10 +198,10 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   return empty_strided(shape, strides, type);
 }
 // Whether a kernel writes rows of D numbers of an output past the caches: one that no cache holds would be read into
-// them first, line by line, to be written over. Rows then consist of whole vectors. 32 MiB is the third-level cache of
-// many CPUs; bench/NOTES.md has what was measured around it.
+// them first, line by line, to be written over. Rows then consist of whole vectors. With what it is made from, 12 MiB
+// fill most of a third-level cache of 32 MiB; bench/NOTES.md has what was measured around it.
 inline bool streams(const Tensor& y, int64_t D) {
-  constexpr int64_t kStreamed = int64_t(32) << 20;
+  constexpr int64_t kStreamed = int64_t(12) << 20;
   const int64_t element = int64_t(y.element_size());
   return y.numel() * element >= kStreamed && D * element % 64 == 0 && (int64_t)y.data_ptr() % 64 == 0;
 }
