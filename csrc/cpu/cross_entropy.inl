@@ -56,7 +56,7 @@ FLATTENED void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
       m = largest;
     }
     const V shift = V::set(m > -INFINITY ? T(m) : T(0));  // -inf - -inf would be NaN
-    const S* next = x + start + kLogits;  // fetched here, where the terms leave the memory idle
+    const S* next = x + start + kLogits;                  // fetched here, where the terms leave the memory idle
     total += sum_over<V, V::kChains / 2>(size, [&](V sum, int64_t i, int64_t n) {
       PREFETCH(next + i);
       return sum + inside(exp_of_term(z(i, n) - shift), n);

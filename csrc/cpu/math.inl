@@ -46,9 +46,9 @@ inline V exp(V x) {
   return zero_below(x, V::set(-87.33654f), exp_reduced(r, shifted));
 }
 
-// e^x for the terms of a row's sum, the largest of which is 1: exactly 0 below log(2^-126.5), as n is then -127 and 2^n,
-// which a product applies, has the bits of 0. ln 2 is one number, 2.7e-9 of it off. max keeps a NaN that is its second
-// argument.
+// e^x for the terms of a row's sum, the largest of which is 1: exactly 0 below log(2^-126.5), as n is then -127 and
+// 2^n, which a product applies, has the bits of 0. ln 2 is one number, 2.7e-9 of it off. max keeps a NaN that is its
+// second argument.
 template <class V>
 inline V exp_of_term(V x) {
   const V bounded = max(V::set(-88.1f), x), magic_and_bias = V::set(12582912.0f + 127);

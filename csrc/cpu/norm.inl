@@ -59,9 +59,17 @@ void norm_rows_fwd(const Norm& a, int64_t begin, int64_t end) {
   const V offset = V::set(T(a.weight_offset));
   for (int64_t row = begin; row < end; ++row) {
     const S* h = residual_sum<V, S>(a, row);
+    S* y = (S*)a.y + row * D;
     T mean = 0, squares;
     if (kCentred) {
-      mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) { return s + load<V>(h + i, n); }) / T(D);
+      // The memory is idle until y is written: y is fetched, unless it is stored past the caches or, with the rows
+      // beside it, would not stay in the first one.
+      const S* fetched = stream || D * int64_t(sizeof(S)) > 8192 ? h : y;
+      mean = sum_over<V>(D, [&](V s, int64_t i, int64_t n) {
+        PREFETCH(fetched + i);
+        return s + load<V>(h + i, n);
+      });
+      mean /= T(D);
       // The variance from centred values: E[h^2] - mean^2 would cancel where the mean is large. The mean is rounded:
       // what is left of it in the centred row corrects both.
       const V rounded = V::set(mean);
@@ -89,7 +97,6 @@ void norm_rows_fwd(const Norm& a, int64_t begin, int64_t end) {
     // `a` points to is named here, as the compiler would read it anew after every store.
     const S* next = (const S*)a.x + (row + 1) * D;
     const S* next_residual = a.residual ? (const S*)a.residual + (row + 1) * D : nullptr;
-    S* y = (S*)a.y + row * D;
     const V mu = V::set(mean), r = V::set(rstd);
     for_vectors<V>(D, [&](int64_t i, int64_t n) {
       PREFETCH(next + i);
@@ -180,9 +187,8 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
       });
   else if (a.stream)  // one row after another: the CPU gathers what goes past the caches line by line
     for (int k = 0; k < kRows; ++k)
-      for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
-        store_output(true, gradient(k, weights(i, n), i, n), dx + k * D + i, n);
-      });
+      for_vectors<V>(D, [&](int64_t i, int64_t n)
+                            INLINED { store_output(true, gradient(k, weights(i, n), i, n), dx + k * D + i, n); });
   else
     for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
       const V w = weights(i, n);

@@ -243,6 +243,11 @@ void for_stripes(int64_t N, int64_t D, F f) {
             });
 }
 
+template <class T>
+void add_stripes(const T* partial, int64_t stripes, int64_t D, int64_t begin, int64_t end, double* sum) {
+  for (int64_t s = 0; s < stripes; ++s)
+    for (int64_t d = begin; d < end; ++d) sum[d - begin] += double(partial[s * D + d]);
+}
 // out[d] = sum over stripes of partial[stripe][d], in order, rounded to out's type.
 inline void sum_stripes(const void* partial, Type compute, int64_t stripes, int64_t D, const Tensor& out,
                         const char* op) {
@@ -250,9 +255,10 @@ inline void sum_stripes(const void* partial, Type compute, int64_t stripes, int6
   void* data = out.data_ptr();
   for_range(D, kGrain / 16, [&](int64_t begin, int64_t end) {
     std::vector<double> sum(end - begin, 0.0);
-    for (int64_t s = 0; s < stripes; ++s)
-      for (int64_t d = begin; d < end; ++d)
-        sum[d - begin] += compute == kDouble ? ((const double*)partial)[s * D + d] : ((const float*)partial)[s * D + d];
+    if (compute == kDouble)
+      add_stripes((const double*)partial, stripes, D, begin, end, sum.data());
+    else
+      add_stripes((const float*)partial, stripes, D, begin, end, sum.data());
     for (int64_t d = begin; d < end; ++d) set_element(data, t, d, sum[d - begin]);
   });
 }
