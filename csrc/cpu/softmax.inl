@@ -75,8 +75,8 @@ FLATTENED void softmax_row_fwd(const Softmax& a, SoftmaxRow row, typename V::T* 
     });
   } else {
     // The reciprocal in two numbers: a product with both is rounded once, as a division is, and much cheaper.
-    const double inverse = empty ? 0 : 1 / double(total);
-    const V high = V::set(T(inverse)), low = V::set(T(inverse - T(inverse)));
+    const T inverse = empty ? T(0) : T(1) / total, rest = T((1 - double(inverse) * double(total)) * inverse);
+    const V high = V::set(inverse), low = V::set(rest);
     for_vectors<V>(row.visible, [&](int64_t i, int64_t n) {
       V e;
       recall(s + i, e);
