@@ -178,6 +178,7 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
     const V d = (kCentred ? fma(v - mu[k], slope[k], g - mean_g[k]) : fma(v, slope[k], g)) * r[k];
     return dh ? d + load<V>(dh + at, n) : d;
   };
+  const bool stream = a.stream;
   if (!kAll && a.dropout_p > 0)
     for (int k = 0; k < kRows; ++k)
       for_kept<V>(a, row + k, [&](int64_t i, int64_t n, V keep) {
@@ -185,14 +186,10 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
         if (dresidual) store(d, dresidual + k * D + i, n);
         store(d * keep, dx + k * D + i, n);
       });
-  else if (a.stream)  // one row after another: the CPU gathers what goes past the caches line by line
-    for (int k = 0; k < kRows; ++k)
-      for_vectors<V>(D, [&](int64_t i, int64_t n)
-                            INLINED { store_output(true, gradient(k, weights(i, n), i, n), dx + k * D + i, n); });
   else
     for_vectors<V>(D, [&](int64_t i, int64_t n) INLINED {
       const V w = weights(i, n);
-      UNROLLED for (int k = 0; k < kRows; ++k) store(gradient(k, w, i, n), dx + k * D + i, n);
+      UNROLLED for (int k = 0; k < kRows; ++k) store_output(stream, gradient(k, w, i, n), dx + k * D + i, n);
     });
 }
 
@@ -206,7 +203,9 @@ void norm_stripe_bwd(const Norm& a, int64_t stripe, int64_t begin, int64_t end) 
   if (dweight) memset(dweight, 0, a.D * sizeof(T));
   if (dbias) memset(dbias, 0, a.D * sizeof(T));
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) norm_bwd_rows<V, S, kCentred, kRows, kAll>(a, row, dweight, dbias);
+  // What goes past the caches is gathered line by line, and halves of lines of two rows by turns are not.
+  for (; row + kRows <= end && !a.stream; row += kRows)
+    norm_bwd_rows<V, S, kCentred, kRows, kAll>(a, row, dweight, dbias);
   for (; row < end; ++row) norm_bwd_rows<V, S, kCentred, 1, kAll>(a, row, dweight, dbias);
   if (a.stream) STREAM_FENCE();
 }
