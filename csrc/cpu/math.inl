@@ -170,6 +170,12 @@ inline void recall(const typename V::T* p, V& x) {
   x = V::load(p);
 }
 
+// A product that a difference may have to cancel exactly: the compiler must not make one FMA of both.
+template <class V>
+inline V rounded(V x) {
+  return x;
+}
+
 // The sum of the vectors that Two are; a vector alone is itself.
 template <class V>
 inline V joined(V x) {

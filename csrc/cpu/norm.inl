@@ -174,7 +174,7 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
     const int64_t at = k * D + i;
     PREFETCH(h + kRows * D + at);
     PREFETCH(dy + kRows * D + at);
-    const V g = weight ? load<V>(dy + at, n) * w : load<V>(dy + at, n), v = load<V>(h + at, n);
+    const V d_at = load<V>(dy + at, n), g = weight ? rounded(d_at * w) : d_at, v = load<V>(h + at, n);
     const V d = (kCentred ? fma(v - mu[k], slope[k], g - mean_g[k]) : fma(v, slope[k], g)) * r[k];
     return dh ? d + load<V>(dh + at, n) : d;
   };

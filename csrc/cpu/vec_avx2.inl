@@ -90,6 +90,12 @@ inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
 inline Vec zero_below(Vec a, Vec b, Vec x) { return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)}; }
+inline Vec rounded(Vec x) {
+#if defined(__GNUC__)
+  asm("" : "+x"(x.v));
+#endif
+  return x;
+}
 inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec swap_neighbours(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 inline float sum(Vec a) {

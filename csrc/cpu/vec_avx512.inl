@@ -86,6 +86,12 @@ inline Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
 inline Vec zero_below(Vec a, Vec b, Vec x) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)};
 }
+inline Vec rounded(Vec x) {
+#if defined(__GNUC__) && !defined(FASTLLM_SPARE)
+  asm("" : "+v"(x.v));
+#endif
+  return x;
+}
 inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec swap_neighbours(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
