@@ -133,7 +133,7 @@ void norm_bwd_rows(const Norm& a, int64_t row, typename V::T* dweight, typename 
   using T = typename V::T;
   const int64_t D = a.D;
   const T* weight = (const T*)a.weight;
-  const bool has_weight = kAll || weight, has_dweight = kAll || dweight, has_dbias = kAll ? kCentred : dbias != nullptr;
+  const bool has_dweight = kAll || dweight, has_dbias = kAll ? kCentred : dbias != nullptr;
   const V offset = V::set(T(a.weight_offset)), zero = V::set(0);
   const S *h = (const S*)a.h + row * D, *dy = (const S*)a.dy + row * D;
   T rstd[kRows];
