@@ -33,6 +33,7 @@ TASKS |= {
     "classification, fsdp": ("encoder", {}),
     "language, fsdp": TASKS["language"],
     "seq2seq, fsdp": TASKS["seq2seq"],
+    "seq2seq, t5, fsdp": ("t5", {}),
 }
 
 
@@ -71,6 +72,18 @@ def bert(folder):
         )
 
 
+def t5(folder):
+    """Of transformers, with tied embeddings, and its own generate."""
+    transformers = pytest.importorskip("transformers")
+    if not (folder / "t5").exists():
+        tokenizer = Tokenizer.load(folder / "encoder")
+        sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+        special = dict(pad_token_id=tokenizer.pad, eos_token_id=tokenizer.eos, decoder_start_token_id=tokenizer.pad)
+        config = transformers.T5Config(vocab_size=tokenizer.size, **sizes, **special)
+        torch.manual_seed(0)
+        save_model(folder / "t5", transformers.T5ForConditionalGeneration(config), tokenizer)
+
+
 def one_rank(folder, name, out, more, mode="ddp"):
     model, options = TASKS[name]
     task = name.partition(",")[0]
@@ -107,10 +120,12 @@ def in_fp64(monkeypatch, module, name):
     monkeypatch.setattr(module, name, exact)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "t5" in n else n for n in TASKS])
 def test_two_ranks_take_the_steps_of_one(folder, name, monkeypatch):
     if "bert" in name:
         bert(folder)
+    if "t5" in name:
+        t5(folder)
     one_rank(folder, name, folder / f"one {name}", {})
     mode = "fsdp" if "fsdp" in name else "ddp"
     processes.run_launched(one_rank, 2, folder, name, folder / f"two {name}", {}, mode)

@@ -230,28 +230,31 @@ class Processes(Ranks):
         set_model_state_dict(model, state, options=options)
 
     def optimizer_state(self, model, optimizer) -> dict:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+        from torch.distributed.tensor import DTensor
 
         if self.mode == "ddp":
             return super().optimizer_state(model, optimizer) if self.first else {}
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
-        return {f"{what}.{name}": x for name, values in state.items() for what, x in values.items()}
+        found = {}
+        for key, tensor in super().optimizer_state(model, optimizer).items():  # of all ranks, in one order
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.first:
+                found[key] = whole.cpu()
+        return found
 
     def load_optimizer_state(self, model, optimizer, tensors: dict):
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-            set_optimizer_state_dict,
-        )
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        found = get_optimizer_state_dict(model, optimizer)  # it makes the state first
-        state = {"state": {}, "param_groups": found["param_groups"]} if self.first else {}
-        for key, tensor in tensors.items():
+        parameters = dict(model.named_parameters())
+        sizes = self.tell({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
+        for key, (shape, dtype) in sizes.items():
             what, _, name = key.partition(".")
-            state["state"].setdefault(name, {})[what] = tensor
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(model, optimizer, state, options=options)
+            parameter = parameters[name]
+            whole = tensors[key] if self.first else torch.empty(shape, dtype=dtype)
+            if isinstance(parameter, DTensor) and shape == parameter.shape:
+                whole = whole.to(parameter.device)
+                optimizer.state[parameter][what] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            else:
+                optimizer.state[parameter][what] = self.tell(whole)
 
 
 def part_of(batch, share: int, shares: int):
