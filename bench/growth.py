@@ -1,8 +1,9 @@
-"""`fastllm bench scaling`: how cost grows over sequence length, batch, vocabulary and threads, with fitted exponents.
+"""`fastllm bench scaling`: how cost grows over sequence length, batch, vocabulary, threads and ranks, with exponents.
 
-Each point is measured as the rows of the bench are. An exponent is the slope of log time over log size on the larger
-half of the sizes, fitted once per round: the median and the 20th and 80th percentile are those of the rounds' slopes. A
-size that took too long for as many rounds lends the others its own again.
+Each point is measured as the rows of the bench are; a training step on several ranks as bench/ranks.py says. An
+exponent is the slope of log time, or of log memory, over log size on the larger half of the sizes (three at least,
+where there are so many), fitted once per round: the median and the 20th and 80th percentile are those of the rounds'
+slopes. A size that took too long for as many rounds lends the others its own again.
 """
 
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fastllm import text, verify
-from fastllm.bench import cases, measure, memory, show, store, timing
+from fastllm.bench import cases, measure, memory, ranks, show, store, timing
 
 ALL = ("forward", "both")
 GROWTH = 4.0  # what the next point of a rival costs at most, in times of the last one
@@ -23,7 +24,10 @@ GROWTH = 4.0  # what the next point of a rival costs at most, in times of the la
 
 @dataclass(frozen=True)
 class Curve:
-    """`case(x)` for each x of `sizes`; None stands for the numbers of threads that this process may use."""
+    """`case(x)` for each x of `sizes`; None stands for the numbers of threads that this process may use.
+
+    Where the axis is "ranks", `case(x)` is what bench/ranks.py is told, in x processes.
+    """
 
     name: str
     axis: str
@@ -121,6 +125,23 @@ CURVES = [
         None,
         rivals=("torch",),
     ),
+    *(
+        Curve(
+            f"{name}-ranks",
+            "ranks",
+            f"a training step, {title}, {ranks.SIZES['batch']}x{ranks.SIZES['length']} tokens in all",
+            "processes that share one machine's cores",
+            arguments,
+            doubling(1, 8),
+            ("step",),
+            rivals,
+        )
+        for name, title, arguments, rivals in (
+            ("ddp", "DDP", lambda count: ["--parallel", "ddp"], ("naive",)),
+            ("fsdp", "FSDP2", lambda count: ["--parallel", "fsdp"], ("naive",)),
+            ("sequence", "ring attention", lambda count: ["--sequence-ranks", str(count)], ()),
+        )
+    ),
 ]
 
 
@@ -167,13 +188,15 @@ def too_much(name, earlier, options) -> str | None:
     return None
 
 
-def exponents(points) -> dict:
-    """Contender -> the slope of log time over log size, of its larger half of sizes, as a spread over rounds."""
+def exponents(points, what="ms") -> dict:
+    """Contender -> the slope of log `what` over log size, of its larger half of sizes, as a spread over rounds."""
     found = {}
-    for name in dict.fromkeys(name for point in points for name in point["samples_s"]):
-        at = [(point["x"], point["samples_s"][name]) for point in points if name in point["samples_s"]]
+    measured = [(point["x"], point.get("samples_s" if what == "ms" else what, {})) for point in points]
+    for name in dict.fromkeys(name for _, values in measured for name in values):
+        at = [(x, values[name]) for x, values in measured if values.get(name)]  # 0 has no logarithm
+        at = [(x, value if isinstance(value, list) else [value]) for x, value in at]
         at = at[-max(3, math.ceil(len(at) / 2)) :]
-        if len(at) < 3:
+        if len(at) < 2:
             continue
         logs = [math.log(x) for x, _ in at]
         rounds = max(len(samples) for _, samples in at)
@@ -199,7 +222,7 @@ def run(options) -> dict:
     done = {(c["name"], c["dtype"], c["pass"]): c for c in report["curves"]}
     todo = []
     for curve in (curve for curve in CURVES if not options.curves or curve.name in options.curves):
-        for dtype in options.dtype:
+        for dtype in options.dtype if curve.axis != "ranks" else ["float32"]:
             for passes in curve.passes:
                 have = done.get((curve.name, dtype, passes), {"points": []})
                 xs = {point["x"] for point in have["points"]}
@@ -224,17 +247,18 @@ def add(report, curve, dtype, passes, x, options):
     about = {"name": curve.name, "dtype": dtype, "pass": passes}
     found = next((c for c in report["curves"] if about.items() <= c.items()), None)
     if found is None:
-        bad = [
-            r
-            for r in verify.check(curve.case(curve.points(options.max)[0]), getattr(torch, dtype))
-            if r.accuracy.problem
-        ]
-        wrong = "; ".join(f"{r.result}: {r.accuracy.problem}" for r in bad if not r.fallback)
-        found = about | {"axis": curve.axis, "title": curve.title, "says": curve.says, "wrong": wrong, "points": []}
+        wrong = wrong_at(curve, curve.points(options.max)[0], getattr(torch, dtype))
+        found = about | {"axis": curve.axis, "title": curve.title, "says": curve.says, "wrong": wrong}
+        found |= {"stopped": None, "points": []}
         report["curves"].append(found)
-    found["stopped"] = too_much("ours", found["points"], options)  # then there is nothing to hold rivals against
+    if curve.axis != "ranks":  # where the work is the same at every size
+        found["stopped"] = too_much("ours", found["points"], options)  # then there is nothing to hold rivals against
     if not found["wrong"] and not found["stopped"]:
-        found["points"].append(point(curve, x, getattr(torch, dtype), passes, options, found["points"]))
+        measured = ranks.point if curve.axis == "ranks" else point
+        try:
+            found["points"].append(measured(curve, x, getattr(torch, dtype), passes, options, found["points"]))
+        except ranks.Failed as problem:
+            found["stopped"] = str(problem)
         found["points"].sort(key=lambda point: point["x"])
     found["exponents"] = exponents(found["points"])
     left = {f"{name}: {why}" for point in found["points"] for name, why in point["left_out"].items()}
@@ -242,9 +266,19 @@ def add(report, curve, dtype, passes, x, options):
     found["missing"] = sorted(left) + [f"WRONG, so not timed: {found['wrong']}"] * bool(found["wrong"])
 
 
+def wrong_at(curve, x, dtype) -> str:
+    """What is wrong with the results at one size, or ""; bench/ranks.py looks at its steps itself."""
+    if curve.axis == "ranks":
+        return ""
+    bad = [row for row in verify.check(curve.case(x), dtype) if row.accuracy.problem and not row.fallback]
+    return "; ".join(f"{row.result}: {row.accuracy.problem}" for row in bad)
+
+
 def seconds(at, options, rates) -> float:
     """About how long a point takes, for the progress line: at the rate of PyTorch's products and at 10 GB/s."""
     curve, dtype, passes, x = at
+    if curve.axis == "ranks":
+        return 8.0 + 6.0 * x  # each process imports PyTorch
     case = curve.case(x)
     block, moving = options.block_ms / 1e3, case.bytes(passes, getattr(torch, dtype)) / 1e10
     total = 0.1
@@ -258,6 +292,7 @@ def seconds(at, options, rates) -> float:
 
 
 HEADER = ("curve", "dtype", "pass", "size", "ms", "p20-p80", "MB", "vs torch", "vs naive", "exponent")
+GROWING = {"ms": "time", "memory_bytes": "memory", "sent_bytes": "what a rank sends"}
 
 
 def cells(curve, point) -> tuple[str, ...]:
@@ -269,16 +304,23 @@ def cells(curve, point) -> tuple[str, ...]:
             versus.append(f"{ratio.median:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})")
         else:
             versus.append("-")
-    last = point is curve["points"][-1] and "ours" in curve["exponents"]
+    e = curve["exponents"].get("ours") if point is curve["points"][-1] else None
     times = f"{ms['median']:.3f}", f"{ms['p20']:.3f}-{ms['p80']:.3f}"
     size = "-" if peak is None else f"{peak / 1e6:.1f}"
     about = curve["name"], curve["dtype"], curve["pass"], f"{curve['axis']} {point['x']}"
-    return *about, *times, size, *versus, fitted(curve, "ours") if last else ""
+    return *about, *times, size, *versus, fitted(curve, e) if e else ""
 
 
-def fitted(curve, name) -> str:
-    e = curve["exponents"][name]
-    return f"{curve['axis']}^{e['median']:.2f} ({e['p20']:.2f}-{e['p80']:.2f})"
+def fitted(curve, e) -> str:
+    """An exponent, with its spread where there are several rounds."""
+    spread = f" ({e['p20']:.2f} to {e['p80']:.2f})" * (e["p20"] < e["p80"])
+    return f"{curve['axis']}^{e['median']:.2f}{spread}"
+
+
+def growing(curve) -> dict[str, dict]:
+    """What was measured along a curve -> contender -> how it grows."""
+    found = {word: exponents(curve["points"], what) for what, word in GROWING.items()}
+    return {word: by for word, by in found.items() if by}
 
 
 def printed(report):
@@ -287,9 +329,8 @@ def printed(report):
         about = f"{curve['name']} {curve['dtype']} {curve['pass']}"
         for line in curve["missing"]:
             print(f"{about}: {line}")
-        growth = ", ".join(f"{name} {fitted(curve, name)}" for name in curve["exponents"])
-        if growth:
-            print(f"{about}: time grows as {growth}")
+        for word, by in growing(curve).items():
+            print(f"{about}: {word} grows as {', '.join(f'{name} {fitted(curve, e)}' for name, e in by.items())}")
 
 
 def configure(parser):

@@ -6,7 +6,7 @@ from statistics import geometric_mean, median
 import jinja2
 
 from fastllm import drawing
-from fastllm.bench import compare, plots, rivals, show, store
+from fastllm.bench import compare, growth, plots, rivals, show, store
 
 
 def write(folder: Path):
@@ -174,18 +174,27 @@ def of_base(found) -> dict:
     }
 
 
+CURVE_SAYS = {  # what is drawn over the size -> what the figure says below the exponents
+    "ms": "",
+    "memory_bytes": "Peak memory of one call beyond its inputs.",
+    "sent_bytes": "What the rank that sends most sends in a step.",
+}
+
+
 def of_curve(curve) -> dict:
-    """The time and memory figures of a curve, and its fitted exponents in words."""
+    """The figures of a curve, each with its fitted exponents in words."""
+    says = CURVE_SAYS | ({"memory_bytes": "The most a rank held in a step."} if curve["axis"] == "ranks" else {})
+    figures = []
+    for what, word in says.items():
+        if any(any(point.get(what, {}).values()) for point in curve["points"]):
+            exponents = growth.exponents(curve["points"], what)
+            figures.append((plots.curve(curve, what), in_words(curve, exponents, word)))
+    return curve | {"figures": figures, "short": plots.SHORT[curve["dtype"]]}
+
+
+def in_words(curve, exponents, says) -> str:
     fitted = []
-    for name, e in curve["exponents"].items():
+    for name, e in exponents.items():
         who = {"ours": "fastllm", "torch": "PyTorch"}.get(name, name)
-        fitted.append(
-            f"{who} {curve['axis']}^{e['median']:.2f} ({e['p20']:.2f} to {e['p80']:.2f}, from {e['from']} on)"
-        )
-    memory = any(any(point["memory_bytes"].values()) for point in curve["points"])
-    return curve | {
-        "fitted": fitted,
-        "time": plots.curve(curve, "ms"),
-        "memory": plots.curve(curve, "memory_bytes") if memory else None,
-        "short": plots.SHORT[curve["dtype"]],
-    }
+        fitted.append(f"{who} {growth.fitted(curve, e)} from {e['from']} on")
+    return " ".join(filter(None, [says, "; ".join(fitted)]))

@@ -5,6 +5,7 @@ from statistics import geometric_mean, median
 
 import torch
 
+from fastllm.bench import growth
 from fastllm.bench.rivals import RIVALS
 from fastllm.bench.show import times
 from fastllm.bench.store import untimed
@@ -195,13 +196,14 @@ def roofline(rows, ceilings, dtype) -> str:
     intensity = [row["flops"] / row["bytes"] for row in rows]
     peak = peak_gflop_per_s(ceilings, getattr(torch, dtype))
     low, high = min(intensity) / 2, max([*intensity, 2 * peak / ceilings["copy_gb_per_s"]]) * 2
-    for name, style in (("read", "-"), ("copy", "--")):
-        bandwidth = ceilings[f"{name}_gb_per_s"]
+    bandwidths = {name: ceilings[key] for name in ("read", "copy") if (key := f"{name}_gb_per_s") in ceilings}
+    for name, bandwidth in bandwidths.items():  # older reports have one alone
+        style = "-" if name == "read" else "--"
         knee = peak / bandwidth
         axis.plot(
             [low, min(knee, high)], [low * bandwidth, min(knee, high) * bandwidth], style, color=MUTED, linewidth=1.2
         )
-    axis.plot([peak / ceilings["read_gb_per_s"], high], [peak, peak], color=MUTED, linewidth=1.2)
+    axis.plot([peak / next(iter(bandwidths.values())), high], [peak, peak], color=MUTED, linewidth=1.2)
     axis.annotate(
         f"{peak:,.0f} GFLOP/s", (high, peak), (-4, 5), textcoords="offset points", ha="right", color=MUTED, fontsize=9
     )
@@ -343,24 +345,27 @@ def caches(rows) -> str | None:
     return svg(made, "caches")
 
 
+UNITS = {"ms": (1.0, "ms"), "memory_bytes": (1e-6, "MB held"), "sent_bytes": (1e-6, "MB sent in a step")}
+PAGE = 4096  # memory of less is drawn as one: an axis in logarithms has no 0
+
+
 def curve(found, what) -> str:
-    """One curve of `fastllm bench scaling`: `what` is "ms" or "memory_bytes" against the size. Memory of less than a
-    page is drawn as one: an axis in logarithms has no 0."""
+    """One curve of `fastllm bench scaling`: `what`, of UNITS, against the size, with its exponent in the legend."""
+    exponents = growth.exponents(found["points"], what)
     made, axis = figure(WIDTH, 3.4)
-    scale, unit = (1.0, "ms") if what == "ms" else (1e-6, "MB beyond the inputs")
+    scale, unit = UNITS[what]
     names = list(dict.fromkeys(name for point in found["points"] for name in point[what]))
     for name in sorted(names, key=lambda one: one != "ours"):
         colour = {"ours": OURS, "torch": INK}.get(name) or MARKERS[name][1]
         at = [(point["x"], point[what][name]) for point in found["points"] if name in point[what]]
-        middle = [(y["median"] if what == "ms" else max(y, 4096)) * scale for _, y in at]
+        xs = [x for x, _ in at]
+        middle = [(y["median"] if what == "ms" else max(y, PAGE)) * scale for _, y in at]
         label = {"ours": "fastllm", "torch": "PyTorch"}.get(name, name)
         if what == "ms":
-            axis.fill_between(
-                [x for x, _ in at], *([y[p] for _, y in at] for p in ("p20", "p80")), color=colour, alpha=0.18, lw=0
-            )
-            if fitted := found["exponents"].get(name):
-                label += f"  {found['axis']}^{fitted['median']:.2f}"
-        axis.plot([x for x, _ in at], middle, "-o", color=colour, markersize=3.6, linewidth=1.6, label=label)
+            axis.fill_between(xs, *([y[p] for _, y in at] for p in ("p20", "p80")), color=colour, alpha=0.18, lw=0)
+        if e := exponents.get(name):
+            label += f"  {found['axis']}^{e['median']:.2f}"
+        axis.plot(xs, middle, "-o", color=colour, markersize=3.6, linewidth=1.6, label=label)
     xs = [point["x"] for point in found["points"]]
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

@@ -7,13 +7,12 @@ import json
 import math
 import re
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastllm import cli, drawing, text
-from fastllm.bench import cases, compare, growth, measure, page, plots, readme, show, store, timing
+from fastllm.bench import cases, compare, measure, page, plots, readme, show, store, timing
 
 CEILINGS = {
     "copy_gb_per_s": 30.0,
@@ -255,139 +254,6 @@ def test_a_regression_is_an_exit_code_on_request(tmp_path, monkeypatch, capsys):
     assert store.load(tmp_path / "new/report.json")["base"]["rows"][0]["verdict"] == "slower"
     for arguments in (["--fail-on-regression"], ["--resume"], ["--base", str(tmp_path / "no")], ["--threads", "0"]):
         assert cli.main([*common, *arguments]) == 2
-
-
-# Growth
-
-
-def curve_options(*arguments):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    growth.configure(parser)
-    return parser.parse_args(["--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", *arguments])
-
-
-def test_exponents_are_slopes_of_the_larger_half():
-    xs = [1, 2, 4, 8, 16, 32]
-    times = {x: (x / 8) ** 2 if x >= 8 else (1 / 8) ** 2 for x in xs}  # flat first, then quadratic
-    points = [{"x": x, "samples_s": {"ours": [times[x], 3 * times[x]], "torch": [1.0 * x] * 2}} for x in xs]
-    found = growth.exponents(points)
-    assert found["ours"]["median"] == pytest.approx(2.0) and found["ours"]["from"] == 8
-    assert found["torch"]["median"] == pytest.approx(1.0)
-    assert growth.exponents(points[:2]) == {}
-    fewer = [dict(x=x, samples_s={"ours": [t] * n}) for x, t, n in ((1, 1.0, 3), (2, 2.0, 3), (4, 4.0, 1))]
-    fewer[0]["samples_s"]["ours"][0] = 5.0  # one round of many, though the largest size has no other
-    assert growth.exponents(fewer)["ours"]["median"] == pytest.approx(1.0)
-
-
-def test_a_rival_that_would_take_too_long_or_too_much_is_left_out():
-    options = SimpleNamespace(limit_s=1.0, limit_gb=1.0)
-    last = {"x": 64, "ms": {"naive": {"median": 300.0}}, "memory_bytes": {"naive": 1000}, "left_out": {}}
-    assert "beyond 64 would take up to 1 s" in growth.too_much("naive", [last], options)
-    last["ms"]["naive"]["median"] = 1.0
-    assert growth.too_much("naive", [last], options) is None and growth.too_much("naive", [], options) is None
-    last["memory_bytes"]["naive"] = 10**9
-    assert "4 GB" in growth.too_much("naive", [last], options)
-    last["left_out"] = {"naive": "as before"}
-    assert growth.too_much("naive", [last], options) == "as before"
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def two_curves(monkeypatch):
-    """Two curves of tiny sizes."""
-    rows = lambda N: cases.softmax(N, 8)  # noqa: E731
-    tiny = [
-        growth.Curve("rows", "N", "softmax", "rows", rows, [2, 4, 8]),
-        growth.Curve("threads", "threads", "softmax", "of PyTorch", lambda n: cases.softmax(8, 8), None, ("forward",)),
-    ]
-    monkeypatch.setattr(growth, "CURVES", tiny)
-    torch.set_num_threads(1)
-    monkeypatch.setattr(timing.Foreign, "share", lambda self: 0.0)  # a busy machine would be measured three times
-
-
-def test_curves_are_measured_saved_and_continued(two_curves, monkeypatch, tmp_path, capsys):
-    threads = torch.get_num_threads()
-    point, seen = growth.point, []
-
-    def interrupted(curve, x, *rest):
-        seen.append(x)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return point(curve, x, *rest)
-
-    monkeypatch.setattr(growth, "point", interrupted)
-    arguments = ["rows", "--rounds", "2", "--block-ms", "0.05", "--dtype", "float32", "--out", str(tmp_path)]
-    assert cli.main(["bench", "scaling", *arguments]) == 130
-    kept = store.load(tmp_path / "scaling.json")
-    assert kept["interrupted"] and [p["x"] for p in kept["curves"][0]["points"]] == [2, 4]
-    assert cli.main(["bench", "scaling", *arguments, "--resume"]) == 0
-    found = store.load(tmp_path / "scaling.json")
-    assert seen == [2, 4, 8, 8, 2, 4, 8] and not found["interrupted"]
-    assert [(c["pass"], [p["x"] for p in c["points"]]) for c in found["curves"]] == [
-        ("forward", [2, 4, 8]),
-        ("both", [2, 4, 8]),
-    ]
-    assert set(found["curves"][0]["exponents"]) == {"ours", "torch", "naive"}
-    assert "time grows as ours N^" in capsys.readouterr().out
-    assert torch.get_num_threads() == threads
-
-
-def test_threads_are_set_and_given_back(two_curves, monkeypatch):
-    monkeypatch.setattr(growth.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    before, inside = torch.get_num_threads(), []
-    interleave = timing.interleave
-
-    def watched(*args, **options):
-        inside.append(torch.get_num_threads())
-        return interleave(*args, **options)
-
-    monkeypatch.setattr(timing, "interleave", watched)
-    report = growth.run(curve_options("threads"))
-    assert inside == [1, 2, 3] == [p["x"] for p in report["curves"][0]["points"]]
-    assert torch.get_num_threads() == before
-
-
-def test_curves_are_drawn(two_curves):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("jinja2")
-    html = page.html(None, growth.run(curve_options()))
-    standalone(html)
-    assert "How cost grows" in html and "softmax, fp32, forward" in html
-
-
-def test_wrong_curves_are_not_timed(two_curves, monkeypatch):
-    good = growth.CURVES[0].case
-    monkeypatch.setattr(growth.verify, "check", lambda *args: [bad()])
-
-    def bad():
-        from fastllm.verify import Accuracy, Row
-
-        return Row("softmax", "x", "float32", "y", "C++", "", Accuracy(problem="far off"))
-
-    monkeypatch.setattr(growth, "point", lambda *args: pytest.fail("timed"))
-    report = growth.run(curve_options("rows"))
-    assert good and report["curves"][0]["points"] == [] and "far off" in report["curves"][0]["missing"][0]
-
-
-@pytest.mark.parametrize("arguments", [["nope"], ["--rounds", "0"], ["--resume"]])
-def test_bad_words_of_scaling_are_refused(arguments, capsys):
-    assert cli.main(["bench", "scaling", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("fastllm: error: bench scaling:")
-
-
-def test_sizes_reach_what_the_curves_promise():
-    last = {curve.name: curve.sizes[-1] for curve in growth.CURVES if curve.sizes}
-    assert last["attention-T"] == 32768 and last["cross_entropy-V"] == 262144
-    assert len({curve.name for curve in growth.CURVES}) == len(growth.CURVES)
-    assert growth.CURVES[0].points(500) == [128, 256]
 
 
 # The README, and the progress line
