@@ -232,7 +232,8 @@ class BuildExtension(build_ext):
         folder = ROOT / "build" / "ninja-cuda"
         try:
             if not CUDA_ARCHS and not list((torch_folder() / "lib").glob("*torch_cuda.*")):
-                return {"built": False, "reason": "torch has no CUDA here (FASTLLM_CUDA_ARCHS would build them anyway)"}
+                reason = "built where torch had no CUDA (FASTLLM_CUDA_ARCHS builds them anyway)"
+                return {"built": False, "reason": reason}
             info = write_cuda_ninja(folder)
             run_ninja(folder, "the CUDA C++ kernels")
             install(folder / "_cuda.so", target)
