@@ -251,6 +251,22 @@ def _linear_forward(self, plain, x):
 
 _linear_forward.runs = "linear"
 
+
+def match_conv1d(module, row):
+    """transformers' Conv1D, GPT-2's linear layer: its weight is [K, N], which our product reads as it lies."""
+    for cls in type(module).__mro__:
+        if (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            if forward_of(module) is cls.forward:
+                swap(module, row, _conv1d_forward)
+            return
+
+
+def _conv1d_forward(self, plain, x):
+    return linear(x, self.weight.t(), self.bias)
+
+
+_conv1d_forward.runs = "linear"
+
 # Kind, a keyword of accelerate -> its matchers; the first that knows a module has it. Kinds come in this order: the
 # loss, last, goes around a head that is a linear layer.
 MATCHERS = {
@@ -258,6 +274,6 @@ MATCHERS = {
     "norms": [match_torch_norm, match_written_norm],
     "mlp": [match_gated_mlp, match_experts, match_gelu],
     "rope": [],
-    "linear": [match_linear],
+    "linear": [match_linear, match_conv1d],
     "loss": [],
 }

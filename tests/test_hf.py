@@ -1,7 +1,10 @@
 """Hugging Face families on the kernels: tiny random weights, beside the same model on transformers' eager attention."""
 
+import contextlib
+
 import pytest
 import torch
+from check import assert_as_accurate
 
 import fastllm
 
@@ -48,6 +51,40 @@ def test_padding_in_front_is_as_with_sdpa(family):
     assert not kept[:, 0].all() and not torch.allclose(eager[~kept], sdpa[~kept], rtol=1e-3)
     torch.testing.assert_close(ours, sdpa)
     torch.testing.assert_close(ours[kept], eager[kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_conv1d(dtype, backend):
+    """GPT-2's linear layer keeps the transpose: its weight is read as it lies, and the gradient lies like it."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Adapted(Conv1D):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    if backend and fastllm.dispatch.extension is None:
+        pytest.skip("the C++ extension is not built")
+    model = torch.nn.Sequential(Conv1D(40, 24), Conv1D(24, 40), Adapted(8, 24))
+    x, dy = torch.randn(2, 30, 24), torch.randn(2, 30, 8)
+
+    def run(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = model.to(dtype)(leaf)
+        return y.detach(), *torch.autograd.grad(y, [leaf, *model.parameters()], dy.to(dtype))
+
+    truth, peer = run(torch.float64), run(dtype)
+    report = fastllm.accelerate(model)
+    assert [(row.name, row.runs) for row in report.rows] == [("0", "linear"), ("1", "linear")]
+    with fastllm.backend(backend) if backend else contextlib.nullcontext():
+        found = run(dtype)
+    assert not report.never_called
+    for ours, theirs, exact in zip(found, peer, truth, strict=True):
+        assert_as_accurate(ours, theirs, exact)
+    model[0](x.to(dtype)).sum().backward()
+    assert model[0].weight.grad.stride() == model[0].weight.stride()
+    fastllm.restore(model)
+    assert type(model[0]) is Conv1D and all(torch.equal(a, b) for a, b in zip(run(dtype), peer, strict=True))
 
 
 def generate(model, family, **options):
