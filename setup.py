@@ -2,6 +2,7 @@
 
 Where torch has CUDA and nvcc is there, also fastllm/_cuda.so, the CUDA C++ kernels: a library apart, so that a torch
 without CUDA never loads it. FASTLLM_CUDA_ARCHS="80 90a 100a" chooses its architectures, and wants it beside any torch.
+And fastllm/_autograd.so, the nodes of small calls, which only the torch that is there now can load.
 What cannot be built is left out and the reason is kept in fastllm/_build_info.json, which `fastllm info` prints:
 a machine without torch (pip's build isolation) or without a compiler still gets the pure Python package.
 """
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -189,6 +191,27 @@ def write_cuda_ninja(folder: Path) -> dict:
     return {"built": True, "nvcc": version.strip().splitlines()[-2], "architectures": [f"sm_{arch}" for arch in archs]}
 
 
+def write_autograd_ninja(folder: Path) -> dict:
+    torch = torch_folder()
+    flags = "-std=c++20 -O2 -DNDEBUG -fPIC -fvisibility=hidden -Wall"
+    includes = f"-isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
+    link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
+    lines = [
+        "rule cc",
+        f"  command = {compiler()} -MMD -MF $out.d {flags} {includes} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} {link} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ltorch -lc10",
+        f"build autograd.o: cc {ROOT / 'csrc/autograd.cpp'}",
+        "build _autograd.so: link autograd.o",
+        "",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+    return {"built": True, "torch": runpy.run_path(torch / "version.py")["__version__"]}
+
+
 def run_ninja(folder: Path, what: str):
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
@@ -209,6 +232,7 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath("fastllm._C")).resolve()
         info = self.build_cpu(target)
         info["cuda"] = self.build_cuda(target.with_name("_cuda.so"))
+        info["autograd"] = self.build_autograd(target.with_name("_autograd.so"))
         (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
     def build_cpu(self, target: Path) -> dict:
@@ -243,6 +267,18 @@ class BuildExtension(build_ext):
             print(f"fastllm: built without the CUDA C++ kernels: {problem}", file=sys.stderr)
             if CUDA_ARCHS and os.environ.get("FASTLLM_REQUIRE_EXTENSION"):
                 raise SystemExit(1) from None
+            return {"built": False, "reason": str(problem)}
+
+    def build_autograd(self, target: Path) -> dict:
+        folder = ROOT / "build" / "ninja-autograd"
+        try:
+            info = write_autograd_ninja(folder)
+            run_ninja(folder, "the autograd nodes")
+            install(folder / "_autograd.so", target)
+            return info
+        except Unavailable as problem:  # another torch's headers: the Functions in Python do the same
+            target.unlink(missing_ok=True)
+            print(f"fastllm: built without autograd nodes: {problem}", file=sys.stderr)
             return {"built": False, "reason": str(problem)}
 
 

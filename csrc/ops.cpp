@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("layer_norm_plain", TORCH_BOX(&fastllm::cpu::layer_norm_plain));
   m.impl("rms_norm_plain", TORCH_BOX(&fastllm::cpu::rms_norm_plain));
   m.impl("softmax_fwd", TORCH_BOX(&fastllm::cpu::softmax_fwd));
+  m.impl("softmax_plain", TORCH_BOX(&fastllm::cpu::softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
   m.impl("linear_fwd", TORCH_BOX(&fastllm::cpu::linear_fwd));
   m.impl("linear_out", TORCH_BOX(&fastllm::cpu::linear_out));
@@ -24,16 +25,20 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("linear_bwd_out", TORCH_BOX(&fastllm::cpu::linear_bwd_out));
   m.impl("linear_bwd", TORCH_BOX(&fastllm::cpu::linear_bwd));
   m.impl("cross_entropy_fwd", TORCH_BOX(&fastllm::cpu::cross_entropy_fwd));
+  m.impl("cross_entropy_plain", TORCH_BOX(&fastllm::cpu::cross_entropy_plain));
   m.impl("cross_entropy_bwd", TORCH_BOX(&fastllm::cpu::cross_entropy_bwd));
   m.impl("cross_entropy_total", TORCH_BOX(&fastllm::cpu::cross_entropy_total));
   m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cpu::cross_entropy_rows));
   m.impl("swiglu_fwd", TORCH_BOX(&fastllm::cpu::swiglu_fwd));
+  m.impl("swiglu_plain", TORCH_BOX(&fastllm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&fastllm::cpu::swiglu_bwd));
   m.impl("geglu_fwd", TORCH_BOX(&fastllm::cpu::geglu_fwd));
+  m.impl("geglu_plain", TORCH_BOX(&fastllm::cpu::geglu_fwd));
   m.impl("geglu_bwd", TORCH_BOX(&fastllm::cpu::geglu_bwd));
   m.impl("bias_act_fwd", TORCH_BOX(&fastllm::cpu::bias_act_fwd));
   m.impl("bias_act_bwd", TORCH_BOX(&fastllm::cpu::bias_act_bwd));
   m.impl("bias_gelu_fwd", TORCH_BOX(&fastllm::cpu::bias_gelu_fwd));
+  m.impl("bias_gelu_plain", TORCH_BOX(&fastllm::cpu::bias_gelu_fwd));
   m.impl("bias_gelu_bwd", TORCH_BOX(&fastllm::cpu::bias_gelu_bwd));
   m.impl("adamw_step", TORCH_BOX(&fastllm::cpu::adamw_step));
   m.impl("rope_fwd", TORCH_BOX(&fastllm::cpu::rope_fwd));

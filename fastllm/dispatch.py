@@ -91,6 +91,19 @@ def missing_cuda() -> str | None:
     return None
 
 
+def _load_nodes() -> bool:
+    """Whether the ops called ..._plain are differentiable by nodes in C++ (csrc/autograd.cpp), which load into the
+    PyTorch alone that they were compiled beside."""
+    path = _folder / "_autograd.so"
+    if extension is None or not path.exists() or build_info().get("autograd", {}).get("torch") != torch.__version__:
+        return False
+    torch.ops.load_library(path)
+    return True
+
+
+has_nodes = _load_nodes()
+
+
 @dataclass(unsafe_hash=True)  # equal calls are counted; seconds, which change, are not compared
 class Call:
     """One call of an op, as `explain` reports it; its seconds are without those of calls inside it."""
@@ -226,13 +239,14 @@ def is_free() -> bool:
 def is_direct(first, *others) -> bool:
     """Whether a C++ kernel may be called on a tensor and others, which may be None, before anything of them is checked:
     that takes longer than a small kernel does. The kernel checks too; where it raises, the caller goes the long way,
-    which says what is wrong. So nothing may be forced, recorded, traced, transformed, differentiated or cast.
+    which says what is wrong. So nothing may be forced, recorded, traced, transformed or cast, nor differentiated where
+    no node in C++ does that.
     """
     if first is None or not is_free() or extension is None or transformed() or torch.compiler.is_compiling():
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
-    differentiated = torch.is_grad_enabled()
+    differentiated = not has_nodes and torch.is_grad_enabled()
     for x in (first, *others):
         if x is not None and (type(x) not in _TENSORS or not x.is_cpu or (differentiated and x.requires_grad)):
             return False
@@ -364,6 +378,14 @@ def cpu_op(schema: str, fake):
     torch.library.register_fake(f"fastllm::{name}", fake, lib=library)
     built = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastllm::{name}", "CPU")
     return getattr(torch.ops.fastllm, name).default if built else None
+
+
+def differentiable_again(schema: str, gradients):
+    """`fastllm::<op>_again(first gradient, ...)`: the gradients of an op's plain call, in PyTorch, so that they can be
+    differentiated once more. A node in C++ calls it (csrc/autograd.cpp); None stands for a gradient that nobody needs.
+    """
+    library.define(schema)
+    library.impl(schema.partition("(")[0], gradients, "CompositeImplicitAutograd")
 
 
 class Composite(Op):

@@ -31,8 +31,7 @@ GatedRows gated_rows(const char* op, const Tensor& gate, const MaybeTensor& up, 
   a.gate_stride = row_stride(gate, op, "gate");
   a.up_stride = a.gate_stride;
   if (up) {
-    CHECK(up->numel() == gate.numel() && up->size(-1) == a.D && up->scalar_type() == gate.scalar_type(), op,
-          ": up must be like gate");
+    CHECK(shape_of(*up) == shape_of(gate) && up->scalar_type() == gate.scalar_type(), op, ": up must be like gate");
     a.up = up->data_ptr();
     a.up_stride = row_stride(*up, op, "up");
   } else {

@@ -37,6 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(Tensor dy, Tensor x, Tensor weight
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, MaybeTensor weight, int64_t ignore_index,
                                                      int64_t reduction, double label_smoothing, double softcap,
                                                      double z_loss, bool accuracy);
+Tensor cross_entropy_plain(Tensor x, Tensor target, int64_t ignore_index, int64_t reduction, double label_smoothing);
 Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse, int64_t ignore_index,
                          int64_t reduction, double label_smoothing, double softcap, double z_loss);
 Tensor cross_entropy_total(Tensor target, MaybeTensor weight, int64_t classes, int64_t ignore_index);

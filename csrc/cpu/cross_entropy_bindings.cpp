@@ -117,6 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor x, Tensor target, Ma
   return {out, lse, right};
 }
 
+Tensor cross_entropy_plain(Tensor x, Tensor target, int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  return std::get<0>(cross_entropy_fwd(x, target, {}, ignore_index, reduction, label_smoothing, 0, 0, false));
+}
+
 Tensor cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, MaybeTensor weight, Tensor lse, int64_t ignore_index,
                          int64_t reduction, double label_smoothing, double softcap, double z_loss) {
   Loss loss("cross_entropy_bwd", x, target, weight, ignore_index, reduction == kMean, label_smoothing, softcap, z_loss);

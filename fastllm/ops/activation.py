@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
 from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64, promoted, wants_gradient
 
 
@@ -18,14 +18,14 @@ def _bwd_fake(dy, gate, up, *options):
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
 
 
-swiglu_fwd = Op("swiglu_fwd(Tensor gate, Tensor? up) -> Tensor", "activation", _fwd_fake)
+swiglu_fwd = Op("swiglu_fwd(Tensor gate, Tensor? up) -> Tensor y", "activation", _fwd_fake)
 swiglu_bwd = Op("swiglu_bwd(Tensor dy, Tensor gate, Tensor? up) -> (Tensor dgate, Tensor dup)", "activation", _bwd_fake)
-geglu_fwd = Op("geglu_fwd(Tensor gate, Tensor? up, bool tanh) -> Tensor", "activation", _fwd_fake)
+geglu_fwd = Op("geglu_fwd(Tensor gate, Tensor? up, bool tanh) -> Tensor y", "activation", _fwd_fake)
 geglu_bwd = Op(
     "geglu_bwd(Tensor dy, Tensor gate, Tensor? up, bool tanh) -> (Tensor dgate, Tensor dup)", "activation", _bwd_fake
 )
 bias_gelu_fwd = Op(
-    "bias_gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "bias_gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor y",
     "activation",
     lambda x, bias, tanh: x.new_empty(x.shape),
 )
@@ -34,6 +34,36 @@ bias_gelu_bwd = Op(
     "activation",
     lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)),
 )
+swiglu_plain = cpu_op("swiglu_plain(Tensor gate, Tensor? up) -> Tensor", _fwd_fake)
+geglu_plain = cpu_op("geglu_plain(Tensor gate, Tensor? up, bool tanh) -> Tensor", _fwd_fake)
+bias_gelu_plain = cpu_op(
+    "bias_gelu_plain(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape)
+)
+
+
+def _swiglu_again(dy, gate, up):
+    return gradients_through(reference.swiglu, (gate, up), (dy,))
+
+
+def _geglu_again(dy, gate, up, tanh):
+    function = functools.partial(reference.geglu, approximate="tanh" if tanh else "none")
+    return gradients_through(function, (gate, up), (dy,))
+
+
+def _bias_gelu_again(dy, x, bias, tanh):
+    function = functools.partial(reference.bias_gelu, approximate="tanh" if tanh else "none")
+    return gradients_through(function, (x, bias), (dy,))
+
+
+differentiable_again("swiglu_again(Tensor dy, Tensor gate, Tensor? up) -> (Tensor dgate, Tensor dup)", _swiglu_again)
+differentiable_again(
+    "geglu_again(Tensor dy, Tensor gate, Tensor? up, bool tanh) -> (Tensor dgate, Tensor dup)", _geglu_again
+)
+differentiable_again(
+    "bias_gelu_again(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)", _bias_gelu_again
+)
+
+APPROXIMATIONS = ("tanh", "none")
 
 
 class _Gated(torch.autograd.Function):
@@ -49,9 +79,9 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            known = functools.partial(reference.geglu, approximate=ctx.approximate)
-            found = gradients_through(known if ctx.approximate else reference.swiglu, (gate, up), (dy,))
-            return *found, None, None
+            if ctx.approximate:
+                return *_geglu_again(dy, gate, up, ctx.approximate == "tanh"), None, None
+            return *_swiglu_again(dy, gate, up), None, None
         if ctx.approximate:
             dgate, dup = geglu_bwd(ctx.backend, dy.contiguous(), gate, up, ctx.approximate == "tanh")
         else:
@@ -82,8 +112,7 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = gradients_through(lambda *a: reference.bias_gelu(*a, approximate=ctx.approximate), (x, bias), (dy,))
-            return *found, None, None
+            return *_bias_gelu_again(dy, x, bias, ctx.approximate == "tanh"), None, None
         dx, dbias = bias_gelu_bwd(ctx.backend, dy.contiguous(), x, bias, ctx.approximate == "tanh")
         return dx, None if bias is None else dbias, None, None
 
@@ -99,6 +128,11 @@ def swiglu(gate, up=None):
     Error: at most 1.1 times that of torch.nn.functional.silu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
+    if is_direct(gate, up):
+        try:
+            return swiglu_plain(gate, up)
+        except RuntimeError:
+            pass  # said below, in the terms of who called, or done with a copy
     gate, up = promoted(gate, up)
     _check_gated("swiglu", gate, up)
     backend = choose("swiglu", gate, no_fp64(gate))
@@ -115,6 +149,11 @@ def geglu(gate, up=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
+    if approximate in APPROXIMATIONS and is_direct(gate, up):
+        try:
+            return geglu_plain(gate, up, approximate == "tanh")
+        except RuntimeError:
+            pass  # said below, in the terms of who called, or done with a copy
     gate, up = promoted(gate, up)
     _check_gated("geglu", gate, up)
     _check_approximate("geglu", approximate)
@@ -135,6 +174,11 @@ def bias_gelu(x, bias=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(x + bias) in x's dtype (tests/test_activation.py).
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
+    if approximate in APPROXIMATIONS and is_direct(x, bias):
+        try:
+            return bias_gelu_plain(x.contiguous(), bias, approximate == "tanh")
+        except RuntimeError:
+            pass  # said below, in the terms of who called
     check_tensor("bias_gelu", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must be [..., D] with D >= 1, got {list(x.shape)}")
@@ -176,5 +220,5 @@ def _check_gated(op, gate, up):
 
 
 def _check_approximate(op, approximate):
-    if approximate not in ("tanh", "none"):
+    if approximate not in APPROXIMATIONS:
         raise ValueError(f'{op}: approximate must be "tanh" or "none", got {approximate!r}')

@@ -1,12 +1,13 @@
 """Attention, forward and backward."""
 
+import functools
 import math
 import operator
 
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
 from fastllm.ops._common import (
     FLOATS,
     apart,
@@ -66,6 +67,18 @@ attention_plain = cpu_op(
     "attention_plain(Tensor q, Tensor k, Tensor v, float scale, SymInt q_offset, SymInt window_left,"
     " SymInt window_right) -> Tensor",
     lambda q, k, v, *options: _heads_like(q, v.shape[-1]),
+)
+
+
+def _again(do, q, k, v, scale, q_offset, window_left, window_right):
+    options = dict(scale=scale, q_offset=q_offset, window_left=window_left, window_right=window_right)
+    return gradients_through(functools.partial(reference.attention, **options), (q, k, v), (do, None))
+
+
+differentiable_again(
+    "attention_again(Tensor do, Tensor q, Tensor k, Tensor v, float scale, SymInt q_offset, SymInt window_left,"
+    " SymInt window_right) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _again,
 )
 
 

@@ -1,11 +1,12 @@
 """layer_norm and rms_norm, with the dropout and residual addition that precede them in a transformer block."""
 
+import functools
 import math
 
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
 from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, no_fp64, promoted, wants_gradient
 
 
@@ -74,6 +75,27 @@ rms_norm_plain = cpu_op(
 )
 
 
+def _layer_norm_again(dy, x, weight, bias, eps):
+    return gradients_through(lambda *a: reference.layer_norm(*a, eps=eps), (x, weight, bias), (dy,))
+
+
+def _rms_norm_again(dy, x, weight, eps, weight_offset):
+    function = functools.partial(reference.rms_norm, eps=eps, weight_offset=weight_offset)
+    return gradients_through(function, (x, weight), (dy,))
+
+
+differentiable_again(
+    "layer_norm_again(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_again,
+)
+differentiable_again(
+    "rms_norm_again(Tensor dy, Tensor x, Tensor? weight, float eps, float weight_offset)"
+    " -> (Tensor dx, Tensor dweight)",
+    _rms_norm_again,
+)
+
+
 def _input_grads(dh, seed, dropout_p, fused):
     """Gradients of x and the residual where only h = dropout(x) + residual was used."""
     dx = dh
@@ -108,9 +130,7 @@ class _LayerNorm(torch.autograd.Function):
             dbias = None if bias is None else dbias.to(bias.dtype)
         else:
             if dy is not None:
-                grad, dweight, dbias = gradients_through(
-                    lambda *a: reference.layer_norm(*a, eps=ctx.eps), (h, weight, bias), (dy,)
-                )
+                grad, dweight, dbias = _layer_norm_again(dy, h, weight, bias, ctx.eps)
                 dh = grad if dh is None or grad is None else grad + dh
             dx, dresidual = _input_grads(dh, seed, ctx.dropout_p, ctx.fused)
         return dx, dweight, dbias, dresidual, None, None, None, None
@@ -138,11 +158,7 @@ class _RMSNorm(torch.autograd.Function):
             dweight = None if weight is None else dweight
         else:
             if dy is not None:
-                grad, dweight = gradients_through(
-                    lambda *a: reference.rms_norm(*a, eps=ctx.eps, weight_offset=ctx.weight_offset),
-                    (h, weight),
-                    (dy,),
-                )
+                grad, dweight = _rms_norm_again(dy, h, weight, ctx.eps, ctx.weight_offset)
                 dh = grad if dh is None or grad is None else grad + dh
             dx, dresidual = _input_grads(dh, seed, ctx.dropout_p, ctx.fused)
         return dx, dweight, dresidual, None, None, None, None, None

@@ -3,7 +3,7 @@
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
 from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 
 
@@ -12,15 +12,28 @@ def _like(x):
 
 
 softmax_fwd = Op(
-    "softmax_fwd(Tensor x, Tensor? mask, float scale, bool causal, bool log) -> Tensor",
+    "softmax_fwd(Tensor x, Tensor? mask, float scale, bool causal, bool log) -> Tensor y",
     "softmax",
     lambda x, mask, scale, causal, log: _like(x),
 )
 softmax_bwd = Op(
-    "softmax_bwd(Tensor dy, Tensor y, float scale, bool log) -> Tensor",
+    "softmax_bwd(Tensor dy, Tensor y, float scale, bool log) -> Tensor dx",
     "softmax",
     lambda dy, y, scale, log: _like(y),
 )
+softmax_plain = cpu_op(
+    "softmax_plain(Tensor x, Tensor? mask, float scale, bool causal, bool log) -> Tensor",
+    lambda x, mask, scale, causal, log: _like(x),
+)
+
+
+def _again(dy, y, scale, log):
+    if log:  # y is -inf where the mask hides: no gradient flows there
+        return scale * torch.where(y > -torch.inf, dy - y.exp() * dy.sum(-1, keepdim=True), 0.0)
+    return scale * y * (dy - (y * dy).sum(-1, keepdim=True))
+
+
+differentiable_again("softmax_again(Tensor dy, Tensor y, float scale, bool log) -> Tensor dx", _again)
 
 
 class _Softmax(torch.autograd.Function):
@@ -35,11 +48,7 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            if ctx.log:  # y is -inf where the mask hides: no gradient flows there
-                dx = torch.where(y > -torch.inf, dy - y.exp() * dy.sum(-1, keepdim=True), 0.0)
-            else:
-                dx = y * (dy - (y * dy).sum(-1, keepdim=True))
-            dx = dx * ctx.scale
+            dx = _again(dy, y, ctx.scale, ctx.log)
         else:
             dx = softmax_bwd(ctx.backend, dy.contiguous(), y, ctx.scale, ctx.log)
         return dx, None, None, None, None, None
@@ -76,7 +85,7 @@ def log_softmax(x, dim=-1, *, scale=1.0, mask=None, causal=False):
 def _softmax(op, x, dim, scale, mask, causal, log):
     if mask is None and dim == -1 and not causal and is_direct(x):
         try:
-            return softmax_fwd.dispatched(x.contiguous(), None, scale, False, log)
+            return softmax_plain(x.contiguous(), None, scale, False, log)
         except RuntimeError:
             pass  # said below, in the terms of who called
     check_tensor(op, "x", x)
