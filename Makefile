@@ -87,5 +87,5 @@ readme: build ## refresh what the README takes from the code, report/demo.json a
 readme-figures: readme ## the same; the README's figures are drawn from the committed reports, light and dark
 
 clean: ## remove what was built; the environment stays
-	rm -rf build dist *.egg-info fastllm/_C.*.so fastllm/_cuda.so fastllm/_build_info.json $(VENV)/.built report .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info fastllm/_C.*.so fastllm/_cuda.so fastllm/_autograd.so fastllm/_build_info.json $(VENV)/.built report .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

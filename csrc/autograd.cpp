@@ -70,6 +70,9 @@ struct Family {
     }
   }
 
+  // A first gradient as the kernels take it: attention's read any strides.
+  Tensor upstream(const Tensor& dy) const { return name == "attention" ? dy : dy.contiguous(); }
+
  private:
   OperatorHandle handle(const char* suffix) const {
     return c10::Dispatcher::singleton().findSchemaOrThrow(("fastllm::" + name + suffix).c_str(), "");
@@ -163,7 +166,7 @@ class Backward : public Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!dy[0].defined()) return variable_list(num_outputs());
     const bool again = c10::GradMode::is_enabled();
-    Stack stack = unpacked(again ? family_.for_again : family_.for_bwd, dy[0]);
+    Stack stack = unpacked(again ? family_.for_again : family_.for_bwd, family_.upstream(dy[0]));
     if (again) {
       family_.again.callBoxed(stack);
       return gradients(stack, family_.again_result, wanted());
@@ -194,7 +197,7 @@ class Backward : public Node {
     const auto run = [&family = family_, wanted = wanted()](const variable_list& dy, const std::vector<IValue>& args) {
       Stack stack = args;
       for (size_t i = 0; i < stack.size(); ++i)
-        if (family.for_bwd[i].kind == Source::kGradient) stack[i] = dy[0];
+        if (family.for_bwd[i].kind == Source::kGradient) stack[i] = family.upstream(dy[0]);
       family.bwd.callBoxed(stack);
       return gradients(stack, family.bwd_result, wanted);
     };
@@ -226,7 +229,7 @@ class Backward : public Node {
       Tensor x = saved_[i].unpack(is_output(i) ? c10::intrusive_ptr<Node>::reclaim_copy(this) : nullptr);
       if (x.defined()) (k.kind == Source::kResult ? results : arguments)[k.index] = std::move(x);
     }
-    return arranged(sources, arguments, results, family_.name == "attention" ? dy : dy.contiguous());
+    return arranged(sources, arguments, results, dy);
   }
 
   const Family& family_;

@@ -22,7 +22,7 @@ def copy_tree(target: Path, names) -> Path:
     for name in names:
         source = ROOT / name
         if source.is_dir():
-            left_out = shutil.ignore_patterns("_C.*", "_cuda.*", "_build_info.json", "__pycache__")
+            left_out = shutil.ignore_patterns("_C.*", "_cuda.*", "_autograd.*", "_build_info.json", "__pycache__")
             shutil.copytree(source, target / name, symlinks=True, ignore=left_out)
         else:
             shutil.copy(source, target / name)
