@@ -278,11 +278,15 @@ class Labelled(torch.Tensor):
     pass
 
 
-def test_a_kernel_is_called_at_once_on_plain_tensors_alone():
+def test_a_kernel_is_called_at_once_on_plain_tensors_alone(monkeypatch):
     x, w = torch.randn(2, 3), torch.nn.Parameter(torch.randn(3))
     direct = dispatch.extension is not None
     assert dispatch.is_direct(x, None) == direct
-    assert not dispatch.is_direct(x, w) and not dispatch.is_direct(None, x) and not dispatch.is_direct([1.0])
+    assert not dispatch.is_direct(None, x) and not dispatch.is_direct([1.0])
+    for nodes in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "has_nodes", nodes)
+            assert dispatch.is_direct(x, w) == (direct and nodes)
     assert not dispatch.is_direct(x, x.to("meta")) and not dispatch.is_direct(x.as_subclass(Labelled))
     with torch.no_grad():
         assert dispatch.is_direct(x, w) == direct
