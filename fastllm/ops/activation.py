@@ -128,7 +128,7 @@ def swiglu(gate, up=None):
     Error: at most 1.1 times that of torch.nn.functional.silu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    if is_direct(gate, up):
+    if swiglu_plain and is_direct(gate, up):
         try:
             return swiglu_plain(gate, up)
         except RuntimeError:
@@ -149,7 +149,7 @@ def geglu(gate, up=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    if approximate in APPROXIMATIONS and is_direct(gate, up):
+    if geglu_plain and approximate in APPROXIMATIONS and is_direct(gate, up):
         try:
             return geglu_plain(gate, up, approximate == "tanh")
         except RuntimeError:
@@ -174,7 +174,7 @@ def bias_gelu(x, bias=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(x + bias) in x's dtype (tests/test_activation.py).
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    if approximate in APPROXIMATIONS and is_direct(x, bias):
+    if bias_gelu_plain and approximate in APPROXIMATIONS and is_direct(x, bias):
         try:
             return bias_gelu_plain(x.contiguous(), bias, approximate == "tanh")
         except RuntimeError:

@@ -119,7 +119,7 @@ def cross_entropy(
     Error: at most 1.1 times that of torch's cross_entropy in input's dtype (tests/test_cross_entropy.py).
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Chowdhery et al. 2022, arXiv:2204.02311 (z-loss).
     """
-    plain = weight is None and softcap == z_loss == 0 and not return_token_accuracy
+    plain = cross_entropy_plain and weight is None and softcap == z_loss == 0 and not return_token_accuracy
     if plain and reduction in REDUCTIONS and 0.0 <= label_smoothing <= 1.0 and is_direct(input, target):
         try:
             loss = cross_entropy_plain(input.contiguous(), target, ignore_index, REDUCTIONS[reduction], label_smoothing)

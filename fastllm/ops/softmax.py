@@ -83,7 +83,7 @@ def log_softmax(x, dim=-1, *, scale=1.0, mask=None, causal=False):
 
 
 def _softmax(op, x, dim, scale, mask, causal, log):
-    if mask is None and dim == -1 and not causal and is_direct(x):
+    if mask is None and dim == -1 and not causal and softmax_plain and is_direct(x):
         try:
             return softmax_plain(x.contiguous(), None, scale, False, log)
         except RuntimeError:
