@@ -276,7 +276,7 @@ class BuildExtension(build_ext):
             run_ninja(folder, "the autograd nodes")
             install(folder / "_autograd.so", target)
             return info
-        except Unavailable as problem:  # another torch's headers: the Functions in Python do the same
+        except (Unavailable, OSError) as problem:  # another torch's headers: the Functions in Python do the same
             target.unlink(missing_ok=True)
             print(f"fastllm: built without autograd nodes: {problem}", file=sys.stderr)
             return {"built": False, "reason": str(problem)}
