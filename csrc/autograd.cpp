@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,28 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
+
+// What holds a node: an intrusive_ptr, and in older PyTorch a shared_ptr.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class Pointer>
+constexpr bool kShared = std::is_constructible_v<Pointer, Node*, void (*)(Node*)>;
+
+template <class Pointer, class T>
+Pointer first_holder(T* node) {
+  if constexpr (kShared<Pointer>)
+    return Pointer(node, [](auto* n) { deleteNode(n); });
+  else
+    return Pointer::unsafe_steal_from_new(node);
+}
+
+template <class Pointer, class T>
+Pointer another_holder(T* node) {
+  if constexpr (kShared<Pointer>)
+    return node->shared_from_this();
+  else
+    return Pointer::reclaim_copy(node);
+}
 
 // Where an argument of another op of the family comes from.
 struct Source {
@@ -226,7 +249,7 @@ class Backward : public Node {
     Stack arguments = arguments_, results(family_.fwd.schema().returns().size());
     for (size_t i = 0; i < saved_.size(); ++i) {
       const Source& k = family_.kept[i];
-      Tensor x = saved_[i].unpack(is_output(i) ? c10::intrusive_ptr<Node>::reclaim_copy(this) : nullptr);
+      Tensor x = saved_[i].unpack(is_output(i) ? another_holder<NodePtr>(this) : nullptr);
       if (x.defined()) (k.kind == Source::kResult ? results : arguments)[k.index] = std::move(x);
     }
     return arranged(sources, arguments, results, dy);
@@ -266,9 +289,9 @@ class Plain : public c10::OperatorKernel {
       const at::AutoDispatchBelowAutograd below;
       family.fwd.callBoxed(results);
     }
-    const auto node = c10::make_intrusive<Backward>(family, std::move(edges));
+    auto* const node = new Backward(family, std::move(edges));
     Tensor y = results[0].toTensor();
-    torch::autograd::set_history(y, node);
+    torch::autograd::set_history(y, first_holder<NodePtr>(node));
     node->save(std::move(arguments), results);
     stack->emplace_back(std::move(y));
   }
