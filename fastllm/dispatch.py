@@ -91,17 +91,23 @@ def missing_cuda() -> str | None:
     return None
 
 
-def _load_nodes() -> bool:
-    """Whether the ops called ..._plain are differentiable by nodes in C++ (csrc/autograd.cpp), which load into the
-    PyTorch alone that they were compiled beside."""
-    path = _folder / "_autograd.so"
-    if extension is None or not path.exists() or build_info().get("autograd", {}).get("torch") != torch.__version__:
-        return False
-    torch.ops.load_library(path)
-    return True
+def _load_nodes() -> str | None:
+    """Let nodes in C++ (csrc/autograd.cpp) differentiate the ops called ..._plain, or say why they do not: they load
+    into the PyTorch alone that they were compiled beside."""
+    build = build_info().get("autograd", {})
+    if extension is None or not build.get("built"):
+        return build.get("reason", "not built (make build)")
+    if build["torch"] != torch.__version__:
+        return f"built beside PyTorch {build['torch']}"
+    try:
+        torch.ops.load_library(_folder / "_autograd.so")
+    except OSError as problem:
+        return str(problem)
+    return None
 
 
-has_nodes = _load_nodes()
+missing_nodes = _load_nodes()
+has_nodes = missing_nodes is None
 
 
 @dataclass(unsafe_hash=True)  # equal calls are counted; seconds, which change, are not compared
