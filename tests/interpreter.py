@@ -69,10 +69,13 @@ def create_fp_to_fp(self, src, dst_type, rounding_mode):
 
 
 def binary_op(self, lhs, rhs, op):
-    if not (_is_bf16(lhs) or _is_bf16(rhs)):
-        return _original["binary_op"](self, lhs, rhs, op)
-    result = op(_values(lhs), _values(rhs))
-    return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
+    if _is_bf16(lhs) or _is_bf16(rhs):
+        result = op(_values(lhs), _values(rhs))
+        return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
+    result = _original["binary_op"](self, lhs, rhs, op)
+    if result.data.dtype == np.bool_:  # else a number's comparison becomes int64 where it meets a vector: no mask in 3.9
+        result.dtype = tl.int1
+    return result
 
 
 def unary_op(self, arg, op):
