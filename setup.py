@@ -292,6 +292,7 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
             "fastllm.compat",
             "fastllm.kernels",
             "fastllm.llm",
+            "fastllm.llm.presets",
             "fastllm.llm.tasks",
             "fastllm.nn",
             "fastllm.ops",
@@ -299,7 +300,8 @@ if __name__ == "__main__":  # the compile test reads from here how nvcc is calle
         package_data={
             "fastllm": ["_build_info.json"],
             "fastllm.ops": ["*.json"],
-            "fastllm.llm": ["*.html", "presets/*.toml"],
+            "fastllm.llm": ["*.html"],
+            "fastllm.llm.presets": ["*.toml"],
             "fastllm.bench": ["*.html"],
         },
         ext_modules=[Extension("fastllm._C", sources=[])],
