@@ -74,6 +74,7 @@ def sdpa(backend, devices, says):
 
 def compiled(case, mode=None):
     torch._functorch.config.donated_buffer = False  # a backward pass is taken again and again
+    importlib.import_module("torch._functorch.config")  # flex_attention asks for it and imports it nowhere
     torch.compiler.reset()  # cases share their code, and PyTorch gives up on code that it compiled eight times
     return torch.compile(case.compiled or case.torch, mode=mode, fullgraph=True, dynamic=False)
 
