@@ -73,7 +73,7 @@ def binary_op(self, lhs, rhs, op):
         result = op(_values(lhs), _values(rhs))
         return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _bf16(result)
     result = _original["binary_op"](self, lhs, rhs, op)
-    if result.data.dtype == np.bool_:  # else a number's comparison becomes int64 where it meets a vector: no mask in 3.9
+    if result.data.dtype == np.bool_:  # else int64 where a number meets a vector: no mask in Triton 3.9
         result.dtype = tl.int1
     return result
 
