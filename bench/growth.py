@@ -7,7 +7,6 @@ slopes. A size that took too long for as many rounds lends the others its own ag
 """
 
 import math
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +39,7 @@ class Curve:
 
     def points(self, most) -> list[int]:
         if self.sizes is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            return sorted({*doubling(1, cores), cores})
+            return sorted({*doubling(1, timing.cores()), timing.cores()})
         return [x for x in self.sizes if most is None or x <= most] or self.sizes[:1]
 
 

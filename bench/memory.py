@@ -21,7 +21,7 @@ def why_not(device="cpu") -> str | None:
     if device.startswith("cuda"):
         return None
     try:
-        CLEAR.write_text("5")
+        forget_peak()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError) as problem:
         return f"this system does not say how much memory a call takes ({type(problem).__name__}: {problem})"
@@ -43,11 +43,17 @@ def peak(call, device="cpu", tries=TRIES) -> int:
 
 def _grown(call) -> int:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    CLEAR.write_text("5")  # the highest resident size starts anew
-    before = _kib("VmRSS")
+    forget_peak()
+    before = resident("VmRSS")
     call()
-    return (_kib("VmHWM") - before) << 10
+    return resident("VmHWM") - before
 
 
-def _kib(name) -> int:
-    return int(re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)[1])
+def forget_peak():
+    """The highest resident size starts anew."""
+    CLEAR.write_text("5")
+
+
+def resident(name: str) -> int:
+    """Bytes: "VmRSS" is what is resident now, "VmHWM" the most that was."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)[1]) << 10

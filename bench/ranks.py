@@ -21,7 +21,7 @@ import warnings
 
 import torch
 
-from fastllm.bench import timing
+from fastllm.bench import memory, timing
 from fastllm.llm.distributed import add_parallel_arguments, start
 from fastllm.llm.train import Recipe, Stepper
 from fastllm.model import Config, Transformer
@@ -31,12 +31,6 @@ STEPS = 2  # that are watched for what they send and hold
 SIZES = dict(batch=8, length=256, layers=4, d_model=384, heads=6, kv_heads=6, d_ff=1024, vocab=8192)
 START = "result: "  # of the line that a launched measurement prints
 SAME = 1e-4  # of the loss: sums in another order differ by 1e-7, a row that is lost or counted twice by 1e-2
-
-
-def status(name: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    with open("/proc/self/status") as file:
-        return int(re.search(rf"^{name}:\s+(\d+) kB", file.read(), re.MULTILINE)[1]) * 1024
 
 
 def sent() -> int:
@@ -50,22 +44,16 @@ def why_not() -> str | None:
     if not torch.distributed.is_available():
         return "this PyTorch has no torch.distributed"
     try:
-        sent(), status("VmRSS")
-        forget_peak()
+        sent()
     except OSError as problem:
-        return f"this system does not say what a process sends and holds ({problem})"
-    return None
+        return f"this system does not say what a process sends ({problem})"
+    return memory.why_not()
 
 
 def give_memory_back():
     """Let the C library return every block of 64 KiB and more at once, so that what is resident is what is used."""
     mmap_threshold = -3
     ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 16)
-
-
-def forget_peak():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 class Failed(RuntimeError):
@@ -76,18 +64,18 @@ class Contender:
     """A model with its optimizer, and what a step of it costs on this rank."""
 
     def __init__(self, ranks, config, tokens, accelerated: bool):
-        before = status("VmRSS")
+        before = memory.resident("VmRSS")
         torch.manual_seed(0)
         model = Transformer(config, accelerated=accelerated)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.stepper = Stepper(model, Recipe(), lambda model, x: model(x[:, :-1], targets=x[:, 1:]), ranks=ranks)
         self.mine = ranks.batches([tokens], 0, 1)
         self.loss = self.stepper(self.mine)  # the first step makes the optimizer's state and the buffers
-        forget_peak()
+        memory.forget_peak()
         wrote = sent()
         for _ in range(STEPS):
             self.stepper(self.mine)
-        self.sent, self.held = (sent() - wrote) / STEPS, status("VmHWM") - before
+        self.sent, self.held = (sent() - wrote) / STEPS, memory.resident("VmHWM") - before
 
     def seconds(self) -> float:
         began = time.perf_counter()
@@ -143,8 +131,7 @@ def launched(count: int, arguments: list[str]) -> dict:
 
 
 def threads(count: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // count)
+    return max(1, timing.cores() // count)
 
 
 def point(curve, count, dtype, passes, options, earlier) -> dict:

@@ -80,6 +80,11 @@ def undisturbed():
             gc.enable()
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 class Foreign:
     """The share of the machine's time that other processes took since the last look; 0 where it cannot be known."""
 

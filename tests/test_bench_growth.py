@@ -95,7 +95,7 @@ def test_curves_are_measured_saved_and_continued(two_curves, monkeypatch, tmp_pa
 
 
 def test_threads_are_set_and_given_back(two_curves, monkeypatch):
-    monkeypatch.setattr(growth.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     before, inside = torch.get_num_threads(), []
     interleave = timing.interleave
 
