@@ -13,7 +13,7 @@ PUBLIC = {"attention", "bias_gelu", "geglu", "layer_norm", "log_softmax", "rms_n
 MODELS = OPS | PUBLIC | {"nn", "model", "backend", "tune_allocator"}
 MODELS |= {"cross_entropy", "linear", "linear_cross_entropy", "lora_linear"}
 TOP = MODELS | {"accelerate", "bench", "cli", "compat", "generation", "hf", "info", "kernels", "llm", "text", "verify"}
-TOP |= {"drawing", "__version__", "beam", "decoder", "optim", "patch", "sampling", "session"}
+TOP |= {"drawing", "__version__", "beam", "decoder", "naive", "optim", "patch", "sampling", "session"}
 MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "kernels": {"<relative import>"},  # of one another, so that they work in another project too
     "fastllm/reference.py": set(),
@@ -42,7 +42,8 @@ MAY_IMPORT = {  # file or folder -> the parts of fastllm it may name
     "fastllm/sampling.py": set(),
     "fastllm/beam.py": {"sampling"},
     "fastllm/generation.py": OPS | {"beam", "decoder", "sampling", "session"},
-    "fastllm/model.py": MODELS | {"sampling"},
+    "fastllm/naive.py": {"nn"},
+    "fastllm/model.py": MODELS | {"naive", "sampling"},
     "fastllm/hub.py": OPS,
     "fastllm/__init__.py": {"allocator", "compat", "dispatch", "explain", "generation", "nn", "ops", "patch"},
     "fastllm/__main__.py": {"cli"},
