@@ -56,6 +56,16 @@ def plain(axis, which="x"):
     one.set_minor_formatter(NullFormatter())
 
 
+def round_numbers(low, high) -> list[float]:
+    """The numbers of a logarithmic axis: as round as leaves three of them in view, where any do."""
+    fine = [1 + i / 5 for i in range(10)] + [3 + i / 2 for i in range(14)]
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), fine):
+        inside = [m * 10.0**e for e in range(-6, 10) for m in mantissas if low <= m * 10.0**e <= high]
+        if len(inside) >= 3:
+            break
+    return inside[:: math.ceil(len(inside) / 7)] if inside else []
+
+
 def ratio_axis(axis, low, high):
     """Ratios on a logarithmic axis with 1 in view, and ticks that are easy to read; returns where the axis ends."""
     from matplotlib.ticker import FixedLocator, NullLocator
@@ -63,11 +73,7 @@ def ratio_axis(axis, low, high):
     low, high = min(low, 0.8) / 1.12, max(high, 1.6) * 1.12
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    nice = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
-    inside = [t for t in nice if low <= t <= high]
-    if len(inside) > 7:
-        inside = [t for t in inside if f"{t:g}".strip("0.")[0] in "1"]
-    axis.xaxis.set_major_locator(FixedLocator(inside))
+    axis.xaxis.set_major_locator(FixedLocator(round_numbers(low, high)))
     axis.xaxis.set_minor_locator(NullLocator())
     plain(axis)
     axis.axvline(1.0, color=MUTED, linewidth=1.2)
@@ -358,6 +364,8 @@ def curve(found, what) -> str:
     for name in sorted(names, key=lambda one: one != "ours"):
         colour = {"ours": OURS, "torch": INK}.get(name) or MARKERS[name][1]
         at = [(point["x"], point[what][name]) for point in found["points"] if name in point[what]]
+        if what == "sent_bytes":
+            at = [(x, y) for x, y in at if y]  # one process sends nothing, which has no place on this axis
         xs = [x for x, _ in at]
         middle = [(y["median"] if what == "ms" else max(y, PAGE)) * scale for _, y in at]
         label = {"ours": "fastllm", "torch": "PyTorch"}.get(name, name)
@@ -375,6 +383,8 @@ def curve(found, what) -> str:
     axis.xaxis.set_major_locator(FixedLocator(xs[::-1][::step]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1024:g}k" if v >= 1024 else f"{v:g}"))
+    axis.yaxis.set_major_locator(FixedLocator(round_numbers(*axis.get_ylim())))
+    axis.yaxis.set_minor_locator(NullLocator())
     plain(axis, "y")
     axis.set_xlabel(f"{found['axis']}: {found['says']}")
     axis.set_ylabel(unit)

@@ -27,11 +27,18 @@ def markdown(header, rows) -> list[str]:
     return ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
+LONG = 12  # rows of a table that the README shows when it is asked to
+
+
 def demo_block(demo: dict) -> str:
     """Markdown of the tables of report/demo.json: {"machine": ..., "tables": [{"title", "header", "rows"}, ...]}."""
     out = [f"Printed by `make demo` on: {demo['machine']}."]
     for table in demo["tables"]:
-        out += ["", f"**{table['title']}**", "", *markdown(table["header"], table["rows"])]
+        title, lines = table["title"], markdown(table["header"], table["rows"])
+        if len(table["rows"]) > LONG:
+            out += ["", f"<details><summary><b>{title}</b></summary>", "", *lines, "", "</details>"]
+        else:
+            out += ["", f"**{title}**", "", *lines]
     return "\n".join(out)
 
 
@@ -117,6 +124,21 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
     )
 
 
+def headline(found: dict[Path, dict]) -> str:
+    """One sentence of the newest committed report: fp32 against PyTorch as it is."""
+    from fastllm.bench import page, store
+
+    kept = max((kept["report"] for kept in found.values()), key=lambda report: report["environment"]["date"])
+    rows = [row for row in kept["runs"]["stock"]["rows"] if row["dtype"] == "float32"]
+    ops, _ = page.by_op(rows)
+    means = ", ".join(f"{op['op']} {op['cells'][0][0]}" for op in ops)
+    losses, compared = sum(op["losses"] for op in ops), sum(op["rows"] for op in ops)
+    return (
+        f"PyTorch's time over ours ({store.machine(kept['environment'])}, fp32, geometric means): {means}; "
+        f"slower in {losses or 'none'} of {compared} rows. More under [Numbers](#numbers)."
+    )
+
+
 LOWER_IS_BETTER = ("bits_per_character",)
 SCORES = {"bits_per_character": "bits per character", "bleu": "BLEU", "rougeL": "ROUGE-L"}
 
@@ -145,6 +167,7 @@ def main():
         write_figures(folder, kept)
     text = fill(readme.read_text(), "matrix", info.matrix())
     text = fill(text, "bench", bench_block(found))
+    text = fill(text, "headline", headline(found))
     text = fill(text, "llm", llm_block(json.loads((RESULTS / "llm.json").read_text())))
     if demo.exists():
         text = fill(text, "demo", demo_block(json.loads(demo.read_text())))

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ def sdpa(backend, devices, says):
 
 
 def compiled(case, mode=None):
-    torch._functorch.config.donated_buffer = False  # a backward pass is taken again and again
-    importlib.import_module("torch._functorch.config")  # flex_attention asks for it and imports it nowhere
+    # Imported by name: flex_attention asks for it, and PyTorch imports it only with a first compilation.
+    config = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False  # a backward pass is taken again and again
     torch.compiler.reset()  # cases share their code, and PyTorch gives up on code that it compiled eight times
     return torch.compile(case.compiled or case.torch, mode=mode, fullgraph=True, dynamic=False)
 
@@ -234,8 +236,11 @@ def chosen(words, device) -> list[Rival]:
 
 
 def reason(problem: Exception) -> str:
-    """One line of an exception, for a missing column."""
-    return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:200]}"
+    """One line of an exception, for a missing column; of the one that torch.compile met on its way, where it says."""
+    said = str(problem).strip()
+    met = re.search(r"raised exception (\w+)\(['\"](.*)['\"]\)", said)
+    kind, line = (met[1], met[2]) if met else (type(problem).__name__, said.partition("\n")[0])
+    return f"{kind}: {line[:200]}"
 
 
 def found(rivals, case, dtype, device) -> tuple[dict, dict]:

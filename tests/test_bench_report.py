@@ -273,6 +273,7 @@ def test_readme_takes_figures_and_tables_from_committed_reports(tmp_path):
     block = readme.bench_block(found, tmp_path)
     assert "| layer_norm | 1.08x (0.50 to 2.50) | - | 1 of 3 | 50% |" in block
     assert 'srcset="bench/results/mine/figures/speed-stock-dark.svg"' in block
+    assert "layer_norm 1.08x" in readme.headline(found) and "slower in 1 of 3 rows" in readme.headline(found)
     assert readme.bench_block({}) == "No report is committed yet; `make bench` measures yours."
 
 
@@ -282,6 +283,7 @@ def test_the_readme_says_what_the_committed_reports_say():
     written = (readme.ROOT / "README.md").read_text()
     found = readme.reports()
     assert readme.fill(written, "bench", readme.bench_block(found)) == written
+    assert readme.fill(written, "headline", readme.headline(found)) == written
     trained = json.loads((readme.RESULTS / "llm.json").read_text())
     assert readme.fill(written, "llm", readme.llm_block(trained)) == written
     for folder, kept in found.items():

@@ -19,9 +19,13 @@ def weight_only(M, N, K, bits):
         return w.bfloat16() if bits == 16 else fastllm.quantize_weight(w, bits)
 
     @functools.cache
-    def plain(device, dtype):
+    def unpacked(device, dtype):
         w = weight(device)
         return w.to(dtype) if bits == 16 else w.dequantize().to(dtype)
+
+    @torch.compiler.assume_constant_result  # torch.compile looks into a cached function and would draw the weight again
+    def plain(device, dtype):
+        return unpacked(device, dtype)
 
     def rival(x):
         return F.linear(x, plain(x.device, x.dtype))
