@@ -352,10 +352,7 @@ inline float from_cluster(const float* place, int rank) {
   return *(const float*)(m.blocks[rank].shared + ((const char*)place - m.current->block->shared));
 }
 
-template <class Kernel>
-bool has_clusters(Kernel) {
-  return emulator::machine().arch >= 90;
-}
+inline bool has_clusters() { return emulator::machine().arch >= 90; }
 inline int multiprocessors() { return 2; }
 inline int most_shared_bytes() { return emulator::most_shared_bytes(); }
 

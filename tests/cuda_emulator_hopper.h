@@ -113,7 +113,7 @@ namespace {
 inline uint32_t shared_address(uint32_t at) { return at; }
 
 constexpr bool kHopper = true;
-constexpr int kEmptyThreads = 32;
+constexpr int kAbsentThreads = 32;
 
 inline int warp_group() { return emulator::machine().current->thread / 128; }
 template <int>

@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("cuda_compile_table.json")
 ARCHS = ("80", "90a", "100a")
+ABSENT_THREADS = 32  # kAbsentThreads of device.cuh
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 spec = importlib.util.spec_from_file_location("fastllm_setup", ROOT / "setup.py")
@@ -91,17 +92,19 @@ def compile_one(path: Path, arch: str, cuda: Path) -> dict:
         )
         assert done.returncode == 0, f"{path.name}, sm_{arch}: {done.stderr[-3000:]}"
         assert "warning" not in done.stderr, f"{path.name}, sm_{arch}: {done.stderr[-3000:]}"
-        sass = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
-    code = {}
-    for section in re.split(r"^\s*\.section\s+\.text\.", sass, flags=re.MULTILINE)[1:]:
-        code[section.partition(",")[0]] = section
+        listing = subprocess.run([disassembler(), cubin], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"^\s*\.section\s+\.", listing, flags=re.MULTILINE)[1:]
+    sections = {section.partition(",")[0]: section for section in sections}
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
     rows = {}
     for name, stores, loads, registers in re.findall(pattern, done.stderr, re.DOTALL):
-        counts = {what: len(re.findall(rf"\b{text}", code[name])) for what, text in INSTRUCTIONS.items()}
+        code, about = sections[f"text.{name}"], sections[f"nv.info.{name}"]
+        counts = {what: len(re.findall(rf"\b{text}", code)) for what, text in INSTRUCTIONS.items()}
         counts = {what: n for what, n in counts.items() if n}
+        if threads := re.search(r"EIATTR_MAX_THREADS.*?\.word\s+(\w+)", about, re.DOTALL):
+            counts["most_threads"] = int(threads[1], 16)  # the driver's maxThreadsPerBlock
         rows[demangled(name)] = {"registers": int(registers), "spilled_bytes": int(stores) + int(loads), **counts}
     return rows
 
@@ -128,6 +131,10 @@ def broken_rules(kernel: str, row: dict, arch: str):
     for what in needed:
         if not row.get(what):
             yield f"has no {what}"
+    # What is_present of device.cuh asks the driver: whether the code that it loaded can do what the kernel is for.
+    for name, archs in (("attention_fwd_hopper", ("90a",)), ("has_clusters", ("90a", "100a"))):
+        if kernel.startswith(name) and (row["most_threads"] > ABSENT_THREADS) != (arch in archs):
+            yield f"launch bounds of {row['most_threads']} threads"
 
 
 def check(update: bool) -> tuple[str, str]:
@@ -175,7 +182,7 @@ def test_every_kernel_compiles():
 
 def test_rules_can_be_broken():
     good = {"registers": 40, "spilled_bytes": 0, "load_16_bytes": 2, "mma": 8, "ldmatrix": 8, "copy_async": 8}
-    good |= {"wgmma": 8, "tile_copy": 4, "registers_moved": 2, "cluster_barrier": 2}
+    good |= {"wgmma": 8, "tile_copy": 4, "registers_moved": 2, "cluster_barrier": 2, "most_threads": 384}
 
     def is_broken(kernel, arch, **changes):
         return bool(list(broken_rules(kernel, good | changes, arch)))
@@ -189,7 +196,13 @@ def test_rules_can_be_broken():
         assert not is_broken(kernel, arch) and is_broken(kernel, arch, spilled_bytes=8)
         for field in fields:
             assert is_broken(kernel, arch, **{field: 0}), field
-    assert not is_broken("attention_fwd_hopper_kernel<bf16, 64, 128>", "80", wgmma=0)
+    empty = dict(wgmma=0, most_threads=ABSENT_THREADS)
+    assert not is_broken("attention_fwd_hopper_kernel<bf16, 64, 128>", "80", **empty)
+    assert is_broken("attention_fwd_hopper_kernel<bf16, 64, 128>", "80", wgmma=0)
+    for arch in ("90a", "100a"):
+        assert is_broken("has_clusters_kernel<void>", arch, **empty)
+        assert not is_broken("has_clusters_kernel<void>", arch)
+    assert not is_broken("has_clusters_kernel<void>", "80", **empty)
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ DEVICE void attend(const Attention& a, Head at, int group, int i, const Walk& wa
 }
 
 template <class T, int kD, int kKeys>
-__global__ void __launch_bounds__(kHopper ? Layout<kD, kKeys>::kThreads : kEmptyThreads, 1)
+__global__ void __launch_bounds__(kHopper ? Layout<kD, kKeys>::kThreads : kAbsentThreads, 1)
     attention_fwd_hopper_kernel(const __grid_constant__ HopperAttention launch) {
   if constexpr (kHopper) {
     using L = Layout<kD, kKeys>;

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) cross_entropy_bwd_kernel(Cros
 // `walking` else. A row that no cluster can keep has all blocks of the largest walking over it.
 Error launch_rows(const CrossEntropy& a, int V, void (*on_chip)(CrossEntropyLaunch),
                   void (*walking)(CrossEntropyLaunch), Stream stream) {
-  const bool clusters = on_chip && has_clusters(on_chip);
+  const bool clusters = on_chip && has_clusters();
   const Share s = share(a.V, V, kMostThreads, clusters);
   const int blocks = !clusters ? 1 : s.blocks ? s.blocks : kMostBlocks;
   const int64_t groups = (a.N + s.rows - 1) / s.rows;

@@ -142,13 +142,27 @@ DEVICE void sync_cluster() {}
 DEVICE float from_cluster(const float* place, int) { return *place; }
 #endif
 
+// What was compiled counts, not the chip: code for sm_80 that runs on a newer one would not synchronise. The code that
+// the driver loaded tells by its launch bounds, which mean the same for every architecture and however it is called.
+constexpr int kAbsentThreads = 32;  // launch bounds of a kernel that lacks what it is for
+
 template <class Kernel>
-bool has_clusters(Kernel kernel) {
-  // What was compiled counts, not the chip: code for sm_80 that runs on a newer one would not synchronise.
-  static const bool found = [kernel] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  }();
+bool is_present(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.maxThreadsPerBlock > kAbsentThreads;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kClusterThreads = 1024;
+#else
+constexpr int kClusterThreads = kAbsentThreads;
+#endif
+template <class = void>  // templates are compiled in the files that ask
+__global__ void __launch_bounds__(kClusterThreads) has_clusters_kernel() {}
+
+template <class = void>
+bool has_clusters() {
+  static const bool found = is_present(has_clusters_kernel<>);
   return found;
 }
 

@@ -18,7 +18,6 @@ constexpr bool kHopper = false;
 #else
 constexpr bool kHopper = true;
 #endif
-constexpr int kEmptyThreads = 32;  // launch bounds of an empty kernel
 
 // Four warps, which multiply together; alike for all threads of a warp, and the compiler knows it.
 DEVICE int warp_group() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0); }
@@ -153,11 +152,7 @@ FASTLLM_MULTIPLY(128, "{%64, %65, %66, %67}", "%68", "%69")
 // Whether the code of this kernel that the current device runs is Hopper's and not empty.
 template <class Kernel>
 bool runs_on_hopper(Kernel kernel) {
-  static const bool found = [kernel] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion == 90 &&
-           attributes.maxThreadsPerBlock > kEmptyThreads;
-  }();
+  static const bool found = is_present(kernel);
   return found;
 }
 

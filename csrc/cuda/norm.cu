@@ -227,7 +227,7 @@ __global__ void sum_stripes_kernel(StripesLaunch a) {
 
 Error launch_rows(const Norm& a, int V, int most, int64_t stripes, void (*on_chip)(NormLaunch),
                   void (*walking)(NormLaunch), Stream stream) {
-  const Share s = share(a.D, V, most, has_clusters(on_chip));
+  const Share s = share(a.D, V, most, has_clusters());
   const int blocks = s.blocks ? s.blocks : 1;
   const int64_t groups = stripes ? stripes : (a.N + s.rows - 1) / s.rows;
   return launch(s.blocks ? on_chip : walking, Grid{groups * blocks, s.threads * s.rows, kScratchBytes, blocks},

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) softmax_bwd_kernel(SoftmaxLau
 
 Error launch_rows(const Softmax& a, int V, void (*on_chip)(SoftmaxLaunch), void (*walking)(SoftmaxLaunch),
                   Stream stream) {
-  const Share s = share(a.S, V, kMostThreads, has_clusters(on_chip));
+  const Share s = share(a.S, V, kMostThreads, has_clusters());
   const int blocks = s.blocks ? s.blocks : 1;
   const int64_t groups = (a.N + s.rows - 1) / s.rows;
   return launch(s.blocks ? on_chip : walking, Grid{groups * blocks, s.threads * s.rows, kScratchBytes, blocks},
