@@ -186,7 +186,8 @@ def test_scores(backend, name, rule, dtype):
 @pytest.mark.parametrize("pair", list(itertools.combinations(["softcap", "bias", "alibi", "sink"], 2)), ids="+".join)
 @pytest.mark.parametrize("rule", RULES)
 def test_pairs_of_scores(backend, pair, rule):
-    shape = dict(SMALL, B=2) | (MANY if PER_HEAD & {*pair} else FEW)
+    is_fast = dispatch._forced == "cpu"  # and the more numbers, the less is the largest error of a gradient a lottery
+    shape = dict(SMALL, B=2) | (MANY if PER_HEAD & {*pair} or is_fast else FEW)
     check_scores(backend, torch.float32, SCORES[pair[0]] | SCORES[pair[1]] | RULES[rule], shape)
 
 
