@@ -71,6 +71,31 @@ class TestClassification:
                 truth = found.model.double()(ids).logits
             assert_as_accurate(got, peer, truth)
 
+    @pytest.mark.parametrize("names", [None, ["low", "middle", "high"]], ids=["no names", "names of the base"])
+    def test_an_adapter_of_pefts_own(self, bert, tmp_path, names):
+        """Without our file beside it: the head says how many classes there are, the base what they are called."""
+        peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+        if names:
+            config = json.loads((bert / "config.json").read_text())
+            (bert / "config.json").write_text(json.dumps(config | dict(id2label=dict(enumerate(names)))))
+        plain = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+        options = dict(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False)
+        theirs = peft.get_peft_model(plain, peft.LoraConfig(**options)).eval()
+        theirs.peft_config["default"].base_model_name_or_path = str(bert)
+        theirs.save_pretrained(tmp_path / "adapter")
+        found = load_model(tmp_path / "adapter")
+        assert finetune.task_for(found).classes == (names or ["LABEL_0", "LABEL_1", "LABEL_2"])
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            got, peer = found.model(ids).logits, theirs(ids).logits
+            truth = theirs.double()(ids).logits
+        assert_as_accurate(got, peer, truth)
+        with pytest.raises(ValueError, match="is an adapter for classification, one for language-model is needed"):
+            load_model(tmp_path / "adapter", task="language-model")
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"no tensors")
+        with pytest.raises(ValueError, match="holds no adapter that can be read"):
+            load_model(tmp_path / "adapter")
+
     def test_a_run_in_two_pieces_is_the_run_in_one(self, reviews, encoder, tmp_path, monkeypatch):
         options = FAST | dict(lora=4, lora_dropout=0.1, epochs=2)
         whole = finetune.run("classification", encoder, reviews, tmp_path / "whole", **options)

@@ -208,10 +208,14 @@ def _load_adapted(folder, task, accelerate, options) -> Loaded:
     if not base or not Path(base).is_dir():
         cure = "start where that is, or take the whole model, which a run folder has in `best`"
         raise ValueError(f"load_model: {folder} is a LoRA adapter for {base}, which is no folder here: {cure}")
-    meta = read_json(folder / lora.MORE) if (folder / lora.MORE).exists() else {}
+    base_config = read_json(resolve(base) / "config.json")
+    try:
+        meta = lora.described(folder, base_config.get("id2label") or {})
+    except (OSError, ValueError, require("safetensors").SafetensorError) as error:
+        raise ValueError(f"load_model: {folder} holds no adapter that can be read: {error}") from None
     if task not in (None, meta.get("task", task)):
         raise ValueError(f"load_model: {folder} is an adapter for {meta['task']}, one for {task} is needed")
-    ours = read_json(resolve(base) / "config.json").get("format") == "fastllm"
+    ours = base_config.get("format") == "fastllm"
     if "task" in meta:  # with a head like the one that is in the adapter
         learned = {name: meta[name] for name in ("classes",) if name in meta}
         loaded = finetune.prepare(base, meta["task"], learned, accelerate=accelerate, **options)

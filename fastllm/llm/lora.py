@@ -20,6 +20,7 @@ from fastllm.nn import LoRALinear
 
 MORE = "fastllm.json"  # in an adapter's folder: task, classes, ...
 PREFIX = "base_model.model."  # of every name in an adapter's file
+HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")  # of classifiers of transformers
 # What an adapter of peft may say besides: of each name the values that mean nothing to an update like ours.
 PLAIN = dict(
     bias=("none",),
@@ -170,6 +171,25 @@ def _shortest(layers, every) -> list[str]:
     """Names as peft takes them: a last part stands for all layers that end in it, where all of those are adapted."""
     taken = {name.rpartition(".")[2] for name in every if name not in layers}
     return sorted({name if (last := name.rpartition(".")[2]) in taken else last for name in layers})
+
+
+def described(folder, labels: dict) -> dict:
+    """What is known of an adapter beside its numbers: of ours what was kept, of peft's the task, and the names of
+    classes for the head that it has: `labels`, number -> name, those of the base, where there are as many, else LABEL_0
+    and so on, as transformers calls them."""
+    if (Path(folder) / MORE).exists():
+        return json.loads((Path(folder) / MORE).read_text("utf-8"))
+    config = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
+    tasks = {theirs: task for task, theirs in TASK_TYPES.items()}
+    meta = {"task": tasks[config["task_type"]]} if config.get("task_type") in tasks else {}
+    if meta.get("task") == "classification":
+        with require("safetensors").safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            heads = [name for name in file.keys() if name.endswith(HEADS)]
+            count = file.get_slice(heads[0]).get_shape()[0] if heads else 0
+        if heads:
+            names = [labels.get(str(n)) for n in range(len(labels))]
+            meta["classes"] = names if len(names) == count else [f"LABEL_{n}" for n in range(count)]
+    return meta
 
 
 def load_adapter(folder, model) -> dict:
