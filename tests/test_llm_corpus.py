@@ -191,7 +191,8 @@ def test_pairs_by_command(tmp_path, capsys):
     assert cli(["data", str(path), "--out", str(out), "--vocab", "270"]) == 0
     said = capsys.readouterr().out
     assert f"next: fastllm pretrain {out} --tokenizer bpe --vocab 270 --config translate-cpu" in said
-    assert "1 rows rejected" in said and f"{path}:102 (no target)" in said
+    assert "1 row rejected" in said and f"{path}:102 (no target)" in said
+    assert "\n100 read; left out: no target (1)\n" in said
     rows = rows_in(out, ["source", "target"])
     tokenizer = Tokenizer.load(out / "bpe-270")
     sequences = shards.Sequences(out / "bpe-270", "train")

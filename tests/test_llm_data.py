@@ -229,3 +229,9 @@ def test_epochs_are_looked_up_by_number():
     assert whole.per_epoch == 10 and [whole[n] for n in range(10)] == [part for part in passes[0] if len(part) == 10]
     with pytest.raises(ValueError, match="101 sequences make no batch of 200"):
         batches.Epochs(lengths, 200, 3, list, whole=True)
+
+
+def test_what_was_left_out_is_said():
+    counts = dict(rows=18821, malformed=0, duplicates=34, short=2)
+    assert data.read_and_left_out(counts) == "18821 rows read; left out: duplicates (34), short (2)"
+    assert data.read_and_left_out({}) == "left out: nothing"

@@ -30,6 +30,8 @@ PAIRS = {
 }
 OFFLINE = {"classification": "stdlib-docstrings", "text": "pydoc"}
 COLUMNS, EXTENSIONS = corpus.COLUMNS, corpus.EXTENSIONS
+# Of a description's left_out, what was not left out but read.
+READ = dict(read="read", rows="rows read", descriptions="descriptions read")
 
 
 def named() -> dict:
@@ -144,6 +146,14 @@ def read_tsv(path):
     return rows, malformed
 
 
+def read_and_left_out(counts: dict) -> str:
+    """Counts of a description, as a line to read."""
+    counts = {what: count for what, count in counts.items() if count}
+    read = [f"{counts.pop(what)} {words}" for what, words in READ.items() if what in counts]
+    left_out = [f"{what} ({count})" for what, count in counts.items()]
+    return "; ".join([*read, f"left out: {', '.join(left_out) or 'nothing'}"])
+
+
 def add_arguments(subparsers):
     parser = subparsers.add_parser("data", help="build train, valid and test files of real text or of your own files")
     parser.add_argument("names", nargs="*", metavar="NAME|FILE", help=f"one of {', '.join(named())}; or files")
@@ -198,10 +208,10 @@ def main(args) -> int:
         then = f"fastllm pretrain {meta['folder']} --tokenizer {args.tokenizer}"
         then += "" if args.tokenizer == "bytes" else f" --vocab {args.vocab}"
         then += (f" --spacy {args.spacy}" if args.spacy else "") + " --config translate-cpu" * (meta["kind"] == "pairs")
-    print("left out or seen: " + ", ".join(f"{count} {what}" for what, count in meta["left_out"].items()))
+    print(read_and_left_out(meta["left_out"]))
     if rejected := meta.get("rejected", {}).get("count"):
         first = ", ".join(meta["rejected"]["first"])
-        print(f"{rejected} rows rejected, all of them in {meta['folder']}/rejected.tsv: {first}")
+        print(f"{rejected} row{'s' * (rejected > 1)} rejected, all of them in {meta['folder']}/rejected.tsv: {first}")
         if corpus.UNDECODED in meta["left_out"]:
             print(corpus.ENCODED)
     print(f"next: {then}")
