@@ -233,5 +233,12 @@ def test_bad_input(tmp_path, capsys):
     assert not (tmp_path / "m-pruned").exists()
     with pytest.raises(ValueError, match="the config of GPT2LMHeadModel cannot say that there are fewer heads"):
         prune.prune_model(model_of("GPT2"), heads=0.5)
-    with pytest.raises(ValueError, match="Linear is none of Transformer"):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=TOKENS.size, d_model=8, d_ff=8, d_kv=8, num_layers=1, num_heads=1)
+    save_model(tmp_path / "t5", transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), TOKENS)
+    assert cli.main(["prune", str(tmp_path / "t5"), "--layers", "0.5", "--text", str(tmp_path / "none.tsv")]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "prune: T5ForConditionalGeneration is not supported; our own models are, and Llama" in told
+    assert not (tmp_path / "t5-pruned").exists()
+    with pytest.raises(ValueError, match="prune: Linear is not supported; our own models are, and Llama"):
         prune.prune_model(torch.nn.Linear(3, 3), layers=0.5)

@@ -57,7 +57,7 @@ def family_of(model) -> Family:
     if name in FAMILIES:
         return FAMILIES[name]
     if name != "Transformer":
-        raise ValueError(f"prune: {name} is none of Transformer, {', '.join(FAMILIES)}")
+        raise ValueError(f"prune: {name} is not supported; our own models are, and {', '.join(FAMILIES)}")
     rows = ("feed_forward.gate", "feed_forward.up") if model.config.activation == "swiglu" else ("feed_forward.up",)
     parts = ("query", "key", "value", "out")
     attentions = tuple(tuple(f"{kind}.{part}" for part in parts) for kind in ("attention", "cross_attention"))

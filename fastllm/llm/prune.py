@@ -262,6 +262,7 @@ def run(
     loaded = load_model(model, accelerate=False)
     if packing(loaded.model)["layers"]:
         raise ValueError(f"prune: {model} is packed; prune first, then quantize")
+    family_of(loaded.model)  # before anything is read or measured
     if finetune is not None:
         task = trainable(loaded, finetune)
     score = scorer(loaded, text, "prune")
