@@ -188,6 +188,9 @@ def test_read_tsv_counts_malformed_rows(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             data.read_tsv(path)
+    path.write_bytes(b"\xef\xbb\xbftext\tlabel\na\tb\ncaf\xe9\tb\n")
+    with pytest.raises(ValueError, match="x.tsv line 3 is not UTF-8 text"):
+        data.read_tsv(path)
 
 
 def test_buckets_hold_everything_once_and_little_padding():

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from fastllm.llm import corpus, debian, shards, sources
+from fastllm.llm import corpus, debian, rows, shards, sources
 from fastllm.llm.files import atomic, atomic_folder, check_free
 from fastllm.llm.sources import SPLITS, Unavailable
 
@@ -126,24 +126,23 @@ def read_tsv(path):
     """(rows, malformed): (text, label) pairs of a TSV file with a header that names these columns.
 
     A row without the right number of columns, a text or a label is left out and counted. Raises ValueError for a file
-    that is not such a table or has no row.
+    that is not such a table, is not UTF-8 or has no row.
     """
     csv.field_size_limit(1 << 24)
-    rows, malformed = [], 0
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.reader((line.replace("\0", "") for line in file), delimiter="\t")
-        header = [name.strip().lower() for name in next(reader, [])]
-        if "text" not in header or "label" not in header:
-            raise ValueError(f"{path}: the first line must name the columns text and label, got {header}")
-        text_at, label_at = header.index("text"), header.index("label")
-        for row in reader:
-            if len(row) == len(header) and row[text_at].strip() and row[label_at].strip():
-                rows.append((row[text_at].strip(), row[label_at].strip()))
-            elif row:
-                malformed += 1
-    if not rows:
+    found, malformed = [], 0
+    reader = csv.reader((line.replace("\0", "") + "\n" for _, line in rows.lines(path)), delimiter="\t")
+    header = [name.strip().lower() for name in next(reader, [])]
+    if "text" not in header or "label" not in header:
+        raise ValueError(f"{path}: the first line must name the columns text and label, got {header}")
+    text_at, label_at = header.index("text"), header.index("label")
+    for row in reader:
+        if len(row) == len(header) and row[text_at].strip() and row[label_at].strip():
+            found.append((row[text_at].strip(), row[label_at].strip()))
+        elif row:
+            malformed += 1
+    if not found:
         raise ValueError(f"{path}: no row has a text and a label ({malformed} malformed)")
-    return rows, malformed
+    return found, malformed
 
 
 def read_and_left_out(counts: dict) -> str:
@@ -202,8 +201,8 @@ def main(args) -> int:
     else:
         folder = shards.tokenized(meta["folder"], args.tokenizer, args.vocab, args.spacy)
         tokens = shards.read_meta(folder)["tokens"]
-        rows = [(split, count, tokens[split]) for split, count in meta["splits"].items()]
-        show(("split", unit, "tokens"), rows, title=title)
+        table = [(split, count, tokens[split]) for split, count in meta["splits"].items()]
+        show(("split", unit, "tokens"), table, title=title)
         print(f"tokens: {folder}")
         then = f"fastllm pretrain {meta['folder']} --tokenizer {args.tokenizer}"
         then += "" if args.tokenizer == "bytes" else f" --vocab {args.vocab}"
