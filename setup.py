@@ -2,7 +2,7 @@
 
 Where torch has CUDA and nvcc is there, also fastllm/_cuda.so, the CUDA C++ kernels: a library apart, so that a torch
 without CUDA never loads it. FASTLLM_CUDA_ARCHS="80 90a 100a" chooses its architectures, and wants it beside any torch.
-And fastllm/_autograd.so, the nodes of small calls, which only the torch that is there now can load.
+And fastllm._autograd, small calls and their nodes, which only the torch and the Python that are there now can load.
 What cannot be built is left out and the reason is kept in fastllm/_build_info.json, which `fastllm info` prints:
 a machine without torch (pip's build isolation) or without a compiler still gets the pure Python package.
 """
@@ -194,7 +194,10 @@ def write_cuda_ninja(folder: Path) -> dict:
 def write_autograd_ninja(folder: Path) -> dict:
     torch = torch_folder()
     flags = "-std=c++20 -O2 -DNDEBUG -fPIC -fvisibility=hidden -Wall"
-    includes = f"-isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
+    includes = f"-I{ROOT / 'csrc'}"
+    for path in (torch / "include", torch / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]):
+        includes += f" -isystem {path}"
+    libraries = "-ltorch_python -ltorch_cpu -ltorch -lc10"
     link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
     lines = [
         "rule cc",
@@ -202,9 +205,9 @@ def write_autograd_ninja(folder: Path) -> dict:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler()} {link} $in -o $out -L{torch / 'lib'} -ltorch_cpu -ltorch -lc10",
-        f"build autograd.o: cc {ROOT / 'csrc/autograd.cpp'}",
-        "build _autograd.so: link autograd.o",
+        f"  command = {compiler()} {link} $in -o $out -L{torch / 'lib'} {libraries}",
+        *(f"build {name}.o: cc {ROOT / 'csrc' / name}.cpp" for name in ("autograd", "direct")),
+        "build _autograd.so: link autograd.o direct.o",
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +273,7 @@ class BuildExtension(build_ext):
             return {"built": False, "reason": str(problem)}
 
     def build_autograd(self, target: Path) -> dict:
-        folder = ROOT / "build" / "ninja-autograd"
+        folder = ROOT / "build" / f"ninja-autograd-{sys.implementation.cache_tag}"
         try:
             info = write_autograd_ninja(folder)
             run_ninja(folder, "the autograd nodes")

@@ -1,22 +1,30 @@
 // The plain calls of ops (<op>_plain: no options) as differentiable functions, with nodes of PyTorch's own autograd
 // engine in the place of a torch.autograd.Function in Python, which takes longer than a small kernel does.
 //
-// Nodes are no part of the libtorch stable ABI. So this is a library apart (fastllm/_autograd.so), loaded beside the
-// very torch it was compiled for; without it the Functions in fastllm/ops/ do the same.
+// Nodes are no part of the libtorch stable ABI. So this is a module apart (fastllm._autograd), imported beside the very
+// torch it was compiled for; without it the Functions in fastllm/ops/ do the same.
 //
 // An op needs <op>_plain, <op>_fwd, <op>_bwd and <op>_again, and what is what follows from the names in their schemas:
 // an argument of <op>_bwd is the plain call's argument or the result of <op>_fwd of that name; of the first result `y`
-// the gradient is `dy`, of an argument `x` the result `dx`. `has_x` asks whether x was given. All else is an option
-// that a plain call does not have: None, 0 or false. <op>_again, in Python, has the gradients that can be
-// differentiated.
+// the gradient is `dy`, of an argument `x` the result `dx`. `has_x` asks whether x was given, `needs_dx` whether dx is
+// wanted. All else is an option that a plain call does not have: None, 0 or false. <op>_again, in Python, has the
+// gradients that can be differentiated.
+#include "autograd.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <chrono>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -24,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+namespace fastllm {
 namespace {
 
 using at::Tensor;
@@ -59,7 +68,7 @@ Pointer another_holder(T* node) {
 
 // Where an argument of another op of the family comes from.
 struct Source {
-  enum Kind { kArgument, kResult, kGradient, kGiven, kConstant } kind;
+  enum Kind { kArgument, kResult, kGradient, kGiven, kWanted, kConstant } kind;
   size_t index = 0;
   IValue constant = {};
 };
@@ -71,6 +80,8 @@ int64_t find(const List& list, const std::string& name) {
     if (list[i].name() == name) return int64_t(i);
   return -1;
 }
+
+}  // namespace
 
 struct Family {
   std::string name;
@@ -111,10 +122,11 @@ struct Family {
     Sources all;
     for (const auto& a : op.schema().arguments()) {
       const std::string& n = a.name();
-      const bool has = n.rfind("has_", 0) == 0;
-      int64_t i = find(given, has ? n.substr(4) : n == "h" ? "x" : n);  // h: the norms' x after dropout and residual
+      const bool has = n.rfind("has_", 0) == 0, needs = n.rfind("needs_d", 0) == 0;
+      // h: the norms' x after dropout and residual
+      int64_t i = find(given, has ? n.substr(4) : needs ? n.substr(7) : n == "h" ? "x" : n);
       if (i >= 0) {
-        all.push_back({has ? Source::kGiven : Source::kArgument, size_t(i)});
+        all.push_back({has ? Source::kGiven : needs ? Source::kWanted : Source::kArgument, size_t(i)});
       } else if ((i = find(results, n)) >= 0) {
         all.push_back({Source::kResult, size_t(i)});
       } else if (n == "d" + results[0].name()) {
@@ -139,7 +151,10 @@ struct Family {
   }
 };
 
-Stack arranged(const Sources& sources, const Stack& arguments, const Stack& results, const Tensor& gradient) {
+namespace {
+
+Stack arranged(const Sources& sources, const Stack& arguments, const Stack& results, const Tensor& gradient,
+               const std::vector<bool>& wanted) {
   Stack stack;
   stack.reserve(sources.size());
   for (const Source& s : sources) switch (s.kind) {
@@ -155,6 +170,9 @@ Stack arranged(const Sources& sources, const Stack& arguments, const Stack& resu
       case Source::kGiven:
         stack.emplace_back(!arguments[s.index].isNone());
         break;
+      case Source::kWanted:
+        stack.emplace_back(bool(wanted[s.index]));
+        break;
       case Source::kConstant:
         stack.push_back(s.constant);
     }
@@ -168,12 +186,44 @@ variable_list gradients(const Stack& found, const std::vector<int64_t>& places, 
   return all;
 }
 
+std::atomic<PyObject*> watcher{nullptr};
+
+// The run of a node, told to `watch`'s function where there is one.
+class Watched {
+ public:
+  Watched(const Family& family, const Tensor& dy) : family_(family), dy_(dy) {
+    if (watcher) start_ = Clock::now();
+  }
+  void over() const {
+    if (!watcher) return;
+    const std::chrono::duration<double> took = Clock::now() - start_;
+    const pybind11::gil_scoped_acquire gil;
+    PyObject* const function = watcher;
+    if (!function) return;
+    PyObject* const found =
+        PyObject_CallFunction(function, "sNd", family_.name.c_str(), THPVariable_Wrap(dy_), took.count());
+    if (!found) {
+      python_error error;
+      error.persist();
+      throw error;
+    }
+    Py_DECREF(found);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  const Family& family_;
+  const Tensor& dy_;
+  Clock::time_point start_;
+};
+
 class Backward : public Node {
  public:
   Backward(const Family& family, edge_list edges) : Node(std::move(edges)), family_(family) {}
 
   // Once the result's history is this node: what is a result of its own must not hold it.
   void save(Stack arguments, const Stack& results) {
+    saved_.reserve(family_.kept.size());
     for (const Source& k : family_.kept) {
       const bool result = k.kind == Source::kResult;
       const IValue& x = result ? results[k.index] : arguments[k.index];
@@ -189,14 +239,19 @@ class Backward : public Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!dy[0].defined()) return variable_list(num_outputs());
     const bool again = c10::GradMode::is_enabled();
-    Stack stack = unpacked(again ? family_.for_again : family_.for_bwd, family_.upstream(dy[0]));
+    const std::vector<bool> wants = wanted();
+    Stack stack = unpacked(again ? family_.for_again : family_.for_bwd, family_.upstream(dy[0]), wants);
     if (again) {
       family_.again.callBoxed(stack);
-      return gradients(stack, family_.again_result, wanted());
+      return gradients(stack, family_.again_result, wants);
     }
-    const at::AutoDispatchBelowAutograd below;
-    family_.bwd.callBoxed(stack);
-    return gradients(stack, family_.bwd_result, wanted());
+    const Watched watched(family_, dy[0]);
+    {
+      const at::AutoDispatchBelowAutograd below;
+      family_.bwd.callBoxed(stack);
+    }
+    watched.over();
+    return gradients(stack, family_.bwd_result, wants);
   }
 
   void release_variables() override {
@@ -214,7 +269,7 @@ class Backward : public Node {
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& saved) override {
     saved.before(arguments_);
     saved.before(saved_);
-    const Stack stack = unpacked(family_.for_bwd, dy[0]);
+    const Stack stack = unpacked(family_.for_bwd, dy[0], wanted());
     std::vector<at::TypePtr> types;
     for (const IValue& x : stack) types.push_back(x.isTensor() ? at::TensorType::get() : x.type());
     const auto run = [&family = family_, wanted = wanted()](const variable_list& dy, const std::vector<IValue>& args) {
@@ -241,18 +296,19 @@ class Backward : public Node {
 
   std::vector<bool> wanted() const {
     std::vector<bool> all;
+    all.reserve(num_outputs());
     for (size_t i = 0; i < num_outputs(); ++i) all.push_back(task_should_compute_output(i));
     return all;
   }
 
-  Stack unpacked(const Sources& sources, const Tensor& dy) {
+  Stack unpacked(const Sources& sources, const Tensor& dy, const std::vector<bool>& wanted) {
     Stack arguments = arguments_, results(family_.fwd.schema().returns().size());
     for (size_t i = 0; i < saved_.size(); ++i) {
       const Source& k = family_.kept[i];
       Tensor x = saved_[i].unpack(is_output(i) ? another_holder<NodePtr>(this) : nullptr);
       if (x.defined()) (k.kind == Source::kResult ? results : arguments)[k.index] = std::move(x);
     }
-    return arranged(sources, arguments, results, dy);
+    return arranged(sources, arguments, results, dy, wanted);
   }
 
   const Family& family_;
@@ -266,46 +322,68 @@ class Plain : public c10::OperatorKernel {
   explicit Plain(std::string op) : op_(std::move(op)) {}
 
   void operator()(const OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
-    std::call_once(once_, [this] { family_ = std::make_unique<Family>(op_); });
-    const Family& family = *family_;
-    const size_t n = family.plain.schema().arguments().size(), first = stack->size() - n;
-    bool differentiable = false;
-    if (c10::GradMode::is_enabled())
-      for (size_t i = first; i < first + family.tensors; ++i)
-        differentiable |= (*stack)[i].isTensor() && (*stack)[i].toTensor().requires_grad();
-    if (!differentiable) {
-      const at::AutoDispatchBelowAutograd below;
-      family.plain.callBoxed(stack);
-      return;
-    }
-    Stack arguments(std::make_move_iterator(stack->begin() + first), std::make_move_iterator(stack->end()));
-    stack->resize(first);
-    edge_list edges;
-    for (size_t i = 0; i < family.tensors; ++i)
-      edges.push_back(arguments[i].isTensor() ? torch::autograd::impl::gradient_edge(arguments[i].toTensor())
-                                              : torch::autograd::Edge());
-    Stack results = arranged(family.for_fwd, arguments, {}, {});
-    {
-      const at::AutoDispatchBelowAutograd below;
-      family.fwd.callBoxed(results);
-    }
-    auto* const node = new Backward(family, std::move(edges));
-    Tensor y = results[0].toTensor();
-    torch::autograd::set_history(y, first_holder<NodePtr>(node));
-    node->save(std::move(arguments), results);
-    stack->emplace_back(std::move(y));
+    std::call_once(once_, [this] { family_ = &family(op_); });
+    const auto first = stack->end() - ptrdiff_t(family_->plain.schema().arguments().size());
+    Stack arguments(std::make_move_iterator(first), std::make_move_iterator(stack->end()));
+    stack->erase(first, stack->end());
+    stack->emplace_back(plain(*family_, std::move(arguments)));
   }
 
  private:
   const std::string op_;
   std::once_flag once_;
-  std::unique_ptr<Family> family_;
+  const Family* family_ = nullptr;
 };
 
 TORCH_LIBRARY_IMPL(fastllm, AutogradCPU, m) {
   for (const char* op :
-       {"attention", "bias_gelu", "cross_entropy", "geglu", "layer_norm", "rms_norm", "softmax", "swiglu"})
+       {"attention", "bias_gelu", "cross_entropy", "geglu", "layer_norm", "linear", "rms_norm", "softmax", "swiglu"})
     m.impl((std::string(op) + "_plain").c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Plain>(op)));
 }
 
 }  // namespace
+
+const Family& family(const std::string& op) {
+  static std::mutex mutex;
+  static std::map<std::string, std::unique_ptr<Family>> families;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Family>& found = families[op];
+  if (!found) found = std::make_unique<Family>(op);
+  return *found;
+}
+
+Tensor plain(const Family& family, Stack&& arguments) {
+  bool differentiable = false;
+  if (c10::GradMode::is_enabled() &&
+      !c10::impl::tls_local_dispatch_key_set().excluded_.has(c10::DispatchKey::AutogradCPU))
+    for (size_t i = 0; i < family.tensors; ++i)
+      differentiable |= arguments[i].isTensor() && arguments[i].toTensor().requires_grad();
+  if (!differentiable) {
+    const at::AutoDispatchBelowAutograd below;
+    family.plain.callBoxed(arguments);
+    return std::move(arguments[0]).toTensor();
+  }
+  edge_list edges;
+  edges.reserve(family.tensors);
+  for (size_t i = 0; i < family.tensors; ++i)
+    edges.push_back(arguments[i].isTensor() ? torch::autograd::impl::gradient_edge(arguments[i].toTensor())
+                                            : torch::autograd::Edge());
+  Stack results = arranged(family.for_fwd, arguments, {}, {}, {});
+  {
+    const at::AutoDispatchBelowAutograd below;
+    family.fwd.callBoxed(results);
+  }
+  auto* const node = new Backward(family, std::move(edges));
+  Tensor y = results[0].toTensor();
+  torch::autograd::set_history(y, first_holder<NodePtr>(node));
+  node->save(std::move(arguments), results);
+  return y;
+}
+
+void watch(PyObject* function) {
+  Py_INCREF(function);
+  Py_XDECREF(watcher.exchange(function == Py_None ? nullptr : function));
+  if (function == Py_None) Py_DECREF(function);
+}
+
+}  // namespace fastllm

@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("softmax_plain", TORCH_BOX(&fastllm::cpu::softmax_fwd));
   m.impl("softmax_bwd", TORCH_BOX(&fastllm::cpu::softmax_bwd));
   m.impl("linear_fwd", TORCH_BOX(&fastllm::cpu::linear_fwd));
+  m.impl("linear_plain", TORCH_BOX(&fastllm::cpu::linear_fwd));
   m.impl("linear_out", TORCH_BOX(&fastllm::cpu::linear_out));
   m.impl("linear_act_fwd", TORCH_BOX(&fastllm::cpu::linear_act_fwd));
   m.impl("linear_bwd_out", TORCH_BOX(&fastllm::cpu::linear_bwd_out));

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch._C import _are_functorch_transforms_active as _in_functorch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -92,16 +93,16 @@ def missing_cuda() -> str | None:
 
 
 def _load_nodes() -> str | None:
-    """Let nodes in C++ (csrc/autograd.cpp) differentiate the ops called ..._plain, or say why they do not: they load
-    into the PyTorch alone that they were compiled beside."""
+    """Let nodes in C++ (csrc/autograd.cpp) differentiate the ops called ..._plain, and calls reach them from Python at
+    once (csrc/direct.cpp), or say why they do not: the module loads into the PyTorch alone that it was built beside."""
     build = build_info().get("autograd", {})
     if extension is None or not build.get("built"):
         return build.get("reason", "not built (make build)")
     if build["torch"] != torch.__version__:
         return f"built beside PyTorch {build['torch']}"
     try:
-        torch.ops.load_library(_folder / "_autograd.so")
-    except OSError as problem:
+        importlib.import_module("fastllm._autograd")
+    except ImportError as problem:
         return str(problem)
     return None
 
@@ -152,14 +153,17 @@ def backend(name: str):
 
 @contextlib.contextmanager
 def recording(calls: list):
-    """Append a `Call` to `calls` for every op that runs inside the `with` block, forward or backward."""
+    """Append a `Call` to `calls` for every op that runs inside the `with` block, forward or backward, also of what was
+    called before it."""
     global _recorder
     before, profile = _recorder, sys.getprofile()
     _recorder = _Recorder(calls)
     sys.setprofile(_recorder.returned)
+    _watch(_recorder.node)
     try:
         yield calls
     finally:
+        _watch(before and before.node)
         sys.setprofile(profile)
         _recorder = before
 
@@ -192,9 +196,17 @@ class _Recorder:
         self._add(call, start)
         return found
 
+    def node(self, op, dy, seconds):
+        """What a node in C++ did: the backward pass of a call from before the recording."""
+        call = Call(f"{op} backward", "cpu", _kernel("cpu"), tuple(dy.shape), _name(dy.dtype), "")
+        self.calls.append(call)
+        self._count(call, seconds)
+
     def _add(self, call, start):
         synchronize()
-        took = time.perf_counter() - start
+        self._count(call, time.perf_counter() - start)
+
+    def _count(self, call, took):
         call.seconds += took
         if self.open:
             self.open[-1][0].seconds -= took
@@ -238,28 +250,23 @@ def forced() -> str | None:
 
 
 def is_free() -> bool:
-    """Whether no block forces an implementation or records calls, so that one that is known may be called at once."""
-    return _forced is None and _recorder is None
+    """Whether no block forces an implementation or records calls and no compiler traces this one: then a C++ kernel may
+    be called before anything is checked, which takes longer than a small kernel does. (What traces without Dynamo has
+    a mode, which csrc/direct.cpp sees.)"""
+    return not is_dynamo_compiling() and _forced is None and _recorder is None
 
 
-def is_direct(first, *others) -> bool:
-    """Whether a C++ kernel may be called on a tensor and others, which may be None, before anything of them is checked:
-    that takes longer than a small kernel does. The kernel checks too; where it raises, the caller goes the long way,
-    which says what is wrong. So nothing may be forced, recorded, traced, transformed or cast, nor differentiated where
-    no node in C++ does that.
-    """
-    if first is None or not is_free() or extension is None or transformed() or torch.compiler.is_compiling():
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    differentiated = not has_nodes and torch.is_grad_enabled()
-    for x in (first, *others):
-        if x is not None and (type(x) not in _TENSORS or not x.is_cpu or (differentiated and x.requires_grad)):
-            return False
-    return True
+def direct(op: str):
+    """fastllm._autograd.<op> of csrc/direct.cpp: the op's plain call, or None where that has to go the long way, past
+    the checks that say what is wrong; always None without the module. Whoever calls it asks `is_free` first."""
+    return getattr(sys.modules["fastllm._autograd"], op) if has_nodes else _never
 
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
+def _never(*_):
+    return None
+
+
+_watch = direct("watch")  # of nodes in C++, for a recording
 
 
 def _choose(op, x, unsupported, optional=False):

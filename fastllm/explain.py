@@ -45,8 +45,8 @@ def explain(function, *args, **kwargs) -> Explanation:
     fallback, why.
 
     function: a model or any function; of a training step, `lambda: model(**batch).loss.backward()`, the backward passes
-    are calls too. The times are those of this one run; run a model before, so that they are not those of a first one.
-    What torch.compile has compiled is not seen.
+    are calls too, and so are those of `loss.backward` alone. The times are those of this one run; run a model before,
+    so that they are not those of a first one. What torch.compile has compiled is not seen.
 
     >>> print(fastllm.explain(fastllm.attention, q, k, v, softcap=30.0))
     >>> print(fastllm.explain(model, input_ids))

@@ -1,11 +1,19 @@
 """The plain calls of ops, differentiated by nodes in C++ (csrc/autograd.cpp) where the library fits this PyTorch."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm import dispatch
+from fastllm.ops import _tuned
 
 LABELS = torch.tensor([1, -100, 3])
 OPS = {  # a function, the shapes of what it is differentiated by, and the family whose node it has
@@ -22,6 +30,8 @@ OPS = {  # a function, the shapes of what it is differentiated by, and the famil
     "layer_norm": (fastllm.layer_norm, [(3, 8), (8,), (8,)], "layer_norm"),
     "layer_norm without bias": (fastllm.layer_norm, [(3, 8), (8,)], "layer_norm"),
     "layer_norm bare": (fastllm.layer_norm, [(3, 8)], "layer_norm"),
+    "linear": (torch.ops.fastllm.linear_plain, [(2, 3, 8), (5, 8), (5,)], "linear"),
+    "linear without bias": (lambda x, w: torch.ops.fastllm.linear_plain(x, w, None), [(3, 8), (5, 8)], "linear"),
     "log_softmax": (fastllm.log_softmax, [(3, 8)], "softmax"),
     "rms_norm": (lambda x, w: fastllm.rms_norm(x, w, weight_offset=1.0), [(3, 8), (8,)], "rms_norm"),
     "softmax": (lambda x: fastllm.softmax(x, scale=0.3), [(3, 8)], "softmax"),
@@ -48,13 +58,20 @@ def test_first_and_second_gradients(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_are_those_of_the_function_in_python(case, dtype, monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_bits_are_those_of_the_function_in_python(case, dtype, autocast, request):
+    """What is recorded goes the long way, past the checks and to the Functions."""
     function, given = case
+    if "linear" in request.node.name:
+        pytest.skip("the op itself, which has no long way; below is the function")
     found = []
     for nodes in (True, False):
-        monkeypatch.setattr(dispatch, "has_nodes", nodes)
         fresh = [x.detach().to(dtype).requires_grad_() for x in given]
-        y = function(*fresh)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            contextlib.nullcontext() if nodes else dispatch.recording([]),
+        ):
+            y = function(*fresh)
         assert y.grad_fn.name().startswith("fastllm::") is nodes or y.grad_fn.name().startswith("To")
         found.append([y, *torch.autograd.grad(y, fresh, torch.ones_like(y))])
     for node, python in zip(*found, strict=True):
@@ -132,6 +149,125 @@ def test_compiled_autograd(case):
     assert all(torch.equal(x.grad, dx) for x, dx in zip(given, expected, strict=True))
 
 
+class Labelled(torch.Tensor):
+    pass
+
+
+def test_a_kernel_is_called_at_once_on_plain_tensors_alone():
+    layer_norm = dispatch.direct("layer_norm")
+    x, w = torch.randn(2, 3), torch.nn.Parameter(torch.randn(3))
+
+    def is_direct(*given):
+        return layer_norm(*given, None, 1e-5) is not None
+
+    assert is_direct(x, w) and is_direct(x.T.contiguous().T, None) and is_direct(x.double(), w)
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+        with context:
+            assert is_direct(x, w)
+    with torch.inference_mode():
+        assert is_direct(torch.randn(2, 3), w)
+    fake = FakeTensorMode()
+    odd = [1.0], None, x.to("meta"), x.to_sparse(), x.as_subclass(Labelled), fake.from_tensor(x), x.cfloat().conj().imag
+    assert not any(is_direct(given, w) or is_direct(x, given) for given in odd if given is not None)
+    assert not is_direct(None, w)
+    assert not is_direct(x.int(), w) and not is_direct(x, w[:2]) and not is_direct(x[..., :0], None)
+    for wrong in ((), (x, w), (x, w, None, "1e-5"), (x, w, None, 1e-5, None), (x, w, None, None), (x, w, None, 2**64)):
+        assert layer_norm(*wrong) is None
+    for mode in (fake, TorchFunctionMode(), TorchDispatchMode(), forward_ad.dual_level()):
+        with mode:
+            assert not is_direct(x, w)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(is_direct(row, None)) or row)(x)
+    torch.func.grad(lambda x: seen.append(is_direct(x, None)) or x.sum())(x)
+    assert seen == [False, False]
+    assert is_direct(x, w)
+
+
+def test_calls_are_at_once_where_nothing_looks():
+    assert dispatch.is_free()
+    with dispatch.recording([]):
+        assert not dispatch.is_free()
+    with fastllm.backend("reference"):
+        assert not dispatch.is_free()
+    assert torch.compile(lambda x: x + dispatch.is_free(), backend="eager", fullgraph=True)(torch.zeros(())) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_products_are_pytorchs_at_once(dtype):
+    x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 5), (7, 5), (7,)))
+    target = torch.tensor([[0, 6, -100], [1, 1, 2]])
+    linear, loss = dispatch.direct("linear"), dispatch.direct("linear_cross_entropy")
+    assert torch.equal(linear(x, w, b, 64, 0), F.linear(x, w, b))
+    assert linear(x, w, b, 64, 0).grad_fn.name() == F.linear(x, w, b).grad_fn.name()
+    assert (linear(x, w, b, 6, 0) is None) == (dtype == torch.float32)  # as many rows as ours may be better for
+    assert loss(x, w, target, b, -100, 1, 0.0, 6, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 7, 0) is not None
+    assert loss(x, w, target, b, -100, 1, 0.0, 64, 0).grad_fn.name() == "fastllm::cross_entropy_bwd"
+    refused = [
+        (x, w.half(), b),
+        (x.half(), w.half(), b.half()),
+        (x, w[:, :4], None),
+        (x, w[0], None),
+        (x, w, b[:3]),
+        (x, w, w),
+        (x.long(), w.long(), None),
+        (x[0, 0, 0], w, None),
+    ]
+    for given in refused:
+        assert linear(*given, 64, 0) is None
+        assert loss(*given[:2], target, given[2], -100, 1, 0.0, 64, 0) is None
+    for given in ((x, w, target[0], b), (x, w, target.int(), b), (x, w, target.T, b), (x, w[:0], target, None)):
+        assert loss(*given, -100, 1, 0.0, 64, 0) is None
+    assert loss(x, w, target, b, -100, 0, 0.0, 64, 0) is None  # a loss for each row of another shape
+    assert loss(x, w, target, b, -100, 1, 1.5, 64, 0) is None and loss(x, w, target + 7, b, -100, 1, 0.0, 64, 0) is None
+    many = torch.zeros(2**17 // 6 + 1, 5, dtype=dtype)
+    assert loss(x, many, target, None, -100, 1, 0.0, 64, 0) is None and loss(
+        x, many[1:], target, None, -100, 1, 0.0, 64, 0
+    )
+    with torch.autocast("cpu"):
+        assert linear(x, w, b, 64, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 64, 0) is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype, bit", [(torch.bfloat16, 1), (torch.float16, 2)], ids=str)
+def test_products_that_are_always_ours_are_made_at_once(dtype, bit, autocast, monkeypatch):
+    """With the bits of the long way, forward and backward."""
+    monkeypatch.setattr(_tuned, "unmeasured", lambda dtype: True)
+    monkeypatch.setattr(_tuned, "_linear_kernels", lambda *size: (True,) * 3)
+    monkeypatch.setattr(_tuned, "_remembered", lambda *size: (True,) * 3)
+    monkeypatch.setattr(_tuned, "ALWAYS_OWN", bit)
+    _tuned._fewest_rows.cache_clear()
+    found = []
+    for x_wants, w_wants in ((True, True), (False, True), (True, False)):
+        for at_once in (True, False):
+            torch.manual_seed(0)
+            x, w, b = torch.randn(2, 7, 3), torch.randn(5, 7), torch.randn(10)
+            x, w, b = (t if autocast else t.to(dtype) for t in (x, w, b))
+            leaves = x.requires_grad_(x_wants), w.requires_grad_(w_wants), b.requires_grad_(w_wants)
+            with (
+                torch.autocast("cpu", dtype, enabled=autocast),
+                contextlib.nullcontext() if at_once else dispatch.recording([]) as calls,
+            ):
+                y = fastllm.linear(x.mT, w, b[::2])
+            assert (y.grad_fn.name() == "fastllm::linear_bwd") is at_once
+            assert at_once or [call.backend for call in calls] == ["cpu"]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found.append([y, *torch.autograd.grad(y, wanted, torch.randn(y.shape).to(y.dtype))])
+    _tuned._fewest_rows.cache_clear()
+    for ours, long_way in zip(found[::2], found[1::2], strict=True):
+        assert all(map(torch.equal, ours, long_way))
+
+
+def test_an_error_of_a_hook_is_the_callers():
+    def pack(x):
+        raise KeyError("of the hook")
+
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack), pytest.raises(KeyError, match="of the hook"):
+        fastllm.layer_norm(x)
+
+
 def test_another_pytorch_has_none(monkeypatch):
     monkeypatch.setattr(dispatch, "build_info", lambda: {"autograd": {"built": True, "torch": "0.0"}})
     assert dispatch._load_nodes() == "built beside PyTorch 0.0"
+    monkeypatch.setattr(dispatch, "has_nodes", False)
+    assert dispatch.direct("layer_norm")(torch.randn(2, 3), None, None, 1e-5) is None

@@ -254,6 +254,9 @@ def test_few_rows_are_not_asked_about(monkeypatch):
     monkeypatch.setattr(
         linear, "kernels_for", lambda op, x, *rest: (asked.append(x.numel() // x.shape[-1]), plain(op, x, *rest))[1]
     )
+    model(**given)
+    assert not asked
+    monkeypatch.setattr(_tuned, "FEWEST_ROWS", 0)
     monkeypatch.setattr(_tuned, "fewest_rows", lambda dtype: 6)
     model(**given)
     assert not asked

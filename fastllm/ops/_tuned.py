@@ -33,6 +33,8 @@ def cpu() -> str:
 
 
 TABLE = json.loads(PATH.read_text())
+# With fewer rows of x in fp32 our linear kernel is the choice on no CPU.
+FEWEST_ROWS = min(entry["linear"]["grid"]["M"][0] for entry in TABLE.values())
 
 
 def assume_constant_result(function):
@@ -82,6 +84,16 @@ def unmeasured(dtype) -> bool:
     """Whether our product is the choice where nobody has measured: bf16 and fp16 without oneDNN, on vectors."""
     vectors = dispatch.extension is not None and dispatch.extension.selected() != "scalar"
     return vectors and dtype in (torch.bfloat16, torch.float16) and not onednn_multiplies(dtype)
+
+
+def _always_own() -> int:
+    """The 16-bit types in which our product is the choice for every size, as bits: 1 for bf16, 2 for fp16."""
+    measured = {name for entry in TABLE.values() for name in entry}
+    types = (torch.bfloat16, 1), (torch.float16, 2)
+    return sum(bit for dtype, bit in types if unmeasured(dtype) and linear_entry(dtype) not in measured)
+
+
+ALWAYS_OWN = _always_own()
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops._common import apart, check_tensor, gradients_through, no_fp64, promoted, wants_gradient
 
 
@@ -34,11 +34,9 @@ bias_gelu_bwd = Op(
     "activation",
     lambda dy, x, bias, tanh: (x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)),
 )
-swiglu_plain = cpu_op("swiglu_plain(Tensor gate, Tensor? up) -> Tensor", _fwd_fake)
-geglu_plain = cpu_op("geglu_plain(Tensor gate, Tensor? up, bool tanh) -> Tensor", _fwd_fake)
-bias_gelu_plain = cpu_op(
-    "bias_gelu_plain(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape)
-)
+cpu_op("swiglu_plain(Tensor gate, Tensor? up) -> Tensor", _fwd_fake)
+cpu_op("geglu_plain(Tensor gate, Tensor? up, bool tanh) -> Tensor", _fwd_fake)
+cpu_op("bias_gelu_plain(Tensor x, Tensor? bias, bool tanh) -> Tensor", lambda x, bias, tanh: x.new_empty(x.shape))
 
 
 def _swiglu_again(dy, gate, up):
@@ -62,6 +60,8 @@ differentiable_again(
 differentiable_again(
     "bias_gelu_again(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)", _bias_gelu_again
 )
+
+_swiglu_at_once, _geglu_at_once, _bias_gelu_at_once = direct("swiglu"), direct("geglu"), direct("bias_gelu")
 
 APPROXIMATIONS = ("tanh", "none")
 
@@ -128,11 +128,10 @@ def swiglu(gate, up=None):
     Error: at most 1.1 times that of torch.nn.functional.silu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    if swiglu_plain and is_direct(gate, up):
-        try:
-            return swiglu_plain(gate, up)
-        except RuntimeError:
-            pass  # said below, in the terms of who called, or done with a copy
+    if is_free():
+        y = _swiglu_at_once(gate, up)
+        if y is not None:
+            return y
     gate, up = promoted(gate, up)
     _check_gated("swiglu", gate, up)
     backend = choose("swiglu", gate, no_fp64(gate))
@@ -149,11 +148,10 @@ def geglu(gate, up=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(gate) * up in gate's dtype (tests/test_activation.py).
     Source: Shazeer 2020, arXiv:2002.05202; Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    if geglu_plain and approximate in APPROXIMATIONS and is_direct(gate, up):
-        try:
-            return geglu_plain(gate, up, approximate == "tanh")
-        except RuntimeError:
-            pass  # said below, in the terms of who called, or done with a copy
+    if approximate in APPROXIMATIONS and is_free():
+        y = _geglu_at_once(gate, up, approximate == "tanh")
+        if y is not None:
+            return y
     gate, up = promoted(gate, up)
     _check_gated("geglu", gate, up)
     _check_approximate("geglu", approximate)
@@ -174,11 +172,10 @@ def bias_gelu(x, bias=None, *, approximate="tanh"):
     Error: at most 1.1 times that of torch.nn.functional.gelu(x + bias) in x's dtype (tests/test_activation.py).
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
-    if bias_gelu_plain and approximate in APPROXIMATIONS and is_direct(x, bias):
-        try:
-            return bias_gelu_plain(x.contiguous(), bias, approximate == "tanh")
-        except RuntimeError:
-            pass  # said below, in the terms of who called
+    if approximate in APPROXIMATIONS and is_free():
+        y = _bias_gelu_at_once(x, bias, approximate == "tanh")
+        if y is not None:
+            return y
     check_tensor("bias_gelu", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must be [..., D] with D >= 1, got {list(x.shape)}")

@@ -7,7 +7,7 @@ import operator
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops._common import (
     FLOATS,
     apart,
@@ -80,6 +80,7 @@ differentiable_again(
     " SymInt window_right) -> (Tensor dq, Tensor dk, Tensor dv)",
     _again,
 )
+_at_once = direct("attention")
 
 
 class _Attention(torch.autograd.Function):
@@ -170,11 +171,10 @@ def attention(
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
     plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
-    if plain and window is q_offset is scale is None and not return_lse and is_direct(q, k, v):
-        try:
-            return attention_plain(q, k, v, q.size(3) ** -0.5, k.size(2) - q.size(2), -1, 0 if causal else -1)
-        except (RuntimeError, IndexError, ZeroDivisionError):
-            pass  # said below, in the terms of who called
+    if plain and window is q_offset is scale is None and not return_lse and is_free():
+        o = _at_once(q, k, v, causal)
+        if o is not None:
+            return o
     if isinstance(q, torch.Tensor):
         q, k, v = autocast(q, k, v)
     _check(q, k, v)

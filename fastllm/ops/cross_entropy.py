@@ -5,7 +5,7 @@ import functools
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -37,7 +37,7 @@ cross_entropy_bwd = Op(
     "cross_entropy",
     lambda dloss, x, *rest: empty(x, x.shape, x.dtype),
 )
-cross_entropy_plain = cpu_op(
+cpu_op(
     "cross_entropy_plain(Tensor x, Tensor target, int ignore_index, int reduction, float label_smoothing) -> Tensor",
     lambda x, target, ignore_index, reduction, label_smoothing: empty(x, () if reduction else target.shape, wide(x)),
 )
@@ -53,6 +53,7 @@ differentiable_again(
     " float label_smoothing) -> Tensor dx",
     _again,
 )
+_at_once = direct("cross_entropy")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -119,13 +120,10 @@ def cross_entropy(
     Error: at most 1.1 times that of torch's cross_entropy in input's dtype (tests/test_cross_entropy.py).
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Chowdhery et al. 2022, arXiv:2204.02311 (z-loss).
     """
-    plain = cross_entropy_plain and weight is None and softcap == z_loss == 0 and not return_token_accuracy
-    if plain and reduction in REDUCTIONS and 0.0 <= label_smoothing <= 1.0 and is_direct(input, target):
-        try:
-            loss = cross_entropy_plain(input.contiguous(), target, ignore_index, REDUCTIONS[reduction], label_smoothing)
-            return loss.to(input.dtype)
-        except RuntimeError:
-            pass  # said below, in the terms of who called, or done in another shape
+    if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
+        loss = _at_once(input, target, ignore_index, REDUCTIONS.get(reduction), label_smoothing)
+        if loss is not None:
+            return loss
     op = "cross_entropy"
     check_tensor(op, "input", input)
     if input.ndim == 0 or input.shape[min(input.ndim - 1, 1)] == 0:

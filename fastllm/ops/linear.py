@@ -11,14 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from fastllm import dispatch, reference
-from fastllm.dispatch import Op, choose, cpu_op
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops import _tuned
 from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, is_dense, wants_gradient
 from fastllm.ops._common import autocast as in_autocast_dtype
 
 linear_fwd = Op(
-    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor y",
     "linear",
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+cpu_op(
+    "linear_plain(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 linear_bwd = Op(
@@ -67,6 +71,17 @@ ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}  # as csrc/cpu/t
 # GPUs on which the Triton product that activates what it has summed was measured to be faster than PyTorch's product
 # and an activation behind it, by name: the largest K of which that is true. Nothing has been measured yet.
 FUSED: dict[str, int] = {}
+
+
+def _again(dy, x, weight, bias):
+    return gradients_through(reference.linear, (x, weight, bias), (dy,))
+
+
+differentiable_again(
+    "linear_again(Tensor dy, Tensor x, Tensor weight, Tensor? bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _again,
+)
+_at_once = direct("linear")
 
 
 class _Linear(torch.autograd.Function):
@@ -137,6 +152,10 @@ def linear(x, weight, bias=None, *, activation=None):
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
     Source of the blocking: Goto and van de Geijn 2008, doi:10.1145/1356052.1356053.
     """
+    if activation is None and is_free():
+        y = _at_once(x, weight, bias, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
+        if y is not None:
+            return y
     if (activation is None or activation in ACTIVATIONS) and _is_pytorchs(x, weight, bias):
         return reference.linear(x, weight, bias, activation)
     if activation is not None and activation not in ACTIVATIONS:
@@ -160,7 +179,7 @@ def linear(x, weight, bias=None, *, activation=None):
 def _is_pytorchs(x, weight, bias) -> bool:
     """Whether `linear` leaves x W^T to PyTorch for x having so few rows, or in any case. What it asks otherwise took
     11% of the time of a sentence of 30 tokens in MiniLM."""
-    if torch.compiler.is_compiling() or not dispatch.is_free():
+    if not is_free():
         return False
     for given in (x, weight) if bias is None else (x, weight, bias):
         if not isinstance(given, torch.Tensor) or given.dtype is not x.dtype or not given.is_cpu:

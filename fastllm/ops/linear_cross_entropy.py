@@ -2,7 +2,8 @@
 
 import torch
 
-from fastllm.dispatch import Composite, Op, choose
+from fastllm.dispatch import Composite, Op, choose, direct, is_free
+from fastllm.ops import _tuned
 from fastllm.ops._common import autocast, check_tensor, gradients_through, wants_gradient
 from fastllm.ops.cross_entropy import (
     REDUCTIONS,
@@ -159,6 +160,9 @@ linear_cross_entropy_bwd = Composite(
 )
 
 
+_at_once = direct("linear_cross_entropy")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients of one number are known but for a factor, so forward makes them while it has the logits.
 
@@ -235,10 +239,18 @@ def linear_cross_entropy(
     forward and backward are three products as in torch; for "none" and for fp16, backward makes the logits again.
     Beside inputs, outputs and gradients 128 x V numbers are allocated (tested), and in bf16 and fp16, by oneDNN, a copy
     of an operand for the time of its product. The gradient of linear_weight is rounded there once per chunk of rows.
+    Of less than 64 rows on CPU up to 2^17 logits are kept until backward instead: what surrounds the
+    products is the time of a small call.
     Raises what `fastllm.cross_entropy` raises, and TypeError or ValueError for weights that do not fit input.
     Error: at most 1.1 times that of torch's linear and cross_entropy (tests/test_linear_cross_entropy.py).
     Source: Hsu et al. 2024, arXiv:2410.10989 (Liger Kernel).
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
+        numbers = ignore_index, REDUCTIONS.get(reduction), label_smoothing
+        loss = _at_once(input, linear_weight, target, linear_bias, *numbers, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
+        if loss is not None:
+            return loss
     op = "linear_cross_entropy"
     if isinstance(input, torch.Tensor) and torch.amp.is_autocast_available(input.device.type):
         dtype = loss_dtype(input)
@@ -260,7 +272,6 @@ def linear_cross_entropy(
         if linear_bias.shape != (V,):
             raise ValueError(f"{op}: linear_bias must be [{V}], got {list(linear_bias.shape)}")
     leading = list(input.shape[:-1])
-    ignore_index = -100 if ignore_index is None else ignore_index
     numbers = weight, ignore_index, reduction, label_smoothing, softcap, z_loss
     options = check_loss(op, input, leading, target, *numbers, classes=V)
     if target.dtype == torch.uint8:  # as torch takes them

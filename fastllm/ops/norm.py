@@ -6,7 +6,7 @@ import math
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, no_fp64, promoted, wants_gradient
 
 
@@ -94,6 +94,7 @@ differentiable_again(
     " -> (Tensor dx, Tensor dweight)",
     _rms_norm_again,
 )
+_layer_norm_at_once, _rms_norm_at_once = direct("layer_norm"), direct("rms_norm")
 
 
 def _input_grads(dh, seed, dropout_p, fused):
@@ -178,11 +179,10 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_direct(x, weight, bias):
-        try:
-            return layer_norm_plain(x.contiguous(), weight, bias, eps)
-        except RuntimeError:
-            pass  # said below, in the terms of who called
+    if residual is None and not dropout_p and is_free():
+        y = _layer_norm_at_once(x, weight, bias, eps)
+        if y is not None:
+            return y
     x, residual = promoted(x, residual)
     _check("layer_norm", x, weight, bias, residual, dropout_p)
     if dropout_p == 1:
@@ -213,11 +213,10 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_direct(x, weight):
-        try:
-            return rms_norm_plain(x.contiguous(), weight, eps, weight_offset)
-        except RuntimeError:
-            pass  # said below, in the terms of who called
+    if residual is None and not dropout_p and is_free():
+        y = _rms_norm_at_once(x, weight, eps, weight_offset)
+        if y is not None:
+            return y
     x, residual = promoted(x, residual)
     _check("rms_norm", x, weight, None, residual, dropout_p)
     if dropout_p == 1:

@@ -3,7 +3,7 @@
 import torch
 
 from fastllm import reference
-from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, is_direct
+from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
 from fastllm.ops._common import as_4d, check_broadcast, check_tensor, no_fp64, wants_gradient
 
 
@@ -21,7 +21,7 @@ softmax_bwd = Op(
     "softmax",
     lambda dy, y, scale, log: _like(y),
 )
-softmax_plain = cpu_op(
+cpu_op(
     "softmax_plain(Tensor x, Tensor? mask, float scale, bool causal, bool log) -> Tensor",
     lambda x, mask, scale, causal, log: _like(x),
 )
@@ -34,6 +34,7 @@ def _again(dy, y, scale, log):
 
 
 differentiable_again("softmax_again(Tensor dy, Tensor y, float scale, bool log) -> Tensor dx", _again)
+_at_once = direct("softmax")
 
 
 class _Softmax(torch.autograd.Function):
@@ -83,11 +84,10 @@ def log_softmax(x, dim=-1, *, scale=1.0, mask=None, causal=False):
 
 
 def _softmax(op, x, dim, scale, mask, causal, log):
-    if mask is None and dim == -1 and not causal and softmax_plain and is_direct(x):
-        try:
-            return softmax_plain(x.contiguous(), None, scale, False, log)
-        except RuntimeError:
-            pass  # said below, in the terms of who called
+    if mask is None and dim == -1 and not causal and is_free():
+        y = _at_once(x, scale, log)
+        if y is not None:
+            return y
     check_tensor(op, "x", x)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{op}: dim must be in [{-x.ndim}, {x.ndim}) for x {list(x.shape)}, got {dim}")
