@@ -1,5 +1,7 @@
 """The modules: torch's own constructors and state dicts, torch's own answers."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,54 @@ NORMS = [
     (fnn.RMSNorm, torch.nn.RMSNorm, dict(eps=1e-3)),
     (fnn.RMSNorm, torch.nn.RMSNorm, dict(elementwise_affine=False)),
 ]
+
+MIRRORED = {  # ours, and what is left out of torch's, as our docstrings say
+    "cross_entropy": (fastllm.cross_entropy, ()),
+    "linear_cross_entropy": (fastllm.linear_cross_entropy, ("options",)),
+    "CrossEntropyLoss": (fnn.CrossEntropyLoss, ()),
+    "LayerNorm": (fnn.LayerNorm, ()),
+    "Linear": (fnn.Linear, ()),
+    "LinearCrossEntropyLoss": (fnn.LinearCrossEntropyLoss, ("out_features", "options")),
+    "RMSNorm": (fnn.RMSNorm, ()),
+}
+
+
+def parameters(function, without=()):
+    return [
+        (p.name, p.kind, p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in ("self", *without)
+    ]
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_arguments_are_torchs_in_torchs_order(name):
+    """What more there is of ours stands behind them, so that any call of torch's means the same here. (None, torch's
+    ignore_index of linear_cross_entropy, stands for our default there.)"""
+    ours, without = MIRRORED[name]
+    theirs = getattr(F, name, None) or getattr(torch.nn, name, None)
+    if theirs is None:
+        pytest.skip(f"this PyTorch has no {name}")
+    for a, b in [(ours, theirs)] if inspect.isfunction(ours) else [(ours, theirs), (ours.forward, theirs.forward)]:
+        wanted, given = parameters(b, without), parameters(a)
+        by_position = [p for p in wanted if p[1] is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        assert given[: len(by_position)] == by_position
+        assert {(name, kind) for name, kind, _ in wanted} <= {(name, kind) for name, kind, _ in given}
+
+
+@pytest.mark.parametrize("arguments", [(None, True), (None, None, 3, False)], ids=str)
+def test_what_torch_deprecated_is_refused(arguments):
+    """The 4th and 6th argument of F.cross_entropy; the module takes them as torch's does, which warns."""
+    x, target = torch.randn(4, 5), torch.tensor([0, 4, 3, 1])
+    with pytest.raises(ValueError, match="size_average and reduce are deprecated"):
+        fastllm.cross_entropy(x, target, *arguments)
+    with pytest.warns(UserWarning, match="size_average and reduce"):
+        loss = fnn.CrossEntropyLoss(*arguments)
+    assert torch.equal(
+        loss(x, target), fastllm.cross_entropy(x, target, ignore_index=loss.ignore_index, reduction=loss.reduction)
+    )
+    with pytest.raises(ValueError, match="-100"):
+        fastllm.cross_entropy(x, target, None, -100)
 
 
 def functional(module, x, *weights):

@@ -67,12 +67,12 @@ class QuantizedEmbedding(nn.Module):
 class Linear(nn.Linear):
     """y = x W^T + bias: torch.nn.Linear, its constructor, initial values and state dict, on `fastllm.linear`.
 
-    x [..., in_features]; dtypes, precision, what is saved and errors are those of `fastllm.linear` (tests/test_nn.py),
-    as is forward's activation, which is applied to y.
+    The input x is [..., in_features]; dtypes, precision, what is saved and errors are those of `fastllm.linear`
+    (tests/test_nn.py), as is forward's activation, which is applied to y.
     """
 
-    def forward(self, x, *, activation=None):
-        return linear(x, self.weight, self.bias, activation=activation)
+    def forward(self, input, *, activation=None):
+        return linear(input, self.weight, self.bias, activation=activation)
 
 
 def activated(layer, x, activation):

@@ -22,15 +22,15 @@ def flat_norm(module, op, x, weights, eps, residual=None, dropout_p=0.0):
 class LayerNorm(nn.LayerNorm):
     """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias over the last len(normalized_shape) dimensions.
 
-    Constructor, defaults, initial values and state dict are those of torch.nn.LayerNorm. x [..., *normalized_shape] in
-    fp32, bf16, fp16 or fp64. `forward(x)` returns y; `forward(x, residual)` returns (y, h) with h = x + residual, or
-    dropout(x) + residual with dropout_p, whatever the module's mode.
+    Constructor, defaults, initial values and state dict are those of torch.nn.LayerNorm. The input x
+    [..., *normalized_shape] is in fp32, bf16, fp16 or fp64. `forward(x)` returns y; `forward(x, residual)` returns
+    (y, h) with h = x + residual, or dropout(x) + residual with dropout_p, whatever the module's mode.
     Precision, what is saved, and errors are those of `fastllm.layer_norm`, and ValueError where x does not end in
     normalized_shape (tests/test_nn.py).
     """
 
-    def forward(self, x, residual=None, *, dropout_p=0.0):
-        return flat_norm(self, layer_norm, x, (self.weight, self.bias), self.eps, residual, dropout_p)
+    def forward(self, input, residual=None, *, dropout_p=0.0):
+        return flat_norm(self, layer_norm, input, (self.weight, self.bias), self.eps, residual, dropout_p)
 
 
 class RMSNorm(nn.RMSNorm):

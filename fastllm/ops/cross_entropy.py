@@ -93,7 +93,9 @@ def cross_entropy(
     input,
     target,
     weight=None,
+    size_average=None,
     ignore_index=-100,
+    reduce=None,
     reduction="mean",
     label_smoothing=0.0,
     *,
@@ -102,6 +104,8 @@ def cross_entropy(
     return_token_accuracy=False,
 ):
     """loss = -log p[target] with p = softmax(input) over the classes, as torch.nn.functional.cross_entropy has it.
+
+    The arguments stand in its order; size_average and reduce, which it has deprecated, must be None.
 
     input [N, V], [V] or [N, V, d1, ...] in fp32, bf16, fp16 or fp64 (the classes of the last are brought to the end,
     which copies); target int64 or uint8 [N], [] or [N, d1, ...]. weight [V], a constant, multiplies the loss of each
@@ -120,6 +124,11 @@ def cross_entropy(
     Error: at most 1.1 times that of torch's cross_entropy in input's dtype (tests/test_cross_entropy.py).
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867; Chowdhery et al. 2022, arXiv:2204.02311 (z-loss).
     """
+    if not (size_average is reduce is None):
+        raise ValueError(
+            'cross_entropy: size_average and reduce are deprecated in PyTorch and not taken here: say reduction="mean",'
+            f' "sum" or "none" (they are the 4th and 6th argument, got {size_average!r} and {reduce!r})'
+        )
     if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
         loss = _at_once(input, target, ignore_index, REDUCTIONS.get(reduction), label_smoothing)
         if loss is not None:
