@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_scores import (
     LOG2_E,
@@ -35,7 +36,7 @@ from .attention_scores import (
     _walk_keys,
     _walk_queries,
 )
-from .device import entry, gpu_name, shared_bytes
+from .device import entry, fetchable_strides, gpu_name, is_fetchable, shared_bytes
 
 
 @triton.jit
@@ -319,7 +320,8 @@ def _attention_bwd_dq(
     _store(_head(dq, head, row), dq_block * scoring.scale, i_start, T, D, BLOCK_M, BLOCK_D)
 
 
-# By GPU name ("any" for the others), kernel and kind of call: head size -> BLOCK_M, BLOCK_N, num_warps, num_stages.
+# By GPU name ("any" for the others), kernel and kind of call: head size -> BLOCK_M, BLOCK_N, num_warps, num_stages and,
+# where it was measured to be faster, True: q, k, v and do come by TMA.
 # 2026-11-24, not measured: the largest blocks that keep the rules of tests/test_triton_compile.py, no spilled registers
 # above all, on sm_80, sm_90 and sm_100. A mask, a bias, dropout, or a soft-cap with ALiBi ("pairs") takes registers for
 # every pair of query and key; fp32 has no matrix units.
@@ -361,7 +363,7 @@ class Call(NamedTuple):
         if x.device.type == "cpu":  # the interpreter: small blocks, so that short tests cross their borders
             return dict(BLOCK_M=32, BLOCK_N=16)
         found = entry(LAUNCHES, x.device)[kernel, self.kind][self.sizes["BLOCK_D"]]
-        launch = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), found))
+        launch = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "tiles"), found))
         is_largest = kernel == "dq" and self.sizes["BLOCK_D"] == 256  # two stages take 100 KiB
         if is_largest and shared_bytes(x.device) < 100 << 10:
             launch["num_stages"] = 1
@@ -372,6 +374,18 @@ class Call(NamedTuple):
         if x is None:
             return None
         return View(x, x.stride() if self.packing is None else (0, *x.stride()[1:]))
+
+    def operands(self, launch, q, k, v, do=None):
+        """What kernels read in blocks: views or, where the launch has `tiles` and TMA can fetch them, descriptors."""
+        given = [x for x in (q, k, v, do) if x is not None]
+        wanted = launch.pop("tiles", False) and self.packing is None
+        if not wanted or not all(map(is_fetchable, given)):
+            return [self.view(x) for x in given]
+        rows = (launch[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_N", "BLOCK_M"))
+        return [
+            TensorDescriptor(x, list(x.shape), fetchable_strides(x), [1, 1, n, self.sizes["BLOCK_D"]])
+            for x, n in zip(given, rows)
+        ]
 
     def grid(self, x, rows, BLOCK):
         """A program for each block of `rows` rows of each head of x, and those that `_locate` leaves idle."""
@@ -424,16 +438,15 @@ def forward(call, q, k, v, o, lse, sink):
     if lse.numel():
         launch = call.launch("fwd", q)
         sink = None if sink is None else sink.contiguous()
-        views = (call.view(x) for x in (q, k, v, o, lse))
+        operands, views = call.operands(launch, q, k, v), (call.view(x) for x in (o, lse))
         grid = call.grid(q, q.shape[2], launch["BLOCK_M"])
-        _attention_fwd[grid](*views, sink, call.scoring, call.window, call.packing, **call.sizes, **launch)
+        _attention_fwd[grid](*operands, *views, sink, call.scoring, call.window, call.packing, **call.sizes, **launch)
 
 
 def backward(call, do, dlse, q, k, v, o, lse, dq, dk, dv, dscores):
     """Fills dq, dk, dv and, where it is not None, the gradient of the scores before the soft-cap; returns delta."""
     delta = torch.empty_like(lse, dtype=torch.float32)
     rest = call.scoring, call.window, call.packing
-    inputs = [call.view(x) for x in (q, k, v, do)]
     if lse.numel():
         BLOCK_D = call.sizes["BLOCK_D"]
         BLOCK_M = 4096 // BLOCK_D  # 32 elements of o and of do a thread
@@ -443,12 +456,12 @@ def backward(call, do, dlse, q, k, v, o, lse, dq, dk, dv, dscores):
         launch = call.launch("dq", q)
         views = (call.view(x) for x in (dq, dscores, lse, delta))
         grid = call.grid(q, q.shape[2], launch["BLOCK_M"])
-        _attention_bwd_dq[grid](*inputs, *views, *rest, **call.sizes, **launch)
+        _attention_bwd_dq[grid](*call.operands(launch, q, k, v, do), *views, *rest, **call.sizes, **launch)
     if dk.numel():
         launch = call.launch("dkdv", q)
         views = (call.view(x) for x in (dk, dv, lse, delta))
         grid = call.grid(k, k.shape[2], launch["BLOCK_N"])
-        _attention_bwd_dkdv[grid](*inputs, *views, *rest, **call.sizes, **launch)
+        _attention_bwd_dkdv[grid](*call.operands(launch, q, k, v, do), *views, *rest, **call.sizes, **launch)
     return delta
 
 

@@ -22,6 +22,13 @@ class View(NamedTuple):
     strides: Any
 
 
+class Tiles(NamedTuple):
+    """One head of a tensor [B, H, rows, columns] whose tiles the hardware fetches (TMA): `ptr` describes the tensor."""
+
+    ptr: Any
+    head: Any
+
+
 class Window(NamedTuple):
     """T queries, S keys, and who sees whom: query i, at position i + q_offset, sees keys i + first to i + last.
 
@@ -148,9 +155,12 @@ def _locate_packed(window, packing, BLOCK: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def _head(x, head, row=0):
-    """The view of one head (batch entry, head), from `row` on."""
-    offset = head[0].to(tl.int64) * x.strides[0] + head[1].to(tl.int64) * x.strides[1]
-    return View(x.ptr + (offset + tl.cast(row, tl.int64) * x.strides[2]), x.strides)
+    """The view of one head (batch entry, head), from `row` on, or its tiles, which have no `row`."""
+    if isinstance(x, tl.tensor_descriptor):
+        return Tiles(x, head)
+    else:
+        offset = head[0].to(tl.int64) * x.strides[0] + head[1].to(tl.int64) * x.strides[1]
+        return View(x.ptr + (offset + tl.cast(row, tl.int64) * x.strides[2]), x.strides)
 
 
 @triton.jit
@@ -163,13 +173,16 @@ def _tile(x, start, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _load(x, start, stop, COLUMNS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EDGE: tl.constexpr):
     """Rows start, start + 1, ... of a head: zero past COLUMNS and, where that can happen (EDGE), from row `stop` on."""
-    inside = None
-    if EDGE:
-        inside = (start + tl.arange(0, BLOCK_R) < stop)[:, None]
-    if COLUMNS < BLOCK_C:
-        columns = (tl.arange(0, BLOCK_C) < COLUMNS)[None, :]
-        inside = inside & columns if EDGE else columns
-    return tl.load(_tile(x, start, BLOCK_R, BLOCK_C), mask=inside, other=None if inside is None else 0.0)
+    if isinstance(x.ptr, tl.tensor_descriptor):  # TMA gives zeros past both
+        return x.ptr.load([x.head[0], x.head[1], start, 0]).reshape(BLOCK_R, BLOCK_C)
+    else:
+        inside = None
+        if EDGE:
+            inside = (start + tl.arange(0, BLOCK_R) < stop)[:, None]
+        if COLUMNS < BLOCK_C:
+            columns = (tl.arange(0, BLOCK_C) < COLUMNS)[None, :]
+            inside = inside & columns if EDGE else columns
+        return tl.load(_tile(x, start, BLOCK_R, BLOCK_C), mask=inside, other=None if inside is None else 0.0)
 
 
 @triton.jit

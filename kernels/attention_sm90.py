@@ -25,10 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .device import fetchable_strides, is_fetchable
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOWEST = gl.constexpr(-3.0e38)  # where a running maximum starts; finite, so that exp(-inf - LOWEST) is 0
 CONSUMERS = gl.constexpr(2)  # warp groups that multiply
 ROWS = gl.constexpr(64)  # queries of each
+_fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name until Triton 3.9
 
 
 @gluon.jit
@@ -49,15 +52,15 @@ def _produce(
     if blocks > 0:
         mbarrier.expect(q_full, CONSUMERS * q.block_type.nbytes)
         for n in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(q, [b, h, i_start + n * ROWS, 0], q_full, q_s.index(n))
+            _fetch(q, [b, h, i_start + n * ROWS, 0], q_full, q_s.index(n))
     for n in range(blocks):
         stage, phase = n % STAGES, n // STAGES & 1
         mbarrier.wait(k_read.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-        tma.async_copy_global_to_shared(k, [b, h_kv, start + n * BLOCK_N, 0], k_full.index(stage), k_s.index(stage))
+        _fetch(k, [b, h_kv, start + n * BLOCK_N, 0], k_full.index(stage), k_s.index(stage))
         mbarrier.wait(v_read.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-        tma.async_copy_global_to_shared(v, [b, h_kv, start + n * BLOCK_N, 0], v_full.index(stage), v_s.index(stage))
+        _fetch(v, [b, h_kv, start + n * BLOCK_N, 0], v_full.index(stage), v_s.index(stage))
 
 
 @gluon.jit
@@ -209,12 +212,6 @@ def is_hopper(device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _addressable(x):
-    """Whether TMA can read x: rows at multiples of 16 bytes, and something to read."""
-    strides = all(x.stride(n) % 8 == 0 and x.stride(n) > 0 for n in range(3) if x.shape[n] > 1)
-    return x.numel() > 0 and x.stride(3) == 1 and strides and x.data_ptr() % 16 == 0
-
-
 def takes(q, k, v, scoring, sink, packing) -> bool:
     """Whether the kernel can do this call."""
     D = q.shape[3]
@@ -223,13 +220,12 @@ def takes(q, k, v, scoring, sink, packing) -> bool:
     optional = scoring.softcap, scoring.mask, scoring.bias, scoring.slope, scoring.dropout, sink
     if any(x is not None for x in optional) or scoring.scale <= 0:
         return False
-    return is_hopper(q.device) and all(_addressable(x) for x in (q, k, v))
+    return is_hopper(q.device) and all(map(is_fetchable, (q, k, v)))
 
 
 def _descriptor(x, rows):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    strides = [n if size > 1 else x.shape[3] for n, size in zip(x.stride(), x.shape, strict=True)][:3]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[3]], layout)
+    return TensorDescriptor(x, list(x.shape), fetchable_strides(x), [1, 1, rows, x.shape[3]], layout)
 
 
 def forward(q, k, v, o, lse, scale, window):

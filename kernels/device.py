@@ -1,4 +1,4 @@
-"""What launch tables are asked with: a GPU's name and its number of multiprocessors."""
+"""What launch tables are asked with, a GPU's name and its number of multiprocessors, and what TMA can fetch."""
 
 import functools
 
@@ -28,3 +28,17 @@ def shared_bytes(device):
     if device.type != "cuda":
         return 227 << 10
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def is_fetchable(x):
+    """Whether TMA can fetch tiles of x [B, H, rows, columns]: rows at multiples of 16 bytes, and something to fetch."""
+    unit = 16 // x.element_size()
+    strides = all(x.stride(n) % unit == 0 and x.stride(n) > 0 for n in range(3) if x.shape[n] > 1)
+    return x.numel() > 0 and x.stride(3) == 1 and strides and x.data_ptr() % 16 == 0
+
+
+def fetchable_strides(x):
+    """The strides of a fetchable x, and those of dimensions of size 1, which may be anything, as TMA wants them."""
+    unit = 16 // x.element_size()
+    columns = -(-x.shape[3] // unit) * unit
+    return [*(n if size > 1 else columns for n, size in zip(x.stride()[:3], x.shape)), 1]

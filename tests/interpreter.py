@@ -9,6 +9,7 @@ A load from outside of a tensor's storage gives NaN (true for booleans, -1 or so
 a store there is an error. Holds for Triton 3.6; TRITON_INTERPRET=1 has to be set before Triton is imported.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -182,6 +183,8 @@ def _init_args_hst(self, args, kwargs):
     def moved(x):
         if isinstance(x, tuple):
             return interpreter._tuple_create(x, map(moved, x))
+        if isinstance(x, interpreter.TensorDescriptor):
+            return dataclasses.replace(x, base=moved(x.base))
         if not isinstance(x, torch.Tensor):
             return x
         storage = x.untyped_storage()

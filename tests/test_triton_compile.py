@@ -34,6 +34,7 @@ SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # of one block, by archite
 SPILLED_BYTES = 64
 TENSOR_COLUMNS = 512  # of tensor memory, sm_100; a kernel that wants more has been seen to compile to nothing
 SAMPLED = (80, 90)
+TILED = " tiled "  # in the names of launches that read by TMA
 EDGE = "edge: "  # begins the names of what triton_edges.py launches
 REGISTERS = 65536  # of one multiprocessor
 
@@ -72,6 +73,7 @@ def recorded_launches():
 def describe(kernel, args, kwargs):
     """A launch in words: kernel, dtype, the options that are on, the constants."""
     import torch
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     constants = {p.name for p in kernel.params if p.is_constexpr} | {"num_warps", "num_stages"}
@@ -84,6 +86,7 @@ def describe(kernel, args, kwargs):
     absent = [name.removesuffix("_ptr") for name, value in flat.items() if value is None]
     absent = [name for name in absent if name not in ("mask_strides", "packing", "pages")]
     words = [kernel.__name__, dtype] + ["packed"] * (bound.get("packing") is not None)
+    words += ["tiled"] * isinstance(bound.get("q"), TensorDescriptor)
     words += ["paged"] * (bound.get("pages") is not None)
     words += [f"{k}={int(v)}" for k, v in bound.items() if k in constants]
     return " ".join(words + (["without", ",".join(absent)] if absent else []))
@@ -113,6 +116,8 @@ def source_hash(kernel):
 
 def architectures(name):
     """For which a launch is compiled."""
+    if TILED in name:
+        return (90, 100)  # before them nothing fetches tiles
     return (90,) if "_sm90" in name or name.startswith(EDGE) else tuple(SHARED_BYTES)
 
 
@@ -196,7 +201,7 @@ def broken_rules(name, arch, row):
     products = products and " float32 " not in name
     if products and not row["mma"] + row["wgmma"] + row["tcgen05"]:
         yield "has no matrix instructions"
-    if "_sm90" in name and not row.get("tma"):
+    if ("_sm90" in name or TILED in name) and not row.get("tma"):
         yield "has no TMA"
     # wgmma wants 64 rows: those of the queries, or of the keys where a kernel holds keys.
     held = re.search(r"BLOCK_N=(\d+)" if "dkdv" in name or "_sm90" in name else r"BLOCK_M=(\d+)", name)

@@ -24,7 +24,23 @@ def attention_kinds():
 
 
 def attention_calls(torch, attention):
-    for dtype, D, kind in attention_kinds():
+    from fastllm.bench import tune
+
+    attention_launches(torch, attention, attention_kinds())
+    for kernel in tune.tunables():
+        for change in kernel.changes if kernel.module == "attention" else ():
+            if "tiles" in change:
+                with tune.launching(kernel, change):
+                    attention_launches(torch, attention, [("bfloat16", D, "plain") for D in (64, 128)])
+    every = tune.Tunable("attention", "Call", "launch", None, [], [])
+    with tune.launching(every, dict(tiles=True)):
+        attention_launches(
+            torch, attention, [("bfloat16", D, kind) for D in (64, 128) for kind in ("softcap", "pairs")]
+        )
+
+
+def attention_launches(torch, attention, kinds):
+    for dtype, D, kind in kinds:
         size = D - 8 if kind == "pairs" else D  # a padded head
 
         def meta(*shape, dtype=dtype):
