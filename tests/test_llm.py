@@ -151,16 +151,20 @@ def test_compare_gives_both_the_same_batches(registered):
     json.dumps(found)
 
 
-def test_words_that_are_dropped_are_read_as_unknown(registered):
+def test_words_that_are_dropped_are_not_read(registered):
     task = tiny_task(registered)
-    model, batch, unknown = Transformer(task.config(**TINY)), task.epochs(16, 0)[0], task.tokenizer.unknown
+    model, batch = Transformer(task.config(**TINY)), task.make("train", range(40))
     read = []
     model.embedding.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    for share in (0.0, 0.4, 1.0):
-        classify.loss_of(model, batch, share, unknown)
-    assert torch.equal(read[0], batch.tokens) and bool((read[2] == unknown).all())
-    dropped = read[1] != batch.tokens
-    assert bool((read[1][dropped] == unknown).all()) and 0.2 < float(dropped.float().mean()) < 0.6
+    for share in (0.0, 1.0):
+        classify.loss_of(model, batch, share)
+    assert torch.equal(read[0], batch.tokens) and torch.equal(read[1], batch.tokens[:, :1])
+    tokens, mask = classify.fewer_words(batch.tokens, batch.mask, 0.4)
+    assert tokens.shape == mask.shape and int(mask.sum(1).max()) == tokens.shape[1]
+    assert 0.4 < int(mask.sum()) / batch.real_tokens < 0.8
+    for row, kept, whole, real in zip(tokens, mask, batch.tokens, batch.mask, strict=True):
+        left, words = row[kept].tolist(), iter(whole[real].tolist())
+        assert left and all(word in words for word in left)  # in the order that they had
 
 
 def test_classes_that_train_lacks_are_left_out(registered):
@@ -199,9 +203,12 @@ def test_perplexity_of_a_model_that_knows_nothing(registered):
 def test_commands(registered, tmp_path, capsys):
     assert cli(["data", "tiny", "--out", str(tmp_path / "t")]) == 0
     assert "160" in capsys.readouterr().out
+    with open(tmp_path / "t" / "test.tsv", "a") as file:
+        file.write("a text\tugly\nno label\n")
     assert cli(["classify", str(tmp_path / "t"), "--out", str(tmp_path / "run"), "--epochs", "1"]) == 0
     assert load_model(tmp_path / "run", task="classification")
-    assert "TF-IDF" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "TF-IDF" in said and "rows left out: test malformed (1), test of unknown class (1)" in said
     assert cli(["data", "gone", "--out", str(tmp_path / "g")]) == 2
     assert capsys.readouterr().err == "fastllm: error: no network here\n"
 

@@ -83,12 +83,23 @@ class Task:
         return Config(**sizes | PRESETS[preset] | changes)
 
 
-def loss_of(model, batch, word_dropout=0.0, unknown=0):
-    """The mean cross-entropy; a share word_dropout of the words is read as the unknown one (Iyyer et al. 2015)."""
-    tokens = batch.tokens
+def loss_of(model, batch, word_dropout=0.0):
+    """The mean cross-entropy of texts that lack a share word_dropout of their words (Iyyer et al. 2015)."""
+    tokens, mask = batch.tokens, batch.mask
     if word_dropout:
-        tokens = tokens.masked_fill(torch.rand(tokens.shape, device=tokens.device) < word_dropout, unknown)
-    return F.cross_entropy(model(tokens, batch.mask), batch.labels)
+        tokens, mask = fewer_words(tokens, mask, word_dropout)
+    return F.cross_entropy(model(tokens, mask), batch.labels)
+
+
+def fewer_words(tokens, mask, share):
+    """(tokens, mask) of texts without a random share of their words, each keeping one at least; what is left moves up,
+    so that a step on shorter texts takes less time."""
+    kept = torch.rand(tokens.shape, device=tokens.device) >= share
+    if mask is not None:
+        kept &= mask
+    kept[:, 0] |= ~kept.any(1)
+    order = (~kept).sort(dim=1, stable=True).indices[:, : int(kept.sum(1).max())]
+    return tokens.gather(1, order), kept.gather(1, order)
 
 
 def tokens_in(batch):
@@ -153,7 +164,7 @@ def fit(task, config, recipe, *, batch=32, word_dropout=0.0, accelerated=True, r
     history = train(
         model,
         task.epochs(batch, recipe.seed),
-        partial(loss_of, word_dropout=word_dropout, unknown=task.tokenizer.unknown),
+        partial(loss_of, word_dropout=word_dropout),
         tokens_in,
         recipe,
         weight_of=rows_in,
@@ -191,7 +202,8 @@ def run(
     """Train, with checkpoints in `out` (see `runs.Run`), evaluate on test, write out/result.json and return it.
 
     The defaults are for ten thousand texts or fewer: a small model, much dropout, of words too, and an average of the
-    parameters of all steps (`Recipe.average`). With more texts, a larger preset and less of these reach more.
+    parameters of all steps (`Recipe.average`). Longer texts want more words (vocabulary, max_len) and may lose more of
+    them: bench/llm.py has what was best on validation texts of three sets.
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "resume", "fresh")}
     require("sklearn.metrics", "scikit-learn")
@@ -257,6 +269,9 @@ def main(args) -> int:
     options = {k: v for k, v in vars(args).items() if k not in ("command", "run", "traceback")}
     result = run(**options)
     show_scores(result["test"])
+    if result["left_out"]:
+        said = ", ".join(f"{what} ({count})" for what, count in result["left_out"].items())
+        print(f"rows left out: {said}; `fastllm data FILE` writes down which and why")
     history = result["history"]
     print(f"{history['tokens_per_s']:,.0f} tokens/s; best at step {history['best']['step']}; {history['stopped']}")
     print(f"checkpoints and result: {args.out}")
