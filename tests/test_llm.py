@@ -165,6 +165,11 @@ def test_words_that_are_dropped_are_not_read(registered):
     for row, kept, whole, real in zip(tokens, mask, batch.tokens, batch.mask, strict=True):
         left, words = row[kept].tolist(), iter(whole[real].tolist())
         assert left and all(word in words for word in left)  # in the order that they had
+    counted = [
+        classify.fit(task, task.config(**TINY), train.Recipe(steps=2), batch=16, word_dropout=share)[1]["tokens"]
+        for share in (0.0, 0.5)
+    ]
+    assert counted[1] == [n / 2 for n in counted[0]]
 
 
 def test_classes_that_train_lacks_are_left_out(registered):

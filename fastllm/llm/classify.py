@@ -165,7 +165,7 @@ def fit(task, config, recipe, *, batch=32, word_dropout=0.0, accelerated=True, r
         model,
         task.epochs(batch, recipe.seed),
         partial(loss_of, word_dropout=word_dropout),
-        tokens_in,
+        lambda batch: tokens_in(batch) * (1 - word_dropout),  # that are read
         recipe,
         weight_of=rows_in,
         evaluate=valid_loss(task),
