@@ -155,7 +155,7 @@ def test_no_logits_are_kept_of_encoder_decoders_of_transformers(name, monkeypatc
         (["gone", "test.tsv"], "is no folder"),
         (["model", "gone.tsv"], "no such file"),
         (["model", "model/config.json"], "is no file for classification: .tsv or .jsonl"),
-        (["model", ".", "--split", "valid"], "one of valid.tsv or valid.jsonl is needed"),
+        (["model", ".", "--split", "valid"], "there is no valid.tsv or valid.jsonl in it"),
         (["model", "test.tsv", "--task", "questions"], "holds a model for classification, one for question-answering"),
     ],
 )

@@ -22,7 +22,7 @@ def test_rows_are_read_one_by_one(tmp_path):
 
 BAD = {
     "no folder": (lambda d: None, "gone", "no such folder"),
-    "no file": (lambda d: (d / "valid.tsv").unlink(), "", "one of valid.tsv or valid.jsonl is needed there, 0 are"),
+    "no file": (lambda d: (d / "valid.tsv").unlink(), "", "there is no valid.tsv or valid.jsonl in it"),
     "empty": (lambda d: (d / "test.tsv").write_text(""), "", "the file is empty"),
     "no rows": (lambda d: (d / "test.tsv").write_text("text\tlabel\n"), "", "has no rows"),
     "columns": (

@@ -15,7 +15,7 @@ def find(folder, split, extensions) -> Path:
     found = [path for ending in extensions if (path := folder / f"{split}{ending}").exists()]
     if len(found) != 1:
         names = " or ".join(f"{split}{ending}" for ending in extensions)
-        what = f"one of {names} is needed there, {len(found)} are"
+        what = f"one of {names} is needed, {len(found)} are there" if found else f"there is no {names} in it"
         if not folder.is_dir():
             cure = "a folder with train, valid and test is needed, as `fastllm data FILE` makes them"
             what = f"this is a file; {cure}" if folder.exists() else f"no such folder; {cure}"
