@@ -1,7 +1,8 @@
 // Attention backward. With p = exp(score - lse), dp = do.v and delta = sum(o * do) - dlse per query,
 //   dscore = p * (dp - delta),  dv = p^T do,  dq = scale * dscore k,  dk = scale * dscore^T q:
 // five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that
-// every sum is made by one thread in one order.
+// every sum is made by one thread in one order. It goes over the queries in pieces, so that what is held of them, packed
+// and as sums, is bounded, and over the keys in spans.
 
 #include "attention_blocks.inl"
 
@@ -24,18 +25,37 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     const int64_t row = 2 * (Blocks::padded(a.D) + Blocks::padded(a.Dv)) * int64_t(sizeof(T));
     return clamp(kBytes / (row * kKeys), 1, 8) * kKeys;
   }
-  // Where the block of queries at q0 begins in a transposed buffer, for every row.
-  static int64_t transposed(int64_t q0) { return q0 / kQueries * kRow; }
+  // Queries in a piece, a multiple of the block.
+  static int64_t piece(const Attention& a) {
+    constexpr int64_t kBytes = 1 << 20;
+    const int64_t sides = Blocks::words(a.D) + Blocks::words(a.Dv);
+    const int64_t block = (kRow + kQueries) * sides * int64_t(sizeof(W)) + kRow * a.D * int64_t(sizeof(T));
+    return clamp(kBytes / block, 1, blocks(a)) * kQueries;
+  }
 
-  // Per block of queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
+  struct Rows {  // right operand of a product that sums over queries
+    const W* data;
+    int64_t row;
+  };
+  struct Sums {  // of a key's gradient, a row each
+    T* data;
+    int64_t row;
+    Sums at(int64_t k) const { return {data + k * row, row}; }
+  };
+  // Whether rows of x are as such an operand, or such sums, have to be: whole vectors of the compute type.
+  static bool whole(const Heads& x, int64_t D) { return sizeof(S) == sizeof(T) && x.d == 1 && D % V::L == 0; }
+
+  // For a piece of the queries: q and do transposed (for the scores and dp), as rows (for dk and dv), dq transposed.
   struct Workspace {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
     T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *dlse, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
     double* pdp;  // with a sink: the sum of p * dp over the keys so far
+    Range queries{0, 0};  // the piece
+    Rows q_right{}, grad_o_right{};
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
-      const int64_t rows = blocks(a) * kQueries, Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
+      const int64_t rows = piece(a), Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
       const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv), keys_here = chunk(a), keys_packed = span(a);
       s = arena.take<T>(kKeys * kRow);
       dp = arena.take<T>(kKeys * kRow);
@@ -50,19 +70,22 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       delta = arena.take<T>(rows);
       dlse = arena.take<T>(a.dlse ? rows : 0);
       pdp = arena.take<double>(a.sink ? rows : 0);
-      q = arena.take<W>(transposed(rows) * Dw);
-      grad_o = arena.take<W>(transposed(rows) * Dvw);
-      q_rows = arena.take<W>(rows / kPer * D);
-      grad_o_rows = arena.take<W>(rows / kPer * Dv);
-      dq = arena.take<T>(transposed(rows) * a.D);
-      dk = arena.take<T>(keys_here * D);
-      dv = arena.take<T>(keys_here * Dv);
+      q = arena.take<W>(rows / kQueries * kRow * Dw);
+      grad_o = arena.take<W>(rows / kQueries * kRow * Dvw);
+      q_rows = arena.take<W>(whole(a.q, a.D) ? 0 : rows / kPer * D);
+      grad_o_rows = arena.take<W>(whole(a.grad_o, a.Dv) ? 0 : rows / kPer * Dv);
+      dq = arena.take<T>(rows / kQueries * kRow * a.D);
+      dk = arena.take<T>(whole(a.dk, a.D) ? 0 : keys_here * D);
+      dv = arena.take<T>(whole(a.dv, a.Dv) ? 0 : keys_here * Dv);
       mask = arena.take<T>(a.mask.data ? kKeys * kRow : 0);
       bias = arena.take<T>(a.bias.data ? kKeys * kRow : 0);
       keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kRow : 0);
       slope = arena.take<T>(a.softcap > 0 ? kKeys * kRow : 0);
       if (bytes) *bytes = arena.used;
     }
+    int64_t row(int64_t q) const { return q - queries.begin; }
+    // Where query q's block begins in a transposed buffer, for every row of it.
+    int64_t transposed(int64_t q) const { return row(q) / kQueries * kRow; }
   };
   static int64_t bytes(const Attention& a) {
     int64_t n;
@@ -70,28 +93,33 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     return n;
   }
 
-  // Rows as the right operand of a product that sums over queries: padded to whole vectors, zeros past row n.
-  static void pack_right_rows(const S* x, int64_t row, int64_t step, int64_t n, int64_t D, W* dst) {
-    const int64_t width = Blocks::padded(D);
+  // Rows of the piece as the right operand of a product that sums over queries: padded to whole vectors, zeros past row
+  // n.
+  static Rows right_rows(const Heads& x, int64_t b, int64_t h, Range queries, int64_t D, W* buffer) {
+    const S* p = Blocks::row(x, b, h, queries.begin);
+    const int64_t n = queries.end - queries.begin, width = Blocks::padded(D);
+    if constexpr (sizeof(S) == sizeof(W))
+      if (whole(x, D)) return {(const W*)p, x.t};
     if constexpr (kPer == 1) {
-      Blocks::pack_rows(x, row, step, n, D, dst);
+      Blocks::pack_rows(p, x.t, x.d, n, D, buffer);
     } else {
-      Blocks::pack_row_words(x, row, step, n, D, dst, width);
+      Blocks::pack_row_words(p, x.t, x.d, n, D, buffer, width);
       for (int64_t i = 0; i < (n + 1) / 2; ++i)
-        for (int64_t d = D; d < width; ++d) dst[i * width + d] = W{0};
+        for (int64_t d = D; d < width; ++d) buffer[i * width + d] = W{0};
     }
+    return {buffer, width};
   }
 
-  // p = exp(score - lse) of one vector of queries, from row q of the head on.
+  // p = exp(score - lse) of one vector of queries, from row `i` of the piece on.
   struct Probability {
     V scale, shift, low;
-    Probability(const Workspace& w, int64_t q, T c)
-        : scale(V::set(c)), shift(V::set(0) - V::load(w.lse + q)), low(V::load(w.lse_low + q)) {}
+    Probability(const Workspace& w, int64_t i, T c)
+        : scale(V::set(c)), shift(V::set(0) - V::load(w.lse + i)), low(V::load(w.lse_low + i)) {}
     V operator()(const T* score) const { return exp_fma(V::load(score), scale, shift, low); }
   };
-  static void keep_lse(const Workspace& w, int64_t q, double lse) {
-    w.lse[q] = T(lse);
-    w.lse_low[q] = T(lse - T(lse));
+  static void keep_lse(const Workspace& w, int64_t i, double lse) {
+    w.lse[i] = T(lse);
+    w.lse_low[i] = T(lse - T(lse));
   }
 
   // delta = sum(o * do) is not the sum of p * dp that it stands for: o and dp were rounded apart from each other. Where
@@ -119,7 +147,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
       const Broadcast<W> value = Blocks::along_d(a.v, b, kv, k0, keys, a.Dv, w.values);
       tile_scores(a, w, scores, k0, 0, keys, 0, 1, key, value);
-      const Probability probability(w, q, scores.plain() ? scores.scale : T(1));
+      const Probability probability(w, w.row(q), scores.plain() ? scores.scale : T(1));
       for (int64_t k = 0; k < keys; ++k) {
         T p[V::L], dp[V::L];
         probability(w.s + k * kRow).store(p);
@@ -134,30 +162,31 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       const double lse = a.lse[b * a.lse_b + h * a.lse_h + q + i];
       if (lse == -INFINITY) continue;
       if (a.sink) total[i] += ::exp(double(((const T*)a.sink)[h]) - lse);
-      w.delta[q + i] = T(delta[i] / total[i]);
-      keep_lse(w, q + i, lse + log(total[i]));
+      w.delta[w.row(q) + i] = T(delta[i] / total[i]);
+      keep_lse(w, w.row(q) + i, lse + log(total[i]));
     }
   }
 
-  static void prepare_queries(const Attention& a, const Workspace& w, int64_t b, int64_t h) {
+  static void prepare_queries(const Attention& a, Workspace& w, int64_t b, int64_t h, Range queries) {
     const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv);
-    for (int64_t block = 0; block < blocks(a); ++block) {
-      const int64_t q0 = block * kQueries, n = clamp(a.T - q0, 0, kQueries);
+    w.queries = queries;
+    w.q_right = right_rows(a.q, b, h, queries, a.D, w.q_rows);
+    w.grad_o_right = right_rows(a.grad_o, b, h, queries, a.Dv, w.grad_o_rows);
+    for (int64_t q0 = queries.begin; q0 < queries.end; q0 += kQueries) {
+      const int64_t n = clamp(queries.end - q0, 0, kQueries), at = b * a.lse_b + h * a.lse_h + q0;
       const S *q = Blocks::row(a.q, b, h, q0), *g = Blocks::row(a.grad_o, b, h, q0), *o = Blocks::row(a.o, b, h, q0);
-      Blocks::pack_transposed(q, a.q.t, a.q.d, n, a.D, w.q + transposed(q0) * Dw, w.scratch);
-      Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + transposed(q0) * Dvw, w.scratch);
-      pack_right_rows(q, a.q.t, a.q.d, n, a.D, w.q_rows + q0 / kPer * Blocks::padded(a.D));
-      pack_right_rows(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o_rows + q0 / kPer * Blocks::padded(a.Dv));
-      const int64_t at = b * a.lse_b + h * a.lse_h + q0;
+      Blocks::pack_transposed(q, a.q.t, a.q.d, n, a.D, w.q + w.transposed(q0) * Dw, w.scratch);
+      Blocks::pack_transposed(g, a.grad_o.t, a.grad_o.d, n, a.Dv, w.grad_o + w.transposed(q0) * Dvw, w.scratch);
       const double* lse = a.lse + at;
       for (int64_t i = 0; i < kQueries; ++i) {
-        w.delta[q0 + i] = i >= n ? T(0) : sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
+        const int64_t row = w.row(q0) + i;
+        w.delta[row] = i >= n ? T(0) : sum_over<V>(a.Dv, [&](V s, int64_t d, int64_t lanes) {
           return fma(Blocks::load_row(o + i * a.o.t + d * a.o.d, a.o.d, lanes),
                      Blocks::load_row(g + i * a.grad_o.t + d * a.grad_o.d, a.grad_o.d, lanes), s);
         });
-        if (a.dlse) w.dlse[q0 + i] = i < n ? T(a.dlse[at + i]) : T(0);
+        if (a.dlse) w.dlse[row] = i < n ? T(a.dlse[at + i]) : T(0);
         // A query that saw nothing has lse = -inf: as +1e30 every probability underflows to 0.
-        keep_lse(w, q0 + i, i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i]);
+        keep_lse(w, row, i >= n ? 0 : lse[i] == -INFINITY ? 1e30 : lse[i]);
       }
       for (int64_t i = 0; i < n; i += V::L)
         if (sums_scores(a, b, h, q0 + i, clamp(n - i, 0, V::L))) sum_scores(a, w, b, h, q0 + i);
@@ -169,7 +198,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   static void score_gradients(const Workspace& w, int64_t begin, int64_t end, int64_t first, int64_t last, T scale,
                               const T* keep, bool has_dlse, bool has_sink, int64_t q0) {
     for (int64_t v = first; v < last; ++v) {
-      const int64_t q = q0 + v * V::L;
+      const int64_t q = w.row(q0) + v * V::L;
       const Probability probability(w, q, scale);
       const V delta = V::load(w.delta + q), dlse = has_dlse ? V::load(w.dlse + q) : V::set(0);
       V pdp = V::set(0);
@@ -254,7 +283,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
                           int64_t end, int64_t first, int64_t last, Broadcast<W> key, Broadcast<W> value) {
     const int64_t block = scores.q0 / kQueries * kQueries, skip = scores.q0 - block + first * V::L;
     const int64_t Dw = Blocks::words(a.D), Dvw = Blocks::words(a.Dv), at = begin * kRow + first * V::L;
-    const W *q = w.q + transposed(block) * Dw + skip, *grad_o = w.grad_o + transposed(block) * Dvw + skip;
+    const W *q = w.q + w.transposed(block) * Dw + skip, *grad_o = w.grad_o + w.transposed(block) * Dvw + skip;
     Blocks::product_along_d(a, end - begin, last - first, key.at(begin, 0), q, Dw, w.s + at);
     Blocks::product_along_d(a, end - begin, last - first, value.at(begin, 0), grad_o, Dvw, w.dp + at);
     if (!scores.plain() || scores.cut(k0 + begin, end - begin, first * V::L, (last - first) * V::L))
@@ -291,7 +320,8 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
   }
 
   static void tile_gradients(const Attention& a, const Workspace& w, const ScoreTile<V>& scores, int64_t k0,
-                             int64_t keys, Broadcast<W> key, Broadcast<W> value, Broadcast<W> key_rows, T* dk, T* dv) {
+                             int64_t keys, Broadcast<W> key, Broadcast<W> value, Broadcast<W> key_rows, Sums dk,
+                             Sums dv) {
     const int64_t q0 = scores.q0, n = scores.queries, vectors = scores.vectors;
     const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
     if (!scores.load(k0, keys)) return;
@@ -305,16 +335,20 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     for (int64_t v = 0, k = 0; v < vectors; ++v) {
       if (ends[v] <= k) continue;
       const int64_t rows = ends[v] - k, skip = v * V::L, steps = (n - skip + kPer - 1) / kPer;
-      const W *q_rows = w.q_rows + (q0 + skip) / kPer * D, *grad_o_rows = w.grad_o_rows + (q0 + skip) / kPer * Dv;
-      product<Start::kAdd, V>(rows, Dv / V::L, p.at(k, skip / kPer), grad_o_rows, Dv, steps, dv + k * Dv, Dv);
-      product<Start::kAdd, V>(rows, D / V::L, ds.at(k, skip / kPer), q_rows, D, steps, dk + k * D, D);
+      auto add = [&](int64_t width, Broadcast<W> left, Rows right, Sums sums) {
+        product<Start::kAdd, V>(rows, width / V::L, left.at(k, skip / kPer),
+                                right.data + (w.row(q0) + skip) / kPer * right.row, right.row, steps, sums.at(k).data,
+                                sums.row);
+      };
+      add(Dv, p, w.grad_o_right, dv);
+      add(D, ds, w.q_right, dk);
       k = ends[v];
     }
     for (int64_t v = 0, next; v < vectors; v = next) {
       for (next = v + 1; next < vectors && ends[next] == ends[v];) ++next;
       const int64_t skip = v * V::L;
       product<Start::kAdd, V>(a.D, next - v, key_rows, (const W*)w.dp + skip, kRow, (ends[v] + kPer - 1) / kPer,
-                              w.dq + transposed(q0) * a.D + skip, kRow);
+                              w.dq + w.transposed(q0) * a.D + skip, kRow);
     }
   }
 
@@ -331,15 +365,18 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       for (int64_t kv = kv0; kv < a.Hkv; kv += heads_apart(a)) run_head(a, b, kv, part, memory);
   }
 
-  // What the keys [first, first + n) and head h's queries add to dq, dk and dv; dk and dv begin at key `origin`.
+  // What the keys [first, first + n) and the piece of head h's queries add to dq, dk and dv; dk and dv begin at the
+  // first of these keys.
   static void add_keys(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t kv, int64_t first,
-                       int64_t origin, int64_t n) {
-    const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
+                       int64_t n, Sums dk, Sums dv) {
+    const Range seeing = seeing_queries(a, first, n);
+    const int64_t begin = clamp(seeing.begin / kQueries * kQueries, w.queries.begin, w.queries.end);
+    const int64_t end = clamp(seeing.end, begin, w.queries.end);
+    if (begin == end) return;
     const Broadcast<W> key = Blocks::along_d(a.k, b, kv, first, n, a.D, w.keys);
     const Broadcast<W> value = Blocks::along_d(a.v, b, kv, first, n, a.Dv, w.values);
     const Broadcast<W> key_rows = Blocks::along_keys(a.k, b, kv, first, n, a.D, w.key_rows);
-    const Range range = seeing_queries(a, first, n);
-    for (int64_t q0 = range.begin / kQueries * kQueries; q0 < range.end; q0 += kQueries) {
+    for (int64_t q0 = begin; q0 < end; q0 += kQueries) {
       const int64_t queries = clamp(a.T - q0, 0, kQueries), vectors = (queries + V::L - 1) / V::L;
       const ScoreTile<V> scores{
           a, b, h, q0, queries, vectors, T(a.scale), w.mask, w.bias, w.keep, a.softcap > 0 ? w.slope : nullptr};
@@ -347,57 +384,69 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
       for (int64_t k = 0; k < n; k += kKeys) {
         const int64_t keys = clamp(n - k, 0, kKeys), k0 = first + k;
         if (seen.begin < k0 + keys && k0 < seen.end)
-          tile_gradients(a, w, scores, k0, keys, key.at(k, 0), value.at(k, 0), key_rows.at(0, k / kPer),
-                         w.dk + (k0 - origin) * D, w.dv + (k0 - origin) * Dv);
+          tile_gradients(a, w, scores, k0, keys, key.at(k, 0), value.at(k, 0), key_rows.at(0, k / kPer), dk.at(k),
+                         dv.at(k));
       }
     }
   }
 
+  // Zeros to add the gradients of keys [begin, end) to: in the gradient itself where that is possible.
+  static Sums zeros(const Heads& x, int64_t b, int64_t kv, Range keys, int64_t D, T* buffer) {
+    Sums sums{buffer, Blocks::padded(D)};
+    if constexpr (sizeof(S) == sizeof(T))
+      if (whole(x, D)) sums = {(T*)Blocks::row(x, b, kv, keys.begin), x.t};
+    for (int64_t k = 0; k < keys.end - keys.begin; ++k) memset(sums.at(k).data, 0, Blocks::padded(D) * sizeof(T));
+    return sums;
+  }
+
   static void run_head(const Attention& a, int64_t b, int64_t kv, int64_t part, void* memory) {
     const int64_t begin = clamp(part * chunk(a), 0, a.S), end = clamp(begin + chunk(a), 0, a.S), G = a.H / a.Hkv;
-    const int64_t D = Blocks::padded(a.D), Dv = Blocks::padded(a.Dv);
     Workspace w(a, memory, nullptr);
-    memset(w.dk, 0, (end - begin) * D * sizeof(T));
-    memset(w.dv, 0, (end - begin) * Dv * sizeof(T));
+    const Sums dk = zeros(a.dk, b, kv, {begin, end}, a.D, w.dk), dv = zeros(a.dv, b, kv, {begin, end}, a.Dv, w.dv);
 
     for (int64_t h = kv * G; h < (kv + 1) * G; ++h) {
-      prepare_queries(a, w, b, h);
-      if (a.sink) memset(w.pdp, 0, blocks(a) * kQueries * sizeof(double));
-      memset(w.dq, 0, blocks(a) * kRow * a.D * sizeof(T));
-      for (int64_t k0 = begin; k0 < end; k0 += span(a))
-        add_keys(a, w, b, h, kv, k0, begin, clamp(end - k0, 0, span(a)));
-      write_dq(a, w, b, h, part);
-      if (a.sink)
-        add_sink_gradient<T>(
-            a, b, h, part, [&](int64_t t) { return double(w.lse[t]) + w.lse_low[t]; },
-            [&](int64_t t) { return w.pdp[t]; });
+      double dsink = 0;
+      for (int64_t q0 = 0; q0 < a.T; q0 += piece(a)) {
+        const Range queries{q0, clamp(q0 + piece(a), 0, a.T)};
+        prepare_queries(a, w, b, h, queries);
+        if (a.sink) memset(w.pdp, 0, piece(a) * sizeof(double));
+        memset(w.dq, 0, piece(a) / kQueries * kRow * a.D * sizeof(T));
+        for (int64_t k0 = begin; k0 < end; k0 += span(a))
+          add_keys(a, w, b, h, kv, k0, clamp(end - k0, 0, span(a)), dk.at(k0 - begin), dv.at(k0 - begin));
+        write_dq(a, w, b, h, part);
+        if (a.sink)
+          dsink += sink_gradient<T>(
+              a, b, h, part, queries, [&](int64_t t) { return double(w.lse[w.row(t)]) + w.lse_low[w.row(t)]; },
+              [&](int64_t t) { return w.pdp[w.row(t)]; });
+      }
+      if (a.sink) a.dsink_partial[(b * a.chunks + part) * a.H + h] = dsink;
     }
-    write_rows(w.dk, D, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
-    write_rows(w.dv, Dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
+    write_rows(dk, end - begin, a.D, T(a.scale), a.dk, b, kv, begin);
+    write_rows(dv, end - begin, a.Dv, T(1), a.dv, b, kv, begin);
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t part) {
     T factor[kQueries];
     for (T& f : factor) f = T(a.scale);
-    for (int64_t q0 = 0; q0 < a.T; q0 += kQueries) {
-      const int64_t n = clamp(a.T - q0, 0, kQueries);
+    for (int64_t q0 = w.queries.begin; q0 < w.queries.end; q0 += kQueries) {
+      const int64_t n = clamp(w.queries.end - q0, 0, kQueries);
+      const T* dq = w.dq + w.transposed(q0) * a.D;
       if (a.chunks == 1) {
-        S* to = (S*)Blocks::row(a.dq, b, h, q0);
-        Blocks::unpack_transposed(w.dq + transposed(q0) * a.D, factor, n, a.D, to, a.dq.t, a.dq.d);
+        Blocks::unpack_transposed(dq, factor, n, a.D, (S*)Blocks::row(a.dq, b, h, q0), a.dq.t, a.dq.d);
       } else {
         T* to = (T*)a.dq_partial + (((b * a.H + h) * a.chunks + part) * a.T + q0) * a.D;
-        AttentionBlocks<V, T, W>::unpack_transposed(w.dq + transposed(q0) * a.D, factor, n, a.D, to, a.D, 1);
+        AttentionBlocks<V, T, W>::unpack_transposed(dq, factor, n, a.D, to, a.D, 1);
       }
     }
   }
 
-  static void write_rows(const T* src, int64_t width, int64_t n, int64_t D, T factor, const Heads& x, int64_t b,
-                         int64_t h, int64_t t0) {
+  static void write_rows(Sums sums, int64_t n, int64_t D, T factor, const Heads& x, int64_t b, int64_t h, int64_t t0) {
+    if (factor == 1 && (const void*)sums.data == Blocks::row(x, b, h, t0)) return;
     const V f = V::set(factor);
     for (int64_t i = 0; i < n; ++i) {
       S* to = (S*)Blocks::row(x, b, h, t0 + i);
       for_vectors<V>(D, [&](int64_t d, int64_t lanes) {
-        const V value = V::load(src + i * width + d) * f;
+        const V value = V::load(sums.at(i).data + d) * f;
         if (x.d == 1) return store(value, to + d, lanes);
         T numbers[V::L];
         value.store(numbers);

@@ -214,10 +214,12 @@ struct AttentionDecodeBwd : AttentionRows<V, S, W> {
       });
     }
     write_dq(a, w, b, kv, split);
-    for (int64_t r = 0; a.sink && r < R; r += a.T)
-      add_sink_gradient<T>(
-          a, b, Rows::head(a, kv, r), split, [&](int64_t t) { return double(w.lse[r + t]) + w.lse_low[r + t]; },
+    for (int64_t r = 0; a.sink && r < R; r += a.T) {
+      const int64_t h = Rows::head(a, kv, r);
+      a.dsink_partial[(b * a.chunks + split) * a.H + h] = sink_gradient<T>(
+          a, b, h, split, {0, a.T}, [&](int64_t t) { return double(w.lse[r + t]) + w.lse_low[r + t]; },
           [&](int64_t t) { return w.pdp[r + t]; });
+    }
   }
 
   static void write_dq(const Attention& a, const Workspace& w, int64_t b, int64_t kv, int64_t split) {
