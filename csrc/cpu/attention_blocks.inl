@@ -20,10 +20,10 @@ inline bool sees_few(const Attention& a, int64_t b, int64_t h, int64_t t) {
   return seen > 0 && seen <= kFewKeys;
 }
 
-// What a range of keys and some queries add to the gradient of head h's sink. The sink's probability is exp(sink - lse),
-// and its value is zero: d(score) = p * (dlse - sum over keys of p * dp), summed over queries into one number. `pdp(t)`
-// is that sum over the range, in double, of the very p and dp: taken from o, the rounding of o would be its largest
-// error. dlse counts once, with the first range.
+// What a range of keys and some queries add to the gradient of head h's sink. The sink's probability is exp(sink -
+// lse), and its value is zero: d(score) = p * (dlse - sum over keys of p * dp), summed over queries into one number.
+// `pdp(t)` is that sum over the range, in double, of the very p and dp: taken from o, the rounding of o would be its
+// largest error. dlse counts once, with the first range.
 template <class T, class Lse, class Sum>
 inline double sink_gradient(const Attention& a, int64_t b, int64_t h, int64_t range, Range queries, Lse lse, Sum pdp) {
   const double sink = ((const T*)a.sink)[h];

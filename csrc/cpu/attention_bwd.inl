@@ -1,8 +1,8 @@
 // Attention backward. With p = exp(score - lse), dp = do.v and delta = sum(o * do) - dlse per query,
 //   dscore = p * (dp - delta),  dv = p^T do,  dq = scale * dscore k,  dk = scale * dscore^T q:
 // five products and no transposition of anything of size T x S. One item is a key head and a range of keys, so that
-// every sum is made by one thread in one order. It goes over the queries in pieces, so that what is held of them, packed
-// and as sums, is bounded, and over the keys in spans.
+// every sum is made by one thread in one order. It goes over the queries in pieces, so that what is held of them,
+// packed and as sums, is bounded, and over the keys in spans.
 
 #include "attention_blocks.inl"
 
@@ -50,7 +50,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     W *q, *grad_o, *q_rows, *grad_o_rows, *keys, *values, *key_rows, *scratch;
     T *s, *dp, *dq, *dk, *dv, *lse, *lse_low, *delta, *dlse, *mask, *bias, *keep, *slope;
     W *p_words, *ds_words;
-    double* pdp;  // with a sink: the sum of p * dp over the keys so far
+    double* pdp;          // with a sink: the sum of p * dp over the keys so far
     Range queries{0, 0};  // the piece
     Rows q_right{}, grad_o_right{};
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
