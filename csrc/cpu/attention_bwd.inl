@@ -25,7 +25,7 @@ struct AttentionBwd : AttentionBlocks<V, S, W> {
     const int64_t row = 2 * (Blocks::padded(a.D) + Blocks::padded(a.Dv)) * int64_t(sizeof(T));
     return clamp(kBytes / (row * kKeys), 1, 8) * kKeys;
   }
-  // Queries in a piece, a multiple of the block.
+  // Queries in a piece, a multiple of the block: many beside a span, so that the keys of one are seldom fetched again.
   static int64_t piece(const Attention& a) {
     constexpr int64_t kBytes = 1 << 20;
     const int64_t sides = Blocks::words(a.D) + Blocks::words(a.Dv);
