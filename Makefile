@@ -43,7 +43,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PIP) install -q --no-build-isolation --no-deps --editable .
 	@touch $@
 
-test: build ## the fast tests: CPU only; 9 minutes on the two threads of a Zen 3 core
+test: build ## the fast tests: CPU only; 9 minutes on two threads of a Zen 3
 	$(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: build ## the slow tests too

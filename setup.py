@@ -61,6 +61,7 @@ OPS = [
     "weight_only",
     "linear",
     "generation",
+    "peak",
 ]
 
 

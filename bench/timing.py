@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastllm import tune_allocator
+from fastllm import dispatch, tune_allocator
 
 COLD = 5  # calls of a sample at most, where each one finds the caches empty
 UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not say
@@ -243,7 +243,10 @@ def read_of(moved: int, device="cpu", sets=1):
 
 
 def ceilings(device="cpu", seconds=0.3) -> dict:
-    """What this machine can do, measured now: bandwidth of memory and rates of matrix products."""
+    """What this machine can do, measured now: bandwidth of memory, rates of matrix products and of multiply-adds.
+
+    The last are the hardware's own, in registers alone (csrc/cpu/peak.inl); a product may be far below them.
+    """
     found = {
         f"{name}_gb_per_s": (256 << 20) / _best(call(256 << 20, device), seconds) / 1e9
         for name, call in (("copy", copy_of), ("read", read_of))
@@ -256,6 +259,10 @@ def ceilings(device="cpu", seconds=0.3) -> dict:
             found[f"{name}_gflop_per_s"] = product_rate(dtype, device, seconds) / 1e9
     finally:
         torch.set_float32_matmul_precision(before)
+    if device == "cpu" and dispatch.extension:
+        for bf16, dtype in ((False, "float32"), (True, "bfloat16")):
+            call = functools.partial(dispatch.extension.multiply_adds, 200_000, bf16)
+            found[f"fma_{dtype}_gflop_per_s"] = call() / _best(call, seconds) / 1e9
     return found
 
 

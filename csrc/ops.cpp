@@ -61,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("select", &fastllm::select, "Use one of available(); '' for the widest. Raises ValueError for another name.");
   m.def("selected", &fastllm::selected, "The instruction set in use.");
   m.def("poison", [](bool on) { fastllm::cpu::poison_fresh_memory = on; }, "Fill fresh memory with NaN; for tests.");
+  m.def(
+      "multiply_adds", &fastllm::cpu::multiply_adds, pybind11::arg("rounds"), pybind11::arg("bf16") = false,
+      "Multiply-adds in registers, on all threads at once, in fp32 or of bf16; returns how many operations they were.");
   fastllm::cpu::bind_generation(m);
   fastllm::cpu::bind_encoder(m);
 }

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from fastllm import dispatch
 from fastllm.bench import timing
 
 
@@ -158,6 +159,9 @@ def test_ceilings_are_measured(monkeypatch):
     found = timing.ceilings()
     assert found["copy_gb_per_s"] == found["read_gb_per_s"] == pytest.approx((256 << 20) / 1e-3 / 1e9)
     assert {"mm_float32_highest_gflop_per_s", "mm_float32_medium_gflop_per_s", "mm_bfloat16_gflop_per_s"} <= set(found)
+    if dispatch.extension:
+        assert found["fma_float32_gflop_per_s"] > 0 and found["fma_bfloat16_gflop_per_s"] > 0
+        assert dispatch.extension.multiply_adds(10) % (2 * 12 * 10) == 0  # whole rounds of every sum, on every thread
     rates = {
         "copy_gb_per_s": 900,
         "mm_float32_gflop_per_s": 5,

@@ -77,6 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_varlen_bwd(
     Tensor cu_seqlens_k, MaybeTensor alibi_slopes, MaybeTensor sink, MaybeTensor seed, double scale, double softcap,
     std::optional<int64_t> q_offset, int64_t window_left, int64_t window_right, double dropout_p);
 
+double multiply_adds(int64_t rounds, bool bf16);  // of all threads; how many operations that was
+
 Tensor weight_only_linear_fwd(Tensor x, Tensor weight, MaybeTensor bias);
 Tensor quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, MaybeTensor offsets, MaybeTensor bias, int64_t rows,
                             int64_t bits, int64_t group);

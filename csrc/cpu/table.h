@@ -286,6 +286,10 @@ struct GenerationKernels {  // on fp32, whatever the weights and the cache are
   void (*add)(float* x, const float* y, int64_t n);
 };
 
+struct PeakKernels {
+  double (*multiply_adds[kTypes])(int64_t rounds, void* sink);  // returns how many operations that was
+};
+
 // Every op: X(op, type of its tables, isa). A new one is a line here, one in setup.py's OPS, and csrc/cpu/<op>.inl.
 // clang-format off
 #define FASTLLM_OPS(X, isa)                           \
@@ -301,7 +305,8 @@ struct GenerationKernels {  // on fp32, whatever the weights and the cache are
   X(attention_decode_bwd, AttentionDecodeBwdKernels, isa) \
   X(weight_only, WeightOnlyKernels, isa)              \
   X(linear, LinearKernels, isa)                       \
-  X(generation, GenerationKernels, isa)
+  X(generation, GenerationKernels, isa)               \
+  X(peak, PeakKernels, isa)
 // clang-format on
 
 // All tables of one instruction set.
