@@ -125,7 +125,8 @@ def write_ninja(folder: Path, sanitize: str, emulate: bool) -> dict:
     isas = list(ISA_FLAGS) if has_isa_flags(cxx) else ["scalar"]
     if wanted := os.environ.get("FASTLLM_BUILD_ISAS"):  # fewer, for a quick build while a kernel is written
         isas = [isa for isa in isas if {isa, *COMPLETES.get(isa, ())} & set(wanted.split(","))]
-    includes = [ROOT / "csrc", torch / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    # pybind11 before torch, whose copy of it (2.11) is not for the stable ABI.
+    includes = [ROOT / "csrc", pybind11.get_include(), torch / "include", sysconfig.get_paths()["include"]]
     optimise = "-O1" if sanitize else "-O3"  # checks between vectorised, unrolled loops take GCC minutes a file
     # Where nothing but tests runs it: a third of the time (softmax 47 s -> 7).
     spare = {} if sanitize or len(isas) == 1 else {"scalar": " -O2 -DFASTLLM_SPARE"}

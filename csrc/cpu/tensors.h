@@ -182,8 +182,8 @@ inline void prefer_huge_pages(const Tensor& x, int64_t bytes) {
 inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType type) {
   AtenTensorHandle made;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   const Tensor x(made);
   int64_t bytes = int64_t(x.element_size());
   for (int64_t n : shape) bytes *= n;
