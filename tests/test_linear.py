@@ -369,6 +369,13 @@ def test_the_committed_table_is_whole():
         assert all(list(torch.tensor(measured[name]).shape) == sizes for name in _tuned.PASSES)
 
 
+def test_a_table_without_fp32_tells_how_few_rows_are_pytorchs():
+    """As `bench linear --tune --dtype bfloat16` writes it on a CPU that had no entry."""
+    entry = {"grid": {"M": [16], "N": [64], "K": [64]}}
+    assert _tuned._fewest_rows_of_any({}) == _tuned._fewest_rows_of_any({"a": {"linear bfloat16": entry}}) == 64
+    assert _tuned._fewest_rows_of_any({"a": {"linear bfloat16": entry}, "b": {"linear": entry}}) == 16
+
+
 @pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])
 def onednn(request, monkeypatch):
     """A CPU of which nothing was measured, where oneDNN multiplies 16-bit matrices, or does not."""
