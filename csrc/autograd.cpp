@@ -27,6 +27,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -191,17 +192,18 @@ std::atomic<PyObject*> watcher{nullptr};
 // The run of a node, told to `watch`'s function where there is one.
 class Watched {
  public:
-  Watched(const Family& family, const Tensor& dy) : family_(family), dy_(dy) {
+  Watched(const char* op, const Tensor& dy, bool again) : op_(op), dy_(dy), again_(again) {
     if (watcher) start_ = Clock::now();
   }
   void over() const {
-    if (!watcher) return;
-    const std::chrono::duration<double> took = Clock::now() - start_;
+    if (!start_ || !watcher) return;
+    const std::chrono::duration<double> took = Clock::now() - *start_;
     const pybind11::gil_scoped_acquire gil;
-    PyObject* const function = watcher;
+    // Held, since what it runs may let another thread end the recording that it is of.
+    const auto function = pybind11::reinterpret_borrow<pybind11::object>(watcher.load());
     if (!function) return;
-    PyObject* const found =
-        PyObject_CallFunction(function, "sNd", family_.name.c_str(), THPVariable_Wrap(dy_), took.count());
+    PyObject* const found = PyObject_CallFunction(function.ptr(), "sNdN", op_, THPVariable_Wrap(dy_), took.count(),
+                                                  PyBool_FromLong(again_));
     if (!found) {
       python_error error;
       error.persist();
@@ -212,14 +214,16 @@ class Watched {
 
  private:
   using Clock = std::chrono::steady_clock;
-  const Family& family_;
+  const char* const op_;
   const Tensor& dy_;
-  Clock::time_point start_;
+  const bool again_;
+  std::optional<Clock::time_point> start_;
 };
 
 class Backward : public Node {
  public:
-  Backward(const Family& family, edge_list edges) : Node(std::move(edges)), family_(family) {}
+  Backward(const Family& family, edge_list edges, const char* called)
+      : Node(std::move(edges)), family_(family), called_(called ? called : family.name.c_str()) {}
 
   // Once the result's history is this node: what is a result of its own must not hold it.
   void save(Stack arguments, const Stack& results) {
@@ -241,17 +245,15 @@ class Backward : public Node {
     const bool again = c10::GradMode::is_enabled();
     const std::vector<bool> wants = wanted();
     Stack stack = unpacked(again ? family_.for_again : family_.for_bwd, family_.upstream(dy[0]), wants);
+    const Watched watched(called_, dy[0], again);
     if (again) {
       family_.again.callBoxed(stack);
-      return gradients(stack, family_.again_result, wants);
-    }
-    const Watched watched(family_, dy[0]);
-    {
+    } else {
       const at::AutoDispatchBelowAutograd below;
       family_.bwd.callBoxed(stack);
     }
     watched.over();
-    return gradients(stack, family_.bwd_result, wants);
+    return gradients(stack, again ? family_.again_result : family_.bwd_result, wants);
   }
 
   void release_variables() override {
@@ -312,6 +314,7 @@ class Backward : public Node {
   }
 
   const Family& family_;
+  const char* const called_;
   Stack arguments_;  // those that are no tensors
   std::vector<SavedVariable> saved_;
 };
@@ -352,7 +355,7 @@ const Family& family(const std::string& op) {
   return *found;
 }
 
-Tensor plain(const Family& family, Stack&& arguments) {
+Tensor plain(const Family& family, Stack&& arguments, const char* called) {
   bool differentiable = false;
   if (c10::GradMode::is_enabled() &&
       !c10::impl::tls_local_dispatch_key_set().excluded_.has(c10::DispatchKey::AutogradCPU))
@@ -373,7 +376,7 @@ Tensor plain(const Family& family, Stack&& arguments) {
     const at::AutoDispatchBelowAutograd below;
     family.fwd.callBoxed(results);
   }
-  auto* const node = new Backward(family, std::move(edges));
+  auto* const node = new Backward(family, std::move(edges), called);
   Tensor y = results[0].toTensor();
   torch::autograd::set_history(y, first_holder<NodePtr>(node));
   node->save(std::move(arguments), results);

@@ -5,6 +5,7 @@
 // them, nothing transformed, traced or intercepted by a mode. It returns None everywhere else, and where the kernel
 // refuses: the caller then goes the long way, which says what is wrong.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -32,15 +33,24 @@ constexpr int64_t kSmallLogits = 1 << 17;  // that linear_cross_entropy keeps fo
 
 bool within(DispatchKeySet keys, DispatchKeySet others) { return !(keys.raw_repr() & ~others.raw_repr()); }
 
+// Hooks on saved tensors go the long way in any case: torch.utils.checkpoint makes its forward pass a second time,
+// maybe where that has to go there (under a mode, in a recording), and both passes have to save the same tensors.
 bool is_free() {
   return within(c10::impl::tls_local_dispatch_key_set().included_, c10::default_included_set) &&
-         !at::impl::torch_function_mode_enabled() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+         !at::impl::torch_function_mode_enabled() && !torch::autograd::ForwardADLevel::try_get_by_idx(0) &&
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 bool is_autocast() { return !c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::AutocastCPU); }
 bool is_dense(const Tensor& x) {
   constexpr DispatchKeySet kDense(
       {DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
   return x.defined() && within(x.key_set(), kDense);
+}
+
+// What kernels take, and so what autocast may bring to its dtype: of other types it would drop what that cannot hold.
+bool is_real(const Tensor& x) {
+  const auto type = x.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
 // An argument as `kind` says: a tensor, ? one or None, a float, an int, a bool.
@@ -108,8 +118,10 @@ struct Attention {  // q, k, v, causal
     if (tensor(a, 0).dim() != 4 || tensor(a, 1).dim() != 4 || !tensor(a, 0).size(3)) return {};
     if (is_autocast()) {
       const auto low = at::autocast::get_autocast_dtype(at::kCPU);
-      for (int i = 0; i < 3; ++i)
+      for (int i = 0; i < 3; ++i) {
+        if (!is_real(tensor(a, i))) return {};
         if (tensor(a, i).scalar_type() != at::kDouble) a[i] = tensor(a, i).to(low);
+      }
     }
     const double scale = std::pow(double(tensor(a, 0).size(3)), -0.5);
     const int64_t q_offset = tensor(a, 1).size(2) - tensor(a, 0).size(2), right = a[3].toBool() ? 0 : -1;
@@ -119,12 +131,12 @@ struct Attention {  // q, k, v, causal
 
 struct CrossEntropy {  // input, target, ignore_index, reduction, label_smoothing
   static constexpr const char *kOp = "cross_entropy", *kArguments = "ttiif";
-  static Result run(const Family& family, Stack& a) {
+  static Result run(const Family& family, Stack& a, const char* called = nullptr) {
     const Tensor input = tensor(a, 0);
     const double smoothing = a[4].toDouble();
     if (input.dim() != 2 || tensor(a, 1).scalar_type() != at::kLong || !(smoothing >= 0 && smoothing <= 1)) return {};
     make_contiguous(a[0]), make_contiguous(a[1]);
-    Tensor loss = plain(family, std::move(a));
+    Tensor loss = plain(family, std::move(a), called);
     return is_autocast() ? loss : loss.to(input.scalar_type());
   }
 };
@@ -133,17 +145,19 @@ std::optional<Tensor> maybe(const IValue& x) { return x.isTensor() ? x.toTensor(
 
 // x W^T + bias where it is known whose product is the choice: PyTorch's in fp64 and, of fewer rows than `rows`, in
 // fp32; ours in those 16-bit types that `own` has a bit for (fastllm/ops/_tuned.py).
-Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t rows, int64_t own) {
+Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t rows, int64_t own,
+               const char* called = nullptr) {
   const bool autocast = is_autocast() && x.scalar_type() != at::kDouble;
   const auto dtype = autocast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
-  if (!x.dim() || weight.dim() != 2 || x.size(-1) != weight.size(1)) return {};
+  if (!x.dim() || weight.dim() != 2 || x.size(-1) != weight.size(1) || !is_real(x) || !is_real(weight)) return {};
   if (bias.isTensor() && (bias.toTensor().dim() != 1 || bias.toTensor().size(0) != weight.size(0))) return {};
+  if (bias.isTensor() && !is_real(bias.toTensor())) return {};
   if (own & (dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : 0)) {
     const auto given = [&](const Tensor& t) { return autocast && t.scalar_type() != at::kDouble ? t.to(dtype) : t; };
     const Tensor w = given(weight);
     const IValue b = bias.isTensor() ? given(bias.toTensor()).contiguous() : IValue();
     static const Family& linear = family("linear");
-    return plain(linear, {given(x).contiguous(), w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous(), b});
+    return plain(linear, {given(x).contiguous(), w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous(), b}, called);
   }
   if (dtype != at::kDouble && (dtype != at::kFloat || x.numel() >= rows * weight.size(1))) return {};
   if (is_autocast() || weight.scalar_type() != dtype) return {};
@@ -159,18 +173,18 @@ struct Linear {  // x, weight, bias, rows and own of `product`
 // input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing, rows and own of `product`. The
 // few logits of a small call are kept.
 struct LinearCrossEntropy {
-  static constexpr const char *kOp = "cross_entropy", *kArguments = "ttt?iifii";
+  static constexpr const char *kOp = "cross_entropy", *kArguments = "ttt?iifii", *kCalled = "linear_cross_entropy";
   static Result run(const Family& family, Stack& a) {
     const Tensor &x = tensor(a, 0), &weight = tensor(a, 1), &target = tensor(a, 2);
     if (x.dim() != target.dim() + 1 || x.sizes().slice(0, target.dim()) != target.sizes() || !weight.numel()) return {};
     const bool flat = target.dim() == 1;
     if (target.numel() * weight.size(0) > kSmallLogits || target.numel() >= a[7].toInt()) return {};
     if (!flat && !a[5].toInt()) return {};  // a loss for each row, of the targets' shape
-    const Result logits =
-        product(flat ? x : x.reshape({target.numel(), x.size(-1)}), weight, a[3], a[7].toInt(), a[8].toInt());
+    const Tensor rows = flat ? x : x.reshape({target.numel(), x.size(-1)});
+    const Result logits = product(rows, weight, a[3], a[7].toInt(), a[8].toInt(), kCalled);
     if (!logits) return {};
     Stack given{*logits, flat ? target : target.reshape(-1), a[4], a[5], a[6]};
-    return CrossEntropy::run(family, given);
+    return CrossEntropy::run(family, given, kCalled);
   }
 };
 
@@ -195,9 +209,15 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (*kind) Py_RETURN_NONE;
   Result found;
   try {
-    const pybind11::gil_scoped_release without_gil;
-    found = run<Op>(arguments);
-  } catch (python_error& error) {  // of a hook, which the caller wrote
+    torch::PyWarningHandler warnings;  // PyTorch's become Python's, as in its own functions
+    try {
+      const pybind11::gil_scoped_release without_gil;
+      found = run<Op>(arguments);
+    } catch (...) {
+      warnings.set_in_exception();
+      throw;
+    }
+  } catch (python_error& error) {  // of a warning that the caller makes an error
     error.restore();
     return nullptr;
   } catch (const std::exception&) {  // the long way says it
@@ -225,7 +245,7 @@ PyMethodDef methods[] = {method<Attention>("attention"),
                          method<RmsNorm>("rms_norm"),
                          method<Softmax>("softmax"),
                          method<Swiglu>("swiglu"),
-                         {"watch", watch_from_python, METH_O, "Call (op, first gradient, seconds) after each node."},
+                         {"watch", watch_from_python, METH_O, "Call (op, dy, seconds, again) after each node."},
                          {}};
 PyModuleDef module{PyModuleDef_HEAD_INIT, "fastllm._autograd", "Plain calls of ops, at once.", -1, methods};
 

@@ -196,9 +196,11 @@ class _Recorder:
         self._add(call, start)
         return found
 
-    def node(self, op, dy, seconds):
-        """What a node in C++ did: the backward pass of a call from before the recording."""
-        call = Call(f"{op} backward", "cpu", _kernel("cpu"), tuple(dy.shape), _name(dy.dtype), "")
+    def node(self, op, dy, seconds, again=False):
+        """What a node in C++ did: the backward pass of a call from before the recording; `again` for gradients that
+        can be differentiated, which PyTorch makes."""
+        backend = "reference" if again else "cpu"
+        call = Call(f"{op} backward", backend, _kernel(backend), tuple(dy.shape), _name(dy.dtype), "")
         self.calls.append(call)
         self._count(call, seconds)
 
@@ -208,7 +210,7 @@ class _Recorder:
 
     def _count(self, call, took):
         call.seconds += took
-        if self.open:
+        if self.open and threading.get_ident() == self.thread:  # what is open is this thread's
             self.open[-1][0].seconds -= took
 
 

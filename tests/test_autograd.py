@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
 from fastllm import dispatch
@@ -121,6 +122,41 @@ def test_hooks_and_checkpoints(case):
     assert seen == ["tensor", "node"]
 
 
+OPTIONLESS = OPS | {
+    "linear": (fastllm.linear, [(3, 8), (5, 8), (5,)], None),
+    "linear_cross_entropy": (
+        lambda x, w, b: fastllm.linear_cross_entropy(x, w, LABELS, linear_bias=b),
+        [(3, 8), (5, 8), (5,)],
+        None,
+    ),
+}
+ELSEWHERE = {
+    "recorded": lambda: dispatch.recording([]),
+    "a mode": lambda: FlopCounterMode(display=False),
+    "forced": lambda: fastllm.backend("cpu"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("elsewhere", ELSEWHERE)
+@pytest.mark.parametrize("name", OPTIONLESS)
+def test_a_checkpoint_is_made_again_where_calls_go_the_long_way(name, elsewhere, dtype):
+    """And the other way round: both passes have to save the same tensors."""
+    if name == "linear" and elsewhere == "forced":
+        pytest.skip("another product is chosen, PyTorch's or ours, each of which saves what it needs")
+    function, shapes, _ = OPTIONLESS[name]
+    torch.manual_seed(0)
+    given = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    expected = torch.autograd.grad(function(*given).sum(), given)
+    for forward, backward in ((elsewhere, None), (None, elsewhere)):
+        with ELSEWHERE.get(forward, contextlib.nullcontext)():
+            total = checkpoint(function, *given, use_reentrant=False).sum()
+        with ELSEWHERE.get(backward, contextlib.nullcontext)():
+            found = torch.autograd.grad(total, given)
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
 def test_an_input_that_was_written_to_is_noticed():
     x = torch.randn(3, 8, requires_grad=True)
     h = x * 1
@@ -180,6 +216,8 @@ def test_a_kernel_is_called_at_once_on_plain_tensors_alone():
     torch.func.vmap(lambda row: seen.append(is_direct(row, None)) or row)(x)
     torch.func.grad(lambda x: seen.append(is_direct(x, None)) or x.sum())(x)
     assert seen == [False, False]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert not is_direct(x, w)
     assert is_direct(x, w)
 
 

@@ -5,6 +5,7 @@ import doctest
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,7 +128,6 @@ def test_explanation_of_a_training_step():
 
 
 @needs_extension
-@needs_extension
 def test_a_backward_pass_of_a_call_from_before():
     x, q = torch.randn(3, 8, requires_grad=True), torch.randn(1, 2, 3, 4, requires_grad=True)
     loss = fastllm.layer_norm(x).sum() + fastllm.attention(q, q, q).sum()
@@ -144,6 +144,42 @@ def test_a_backward_pass_of_a_call_from_before():
         loss.backward(retain_graph=True)
     loss.backward()
     assert len(outer) == 1 and not inner
+
+
+@pytest.mark.skipif(not dispatch.has_nodes, reason="the nodes were not compiled for this PyTorch")
+def test_a_backward_pass_has_the_name_of_the_op_that_was_called():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
+    for dtype in (torch.float32, torch.bfloat16):  # of the latter the product is ours too, on some CPUs
+        loss = fastllm.linear_cross_entropy(x.to(dtype), weight.to(dtype), torch.arange(3))
+        assert {call.op for call in fastllm.explain(loss.backward).calls} == {"linear_cross_entropy backward"}
+
+
+@pytest.mark.skipif(not dispatch.has_nodes, reason="the nodes were not compiled for this PyTorch")
+def test_a_backward_pass_that_can_be_differentiated_is_pytorchs():
+    x = torch.randn(3, 8, requires_grad=True)
+    y = fastllm.layer_norm(x).square().sum()
+    told = fastllm.explain(torch.autograd.grad, y, x, create_graph=True)
+    (call,) = told.calls
+    assert (call.op, call.backend, call.kernel) == ("layer_norm backward", "reference", "PyTorch")
+    assert 0 < call.seconds < told.seconds
+    assert told.result[0].requires_grad
+
+
+def test_the_time_of_a_call_loses_nothing_to_another_thread(monkeypatch):
+    """A backward pass there, while a call is open here."""
+    x, softmax = torch.randn(3, 8), reference.softmax
+
+    def while_another_is_busy(*given, **options):
+        there = threading.Thread(target=dispatch._recorder.node, args=("layer_norm", x, 1000.0, False))
+        there.start()
+        there.join()
+        return softmax(*given, **options)
+
+    monkeypatch.setattr(reference, "softmax", while_another_is_busy)
+    with fastllm.backend("reference"):
+        here, there = fastllm.explain(fastllm.softmax, x).calls
+    assert (here.op, there.op) == ("softmax", "layer_norm backward")
+    assert 0 < here.seconds < 1000 == there.seconds
 
 
 def test_a_product_is_a_forward_call():
