@@ -63,6 +63,8 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
     "dropout": (lambda: attend(dropout_p=1.5), ValueError, ["attention", "dropout_p", "1.5"]),
     "softcap": (lambda: attend(softcap=-1.0), ValueError, ["attention", "softcap", "-1.0"]),
     "softcap nan": (lambda: attend(softcap=float("nan")), ValueError, ["attention", "softcap", "nan"]),
+    "softcap None": (lambda: attend(softcap=None), ValueError, ["attention", "softcap", "None"]),
+    "no dropout": (lambda: attend(dropout_p=None), ValueError, ["attention", "dropout_p", "None"]),
     "norm scalar": (lambda: fastllm.layer_norm(t(())), ValueError, ["layer_norm", "[..., D]", "[]"]),
     "norm D = 0": (lambda: fastllm.rms_norm(t(3, 0)), ValueError, ["rms_norm", "D >= 1", "[3, 0]"]),
     "norm type": (lambda: fastllm.rms_norm(3.0), TypeError, ["rms_norm", "x must be a tensor", "float"]),
@@ -103,6 +105,7 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
         ["lora_linear", "dropout_p", "1.5"],
     ),
     "norm dropout": (lambda: fastllm.layer_norm(X, dropout_p=1.5), ValueError, ["layer_norm", "dropout_p", "1.5"]),
+    "norm no dropout": (lambda: fastllm.rms_norm(X, dropout_p=None), ValueError, ["rms_norm", "dropout_p", "None"]),
     "gate scalar": (lambda: fastllm.swiglu(t(())), ValueError, ["swiglu", "[..., D]", "[]"]),
     "gate odd": (lambda: fastllm.swiglu(t(3, 7)), ValueError, ["swiglu", "packed", "[3, 7]"]),
     "gate integer": (lambda: fastllm.geglu(X.long()), TypeError, ["geglu", "gate", "int64"]),
@@ -161,6 +164,12 @@ BAD = {  # what is wrong -> (call, error, what the message must say)
         ["cross_entropy", "weight", "constant"],
     ),
     "reduction": (lambda: fastllm.cross_entropy(X, C, reduction="avg"), ValueError, ["none, mean, sum", "'avg'"]),
+    "reductions": (lambda: fastllm.cross_entropy(X, C, reduction=["mean"]), ValueError, ["none, mean", "['mean']"]),
+    "reductions of logits": (
+        lambda: fastllm.linear_cross_entropy(X, t(4, 8), C, reduction=["mean"]),
+        ValueError,
+        ["linear_cross_entropy", "none, mean, sum", "['mean']"],
+    ),
     "smoothing": (lambda: fastllm.cross_entropy(X, C, label_smoothing=1.5), ValueError, ["label_smoothing", "1.5"]),
     "logit softcap": (lambda: fastllm.cross_entropy(X, C, softcap=-1.0), ValueError, ["softcap", "-1.0"]),
     "z_loss": (lambda: fastllm.cross_entropy(X, C, z_loss=float("nan")), ValueError, ["z_loss", "nan"]),
@@ -176,6 +185,26 @@ def test_bad_input_says_what_came(what):
     assert caught.type is error
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in the message: {caught.value}"
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_autocast_is_for_floats(dtype, wrong):
+    """To bring other types to its own would drop what that cannot hold, as an imaginary part."""
+    calls = {
+        "attention": (lambda *qkv: fastllm.attention(*qkv), [t(Q)] * 3),
+        "linear": (fastllm.linear, [X, t(4, 8), t(4)]),
+        "linear_cross_entropy": (
+            lambda x, weight, bias: fastllm.linear_cross_entropy(x, weight, C, linear_bias=bias),
+            [X, t(4, 8), t(4)],
+        ),
+    }
+    for low in (torch.bfloat16, torch.float16):
+        for op, (call, given) in calls.items():
+            given = [x.to(dtype) if i == wrong else x for i, x in enumerate(given)]
+            name = str(dtype).removeprefix("torch.")
+            with torch.autocast("cpu", low), pytest.raises(TypeError, match=f"{op}: .* must be .*, got .*{name}"):
+                call(*given)
 
 
 @pytest.mark.parametrize("empty", [(0, 4, 5, 5), (1, 4, 0, 5), (1, 4, 5, 0), (1, 0, 5, 5), (0, 4, 0, 0)])

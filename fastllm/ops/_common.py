@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOWERED = FLOATS[:-1]  # by autocast, which leaves fp64 alone
 STRIDED = torch.strided
 
 
@@ -53,11 +54,12 @@ def is_autocast(x) -> bool:
 
 
 def autocast(*tensors):
-    """What autocast does for torch's own products: low precision, but for fp64; None stays None."""
+    """What autocast does for torch's own products: low precision, but for fp64; None stays None, and so does what is no
+    float: the checks refuse it."""
     if not is_autocast(tensors[0]):
         return tensors
     low = torch.get_autocast_dtype(tensors[0].device.type)
-    return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype != torch.float64 else x for x in tensors]
+    return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype in LOWERED else x for x in tensors]
 
 
 def promoted(x, y):
@@ -73,6 +75,11 @@ def promoted(x, y):
 def as_4d(x: torch.Tensor) -> torch.Tensor:
     """A view of `x` with leading dimensions of size 1."""
     return x.reshape((1,) * (4 - x.ndim) + tuple(x.shape)) if x.ndim < 4 else x
+
+
+def check_dropout(op: str, dropout_p):
+    if dropout_p is None or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
 
 
 def drop_all(x):

@@ -14,6 +14,7 @@ from fastllm.ops._common import (
     as_4d,
     autocast,
     check_broadcast,
+    check_dropout,
     check_tensor,
     drop_all,
     gradients_through,
@@ -170,7 +171,7 @@ def attention(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_attention.py).
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
-    plain = mask is bias is alibi_slopes is sink is None and not dropout_p and not softcap
+    plain = mask is bias is alibi_slopes is sink is None and dropout_p == softcap == 0
     if plain and window is q_offset is scale is None and not return_lse and is_free():
         o = _at_once(q, k, v, causal)
         if o is not None:
@@ -253,9 +254,8 @@ def check_options(op, q, k, v, causal, window, q_offset, scale, softcap, dropout
         raise ValueError(f"{op}: q and k must have one head size D >= 1, got {D} and {Dk} (v has {Dv})")
     if H and (Hkv == 0 or H % Hkv):
         raise ValueError(f"{op}: q's {H} heads must be a multiple of k's {Hkv} heads")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
-    if softcap < 0 or not math.isfinite(softcap):
+    check_dropout(op, dropout_p)
+    if softcap is None or softcap < 0 or not math.isfinite(softcap):
         raise ValueError(f"{op}: softcap must be 0 (off) or positive, got {softcap}")
     if isinstance(scale, torch.Tensor) and scale.requires_grad:
         raise TypeError(f"{op}: scale is a number and gets no gradient: multiply q by a scale that is trained")

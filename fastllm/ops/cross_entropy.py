@@ -11,6 +11,11 @@ from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_auto
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
+def reduction_number(reduction):
+    """`reduction` as the ops take it; None for what is none."""
+    return REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+
+
 def wide(x):
     """The dtype that `x` is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -130,7 +135,7 @@ def cross_entropy(
             f' "sum" or "none" (they are the 4th and 6th argument, got {size_average!r} and {reduce!r})'
         )
     if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
-        loss = _at_once(input, target, ignore_index, REDUCTIONS.get(reduction), label_smoothing)
+        loss = _at_once(input, target, ignore_index, reduction_number(reduction), label_smoothing)
         if loss is not None:
             return loss
     op = "cross_entropy"
@@ -200,7 +205,7 @@ def check_loss(op, x, wanted, target, weight, ignore_index, reduction, label_smo
             raise ValueError(f"{op}: weight must be [{V}] on {x.device}, got {list(weight.shape)} on {weight.device}")
         if weight.requires_grad:
             raise ValueError(f"{op}: weight is a constant: it may not require a gradient")
-    if reduction not in REDUCTIONS:
+    if reduction_number(reduction) is None:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")

@@ -11,6 +11,7 @@ from fastllm.ops.cross_entropy import (
     empty,
     lacks,
     loss_dtype,
+    reduction_number,
     reference_loss,
     token_accuracy,
     wide,
@@ -247,7 +248,7 @@ def linear_cross_entropy(
     """
     ignore_index = -100 if ignore_index is None else ignore_index
     if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
-        numbers = ignore_index, REDUCTIONS.get(reduction), label_smoothing
+        numbers = ignore_index, reduction_number(reduction), label_smoothing
         loss = _at_once(input, linear_weight, target, linear_bias, *numbers, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
         if loss is not None:
             return loss

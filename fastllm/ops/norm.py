@@ -7,7 +7,16 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
-from fastllm.ops._common import apart, check_tensor, drop_all, gradients_through, no_fp64, promoted, wants_gradient
+from fastllm.ops._common import (
+    apart,
+    check_dropout,
+    check_tensor,
+    drop_all,
+    gradients_through,
+    no_fp64,
+    promoted,
+    wants_gradient,
+)
 
 
 def _rows(x):
@@ -179,7 +188,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=
     Error: at most 1.1 times that of torch.nn.functional.layer_norm in x's dtype (tests/test_norm.py).
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_free():
+    if residual is None and dropout_p == 0 and is_free():
         y = _layer_norm_at_once(x, weight, bias, eps)
         if y is not None:
             return y
@@ -213,7 +222,7 @@ def rms_norm(x, weight=None, *, eps=1e-6, residual=None, weight_offset=0.0, drop
     Error: at most 1.1 times that of torch.nn.functional.rms_norm in x's dtype (tests/test_norm.py).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the numbers: Salmon et al. 2011 (Philox4x32-7).
     """
-    if residual is None and not dropout_p and is_free():
+    if residual is None and dropout_p == 0 and is_free():
         y = _rms_norm_at_once(x, weight, eps, weight_offset)
         if y is not None:
             return y
@@ -258,5 +267,4 @@ def _check(op, x, weight, bias, residual, dropout_p):
         check_tensor(op, "residual", residual, like=x)
         if residual.shape != x.shape:
             raise ValueError(f"{op}: residual must be {list(x.shape)} like x, got {list(residual.shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
+    check_dropout(op, dropout_p)
