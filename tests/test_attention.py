@@ -460,3 +460,21 @@ def test_large_heads_fit_into_little_shared_memory(monkeypatch, kib, stages):
     q = torch.empty(1, 2, 8, 256, dtype=torch.bfloat16, device="meta")
     call = kernels.call(q, q, q, None, 0.1, 0.0, None, 0.0)
     assert call.launch("dq", q)["num_stages"] == stages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(causal=True, softcap=5.0, dropout_p=0.1)], ids=str)
+def test_blocks_of_queries_that_share_a_pass_over_long_keys_change_nothing(options, dtype):
+    """With few threads they do, beyond 2 MiB of keys and values (csrc/cpu/attention_problem.h), with many not."""
+    random, S = torch.Generator().manual_seed(0), 4200 if dtype == torch.float32 else 8300
+    q = torch.randn(1, 1, 1090, 64, generator=random, dtype=dtype)
+    k, v = (torch.randn(1, 1, S, 64, generator=random, dtype=dtype) for _ in range(2))
+    mask = torch.rand(1, 1, 1090, S, generator=random) < 0.9
+    mask[:, :, 64:200, :600] = False  # blocks that some of the queries skip
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        found.append(fastllm.attention(q, k, v, mask=mask, return_lse=True, **options))
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))

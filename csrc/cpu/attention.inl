@@ -1,4 +1,5 @@
-// Attention forward: one item is a block of queries of one head, one pass over the keys with a running maximum.
+// Attention forward: one item is some blocks of queries of one head, one pass over the keys with a running maximum.
+// What a query gets does not depend on the blocks beside its own.
 
 #include "attention_blocks.inl"
 
@@ -11,27 +12,36 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
   static constexpr int64_t kKeys = 96;  // s is then 24 KiB for 64 queries: with a row of keys it fits in L1
 
   static int64_t blocks(const Attention& a) { return (a.T + kQueries - 1) / kQueries; }
-  static int64_t items(const Attention& a) { return a.B * a.H * blocks(a); }
+  // Of an item. A window's keys are cut where its first query begins to see, which is each block's own place.
+  static int64_t together(const Attention& a) { return a.left < 0 && a.together > 1 ? a.together : 1; }
+  static int64_t groups(const Attention& a) { return (blocks(a) + together(a) - 1) / together(a); }
+  static int64_t items(const Attention& a) { return a.B * a.H * groups(a); }
 
   struct Workspace {
     W *q, *keys, *values, *scratch;
     T *s, *o, *m, *l, *l_low, *mask, *bias, *keep;
     Workspace(const Attention& a, void* memory, int64_t* bytes) {
       Arena arena{(char*)memory, 0};
-      const int64_t Dw = Blocks::words(a.D);
-      q = arena.take<W>(Dw * kRow);
+      const int64_t Dw = Blocks::words(a.D), n = together(a);
+      q = arena.take<W>(n * Dw * kRow);
       s = arena.take<T>(kKeys * kRow);
-      o = arena.take<T>(a.Dv * kRow);
+      o = arena.take<T>(n * a.Dv * kRow);
       keys = arena.take<W>(kKeys * Dw);
       values = arena.take<W>(kKeys / kPer * Blocks::spread(a.Dv));
       scratch = arena.take<W>(kPer == 2 ? Dw * kQueries : 0);
-      m = arena.take<T>(kQueries);
-      l = arena.take<T>(kQueries);
-      l_low = arena.take<T>(kQueries);
+      m = arena.take<T>(n * kQueries);
+      l = arena.take<T>(n * kQueries);
+      l_low = arena.take<T>(n * kQueries);
       mask = arena.take<T>(a.mask.data ? kKeys * kRow : 0);
       bias = arena.take<T>(a.bias.data ? kKeys * kRow : 0);
       keep = arena.take<T>(a.dropout_p > 0 ? kKeys * kRow : 0);
       if (bytes) *bytes = arena.used;
+    }
+    Workspace of(const Attention& a, int64_t i) const {  // the i-th of the blocks; tiles are of one after the other
+      Workspace w = *this;
+      w.q += i * Blocks::words(a.D) * kRow, w.o += i * a.Dv * kRow;
+      w.m += i * kQueries, w.l += i * kQueries, w.l_low += i * kQueries;
+      return w;
     }
   };
   static int64_t bytes(const Attention& a) {
@@ -132,29 +142,45 @@ struct AttentionFwd : AttentionBlocks<V, S, W> {
   }
 
   static void run(const Attention& a, int64_t item, void* memory) {
-    const int64_t n_blocks = blocks(a), bh = item / n_blocks, b = bh / a.H, h = bh % a.H, kv = h / (a.H / a.Hkv);
-    // Long rows first: under a causal mask the last block has the most keys, and the shortest items should come last.
-    const int64_t q0 = (n_blocks - 1 - item % n_blocks) * kQueries, n = clamp(a.T - q0, 0, kQueries);
-    const int64_t vectors = (n + V::L - 1) / V::L;
-    Workspace w(a, memory, nullptr);
-    const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, nullptr};
+    const int64_t bh = item / groups(a), b = bh / a.H, h = bh % a.H, kv = h / (a.H / a.Hkv);
+    // Long rows first: under a causal mask the last blocks have the most keys, and the shortest items should come last.
+    const int64_t end = blocks(a) - item % groups(a) * together(a), begin = clamp(end - together(a), 0, end);
+    const int64_t first = begin * kQueries, queries = clamp(a.T - first, 0, (end - begin) * kQueries);
+    const Workspace w(a, memory, nullptr);
+    for (int64_t i = 0; i < end - begin; ++i) prepare(a, w.of(a, i), b, h, first + i * kQueries);
 
+    const Range range = visible_keys(a, first, queries);
+    for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
+      const int64_t keys = clamp(range.end - k0, 0, kKeys);
+      Broadcast<W> key{}, value{};
+      for (int64_t i = 0; i < end - begin; ++i) {
+        const int64_t q0 = first + i * kQueries, n = clamp(a.T - q0, 0, kQueries), vectors = (n + V::L - 1) / V::L;
+        const Range seen = visible_keys(a, q0, n);
+        if (seen.begin >= k0 + keys || seen.end <= k0) continue;
+        const ScoreTile<V> scores{a, b, h, q0, n, vectors, T(a.scale), w.mask, w.bias, w.keep, nullptr};
+        if (!scores.load(k0, clamp(seen.end - k0, 0, keys))) continue;
+        if (!key.data) {
+          key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
+          value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
+        }
+        for (int64_t v = 0; v < vectors; v += kPanel)
+          panel(a, w.of(a, i), scores, k0, keys, v, clamp(vectors - v, 0, kPanel), key, value);
+      }
+    }
+    for (int64_t i = 0; i < end - begin; ++i) finish(a, w.of(a, i), b, h, first + i * kQueries);
+  }
+
+  static void prepare(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t q0) {
+    const int64_t n = clamp(a.T - q0, 0, kQueries);
     Blocks::pack_transposed(Blocks::row(a.q, b, h, q0), a.q.t, a.q.d, n, a.D, w.q, w.scratch);
     memset(w.o, 0, a.Dv * kRow * sizeof(T));
     for (int64_t i = 0; i < kQueries; ++i)
       w.m[i] = T(-1e30), w.l[i] = w.l_low[i] = 0;  // finite: -inf - -inf would be a NaN
+  }
 
-    const Range range = visible_keys(a, q0, n);
-    for (int64_t k0 = range.begin; k0 < range.end; k0 += kKeys) {
-      const int64_t keys = clamp(range.end - k0, 0, kKeys);
-      if (!scores.load(k0, keys)) continue;
-      const Broadcast<W> key = Blocks::along_d(a.k, b, kv, k0, keys, a.D, w.keys);
-      const Broadcast<W> value = Blocks::along_keys(a.v, b, kv, k0, keys, a.Dv, w.values);
-      for (int64_t v = 0; v < vectors; v += kPanel)
-        panel(a, w, scores, k0, keys, v, clamp(vectors - v, 0, kPanel), key, value);
-    }
-
-    // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
+  // The sink is one more score, without a value. l becomes what the sums of values are multiplied with.
+  static void finish(const Attention& a, const Workspace& w, int64_t b, int64_t h, int64_t q0) {
+    const int64_t n = clamp(a.T - q0, 0, kQueries);
     double* lse = a.lse ? a.lse + b * a.lse_b + h * a.lse_h + q0 : nullptr;
     for (int64_t i = 0; i < n; ++i) {
       double m = w.m[i], l = double(w.l[i]) + w.l_low[i], rescaled = 1;

@@ -124,14 +124,26 @@ inline void decode(std::vector<Attention>& parts, Type t) {
         [&](const Attention& a, int64_t head, void*) { table.merge[t](a, head, head + 1); });
 }
 
+// Keys and values beyond the second-level cache come from farther away, once for every item: where there are so many,
+// and while there are items enough for the threads, an item is several blocks of queries.
+inline void share_keys(std::vector<Attention>& parts, Type t) {
+  constexpr int64_t kMost = 4, kBlock = 64, kItems = 4;
+  constexpr int64_t kFar = 2 << 20, kHeld = 256 << 10;  // bytes: of a head's keys and values; of an item's blocks
+  int64_t blocks = 0;
+  for (const Attention& a : parts) blocks += a.B * a.H * ((a.T + kBlock - 1) / kBlock);
+  const int64_t enough = blocks / (kItems * torch::stable::get_num_threads());
+  for (Attention& a : parts)
+    if (a.S * (a.D + a.Dv) * bytes_of(t) >= kFar)
+      a.together = std::min({kMost, enough, std::max<int64_t>(1, kHeld / (kBlock * (a.D + a.Dv) * 4))});
+}
+
 inline void attend(std::vector<Attention>& parts, Type t) {
   bool few = true;
   for (const Attention& a : parts) few = few && decodes(a);
   const AttentionKernels& table = *kernels().attention;
-  if (few)
-    decode(parts, t);
-  else
-    for_parts(parts, table.items[t], table.bytes[t], table.run[t]);
+  if (few) return decode(parts, t);
+  share_keys(parts, t);
+  for_parts(parts, table.items[t], table.bytes[t], table.run[t]);
 }
 
 }  // namespace

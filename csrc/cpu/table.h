@@ -132,8 +132,9 @@ struct Attention {
   double dropout_p;
   uint64_t seed;
 
-  int64_t splits;  // decoding: key ranges that are worked on apart from each other
-  void* partial;   // [B, Hkv, splits, H / Hkv * T, Dv + 2] in the compute type: o, maximum and sum of each range
+  int64_t together;  // forward: blocks of queries that one pass over the keys serves, at most; 0 is 1
+  int64_t splits;    // decoding: key ranges that are worked on apart from each other
+  void* partial;     // [B, Hkv, splits, H / Hkv * T, Dv + 2] in the compute type: o, maximum and sum of each range
 
   Heads grad_o, dq, dk, dv;  // backward
   const double* dlse;        // [B, H, T]; may be null
