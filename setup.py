@@ -284,6 +284,8 @@ class BuildExtension(build_ext):
         except (Unavailable, OSError) as problem:  # another torch's headers: the Functions in Python do the same
             target.unlink(missing_ok=True)
             print(f"fastllm: built without autograd nodes: {problem}", file=sys.stderr)
+            if os.environ.get("FASTLLM_REQUIRE_EXTENSION"):
+                raise SystemExit(1) from None
             return {"built": False, "reason": str(problem)}
 
 
