@@ -124,16 +124,18 @@ inline void decode(std::vector<Attention>& parts, Type t) {
         [&](const Attention& a, int64_t head, void*) { table.merge[t](a, head, head + 1); });
 }
 
-// Keys and values beyond the second-level cache come from farther away, once for every item: where there are so many,
-// and while there are items enough for the threads, an item is several blocks of queries.
+// An item is several blocks of queries where that saves reading keys, and while there are items enough for the threads:
+// of long sequences, as keys and values beyond the second-level cache come from farther away, once for every item; and
+// of short ones, whose heads are then an item each.
 inline void share_keys(std::vector<Attention>& parts, Type t) {
   constexpr int64_t kMost = 4, kBlock = 64, kItems = 4;
   constexpr int64_t kFar = 2 << 20, kHeld = 256 << 10;  // bytes: of a head's keys and values; of an item's blocks
+  auto blocks_of = [](const Attention& a) { return (a.T + kBlock - 1) / kBlock; };
   int64_t blocks = 0;
-  for (const Attention& a : parts) blocks += a.B * a.H * ((a.T + kBlock - 1) / kBlock);
+  for (const Attention& a : parts) blocks += a.B * a.H * blocks_of(a);
   const int64_t enough = blocks / (kItems * torch::stable::get_num_threads());
   for (Attention& a : parts)
-    if (a.S * (a.D + a.Dv) * bytes_of(t) >= kFar)
+    if (a.S * (a.D + a.Dv) * bytes_of(t) >= kFar || blocks_of(a) <= kMost)
       a.together = std::min({kMost, enough, std::max<int64_t>(1, kHeld / (kBlock * (a.D + a.Dv) * 4))});
 }
 
