@@ -31,8 +31,10 @@ LONG = 12  # rows of a table that the README shows when it is asked to
 
 
 def demo_block(demo: dict) -> str:
-    """Markdown of the tables of report/demo.json: {"machine": ..., "tables": [{"title", "header", "rows"}, ...]}."""
-    out = [f"Printed by `make demo` on: {demo['machine']}."]
+    """Markdown of the tables of report/demo.json: {"machine", "git", "tables": [{"title", "header", "rows"}, ...]}."""
+    from fastllm.bench import store
+
+    out = [f"Printed by `make demo`{store.commit_line(demo['git'])}, on: {demo['machine']}."]
     for table in demo["tables"]:
         title, lines = table["title"], markdown(table["header"], table["rows"])
         if len(table["rows"]) > LONG:
@@ -94,8 +96,7 @@ def bench_block(found: dict[Path, dict], root: Path = ROOT) -> str:
     for folder, kept in found.items():
         report, place = kept["report"], folder.relative_to(root).as_posix()
         about = report["environment"]
-        commit = f", commit {about['git']['commit'][:7]}" if about["git"]["commit"] else ""
-        where = f"{store.machine(about)}, {about['date'][:10]}{commit}"
+        where = f"{store.machine(about)}, {about['date'][:10]}{store.commit_line(about['git'])}"
         out += ["" if out else None, f"**{folder.name}**, by `fastllm bench`: {where}; raw samples in `{place}`.", ""]
         for name, (says, _) in figures(kept).items():
             base = f"{place}/figures/{name}"

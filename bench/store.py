@@ -14,17 +14,29 @@ from fastllm import info
 SCHEMA = 3  # of report.json and scaling.json; a reader refuses any other
 
 
+def git() -> dict:
+    """The commit of this code and whether something is changed in it; None and None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's repository
+        return {"commit": None, "dirty": None}
+
+    def ask(*words):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
+
+    return {"commit": ask("rev-parse", "HEAD") or None, "dirty": bool(ask("status", "--porcelain"))}
+
+
+def commit_line(git: dict) -> str:
+    """", commit 0123456", or nothing where there is none."""
+    if not git["commit"]:
+        return ""
+    return f", commit {git['commit'][:7]}" + (" with changes" if git["dirty"] else "")
+
+
 def environment() -> dict:
     """What a reader must know to repeat this: `fastllm info`, the commit, the affinity, the time."""
-    root, git = Path(__file__).resolve().parents[1], {"commit": None, "dirty": None}
-    if (root / ".git").exists():  # an installed wheel may lie inside somebody else's repository
-
-        def ask(*words):
-            return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
-
-        git = {"commit": ask("rev-parse", "HEAD") or None, "dirty": bool(ask("status", "--porcelain"))}
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return info.collect() | {"git": git, "affinity": affinity, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return info.collect() | {"git": git(), "affinity": affinity, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
 def machine(environment: dict) -> str:

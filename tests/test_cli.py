@@ -61,9 +61,12 @@ def test_matrix_has_every_public_op_and_every_keyword():
 
 
 def test_the_readme_fills_in_numbers_from_the_report():
-    demo = {"machine": "a machine", "tables": [{"title": "Speed", "header": ["op", "ratio"], "rows": [["softmax", 2]]}]}
+    git = {"commit": "0123456789", "dirty": True}
+    tables = [{"title": "Speed", "header": ["op", "ratio"], "rows": [["softmax", 2]]}]
+    demo = {"machine": "a machine", "git": git, "tables": tables}
     filled = readme.fill("a\n<!-- demo -->\nold\n<!-- /demo -->\nb", "demo", readme.demo_block(demo))
     assert "old" not in filled and "| softmax | 2 |" in filled and filled.startswith("a\n") and filled.endswith("\nb")
+    assert "commit 0123456 with changes, on: a machine" in filled
     with pytest.raises(ValueError, match="<!-- demo -->"):
         readme.fill("no markers", "demo", "x")
 

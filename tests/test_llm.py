@@ -240,7 +240,7 @@ def test_demo_writes_a_report_and_skips_what_is_done(registered, tmp_path, capsy
     said = capsys.readouterr().out
     assert "gone is not available, so tiny is used: no network here" in said and "kept" not in said
     stored = json.loads((tmp_path / "report" / "demo.json").read_text())
-    assert stored["tables"] == first["tables"] and {"machine", "info", "verify"} <= stored.keys()
+    assert stored["tables"] == first["tables"] and {"machine", "git", "info", "verify"} <= stored.keys()
     assert all(len(row) == len(table["header"]) for table in stored["tables"] for row in table["rows"])
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("<svg") == 6 and "no network here" in page

@@ -18,6 +18,7 @@ import torch
 
 import fastllm
 from fastllm import info, verify
+from fastllm.bench import store
 from fastllm.llm import bytelevel, classify, report, require
 from fastllm.llm.checkpoint import save_model
 from fastllm.llm.compare import compare
@@ -192,7 +193,8 @@ def language_training(task, sizes, folder) -> dict:
 
 
 def run(out="report", *, quick=False, fresh=False, data=DATA, text=TEXT, data_root="data", threads=None, sizes=None):
-    """Run what is not done yet, write out/index.html and out/demo.json, and return the content of the latter.
+    """Run what is not done yet, write out/index.html and out/demo.json, and return the content of the latter, which
+    names the commit that this code is of.
 
     data and text name sets of `fastllm data`; what cannot be fetched is replaced by the zero-install set, and the
     report says so. Raises ImportError where a package of the `llm` extra is missing.
@@ -211,7 +213,7 @@ def run(out="report", *, quick=False, fresh=False, data=DATA, text=TEXT, data_ro
             print(f"data: {meta['fallback']}")
     common = [code_digest(), torch.__version__, machine["cpu"], platform.python_version()]
     stages = Stages(out / "stages", common, fresh)
-    result = dict(machine=machine_line(machine), info=machine, sizes=asdict(sizes), quick=quick)
+    result = dict(machine=machine_line(machine), info=machine, git=store.git(), sizes=asdict(sizes), quick=quick)
     result["data"] = dict(classifier=rows, language=prose)
     result["verify"] = stages.run("verify", asdict(sizes), lambda: verify_ops(sizes))
     task = classify.Task.load(rows["folder"], max_len=sizes.max_len)
