@@ -26,6 +26,7 @@ OURS = {
     "encoder": dict(kind="encoder", classes=3),
     "encoder-decoder": dict(kind="encoder-decoder", positions="rotary", layers=3),
 }
+TWO = {"Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}  # stacks
 
 
 def model_of(name):
@@ -33,6 +34,13 @@ def model_of(name):
     if name in OURS:
         return randomised(Transformer(Config(**SIZES | OURS[name])).eval())
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if name in TWO:
+        kind, sizes = TWO[name], dict(vocab_size=TOKENS.size, d_model=64, max_position_embeddings=200)
+        sizes |= dict(encoder_layers=4, decoder_layers=4, encoder_attention_heads=8, decoder_attention_heads=8)
+        sizes |= dict(encoder_ffn_dim=256, decoder_ffn_dim=512, pad_token_id=TOKENS.pad, eos_token_id=TOKENS.eos)
+        sizes |= dict(decoder_start_token_id=TOKENS.bos, forced_eos_token_id=None)
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        return randomised(getattr(transformers, kind)(config).eval())
     sizes = dict(vocab_size=TOKENS.size, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
     sizes |= dict(num_attention_heads=8, max_position_embeddings=200)
     if name == "GPT2":
@@ -57,7 +65,7 @@ def without(model, shares, batches):
     model = copy.deepcopy(model)
     for stack, of in zip(prune.family_of(model).stacks, prune.importances(model, batches), strict=True):
         stack_without(model, model.get_submodule(stack), of, shares)
-    if hasattr(model.config, "num_hidden_layers"):
+    if hasattr(model.config, "num_hidden_layers") and not model.config.is_encoder_decoder:
         model.config.num_hidden_layers = round(shares["layers"] * model.config.num_hidden_layers)
     return model
 
@@ -89,20 +97,23 @@ def stack_without(model, layers, of, shares):
 
 def logits_of(model, tokens):
     two = isinstance(model, Transformer) and model.config.kind == "encoder-decoder"
+    given = dict(source=tokens.flip(1)) if two else {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        given = dict(decoder_input_ids=tokens.flip(1))
     with torch.no_grad():
-        found = model(tokens, source=tokens.flip(1)) if two else model(tokens)
+        found = model(tokens, **given)
     return getattr(found, "logits", found)
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["by size", "by gradients"])
-@pytest.mark.parametrize("name", [*OURS, "Llama", "Qwen2", "Gemma3", "GPT2", "Bert"])
+@pytest.mark.parametrize("name", [*OURS, "Llama", "Qwen2", "Gemma3", "GPT2", "Bert", *TWO])
 def test_what_is_left_computes_what_the_whole_does_without_the_rest(name, calibrated):
     model = model_of(name)
     tokens = torch.randint(5, TOKENS.size, (2, 12)) if calibrated else None
-    if calibrated and name == "encoder-decoder":
+    if calibrated and name in ("encoder-decoder", *TWO):
         padding = torch.arange(12) < torch.tensor([[12], [7]])
-        tokens = [dict(tokens=tokens, mask=padding, begun=tokens[:, :9], labels=tokens[:, 1:10])]
-    shares = dict(channels=0.5, layers=0.5) | ({} if name in ("GPT2", "Bert") else dict(heads=0.5))
+        tokens = [dict(tokens=tokens, mask=padding, begun=tokens[:, :9], labels=tokens[:, 1:10].contiguous())]
+    shares = dict(channels=0.5, layers=0.5) | ({} if name in ("GPT2", "Bert", *TWO) else dict(heads=0.5))
     before = copy.deepcopy(model.state_dict())
     small, x = prune.prune_model(model, batches=tokens, **shares), torch.randint(5, TOKENS.size, (2, 20))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -217,6 +228,27 @@ def test_an_encoder_decoder_by_command(tmp_path, capsys):
     (data / "text.txt").write_text("no pairs")
     assert cli.main([*given, "--text", str(data / "text.txt"), "--out", str(tmp_path / "bad")]) == 2
     assert "must be a .tsv or .jsonl file of pairs" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_a_hugging_face_encoder_decoder_by_command(tmp_path, capsys):
+    """Sizes of both stacks are in its config, and what it came with to generate is there afterwards."""
+    for package in ("sklearn", "sacrebleu", "rouge_score"):
+        pytest.importorskip(package)
+    model, pairs = model_of("Bart"), str(tmp_path / "pairs.tsv")
+    model.generation_config.num_beams = 3
+    save_model(tmp_path / "m", model, TOKENS)
+    (tmp_path / "pairs.tsv").write_text("source\ttarget\nred cat\tthe cat is red\nblue cat\tthe cat is blue\n")
+    given = ["prune", str(tmp_path / "m"), "--layers", "0.5", "--channels", "0.25", "--calibrate", pairs]
+    assert cli.main([*given, "--text", pairs, "--out", str(tmp_path / "small")]) == 0
+    told = capsys.readouterr().out
+    for word in ("size, MB", "tokens/s", "loss", f"written: {tmp_path / 'small'}"):
+        assert word in told
+    small = load_model(tmp_path / "small", accelerate=False).model
+    config = small.config
+    assert (config.encoder_layers, config.decoder_layers, config.num_hidden_layers) == (2, 2, 2)
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim, small.generation_config.num_beams) == (64, 128, 3)
+    with pytest.raises(ValueError, match="the config of BartForConditionalGeneration cannot say that there are fewer"):
+        prune.prune_model(model, heads=0.5)
 
 
 def test_bad_input(tmp_path, capsys):

@@ -9,7 +9,8 @@ class Family:
 
     feed_rows are modules of which a channel is an output, feed_columns one of which it is an input. attentions are the
     modules (query, key, value, out) of each attention that a layer may have; without any the config cannot say that
-    there are fewer heads of the same size. fields name the sizes in the config, which are those of all stacks.
+    there are fewer heads of the same size. fields name the sizes in the config, which are those of all stacks, or with
+    "{}" for the name of one.
     """
 
     stacks: tuple[str, ...]
@@ -20,6 +21,9 @@ class Family:
 
     def attentions_of(self, layer):
         return [names for names in self.attentions if hasattr(layer, names[0].partition(".")[0])]
+
+    def field(self, name, stack) -> str:
+        return self.fields[name].format(stack.split(".")[-2])
 
 
 LLAMA = Family(
@@ -35,6 +39,9 @@ LLAMA = Family(
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),),
 )
 GPT2 = Family(("transformer.h",), ("mlp.c_fc",), "mlp.c_proj", dict(feed="n_inner", layers="n_layer"))
+BART = Family(
+    ("model.encoder.layers", "model.decoder.layers"), ("fc1",), "fc2", dict(feed="{}_ffn_dim", layers="{}_layers")
+)
 
 
 def bert(prefix=""):
@@ -45,6 +52,8 @@ def bert(prefix=""):
 FAMILIES = {
     **{f"{name}ForCausalLM": LLAMA for name in "Llama Mistral Qwen2 Qwen3 Gemma Gemma2 Gemma3".split()},
     "GPT2LMHeadModel": GPT2,
+    "BartForConditionalGeneration": BART,
+    "MarianMTModel": BART,
     "BertForSequenceClassification": bert("bert."),
     "BertForMaskedLM": bert("bert."),
     "BertModel": bert(),

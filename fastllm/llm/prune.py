@@ -24,7 +24,7 @@ from fastllm.llm.packed import packing
 from fastllm.llm.prompts import ChatTemplate
 from fastllm.llm.runs import remove
 from fastllm.llm.sessions import generates, is_encoder_decoder, positions_of
-from fastllm.llm.tasks import TASKS
+from fastllm.llm.tasks import TASKS, seq2seq
 from fastllm.model import Transformer
 
 SUITED = (64, 16)  # multiples that the kernels work in: the larger one where a layer is wide enough
@@ -68,8 +68,7 @@ def _loss(model, batch):
     """Of the next token, or of an encoder-decoder's targets; of an encoder, whose labels are not known here, of what
     it thinks likeliest itself."""
     if isinstance(batch, dict):
-        given = dict(source=batch["tokens"], source_mask=batch["mask"], targets=batch["labels"])
-        return model(batch["begun"], **given)
+        return seq2seq.loss_of(model, batch)
     found = model(batch)
     logits = getattr(found, "logits", found)
     if not isinstance(logits, torch.Tensor):
@@ -146,9 +145,11 @@ def prune_model(model, *, heads=1.0, channels=1.0, layers=1.0, batches=None):
         widths = [_best(of.channels[n], suited(channels, of.channels.shape[1])) for n in chosen]
         whole = [[_best(x[n], max(1, round(heads * x.shape[1]))) for x in of.heads] for n in chosen]
         kept.append(Kept(chosen, widths, whole))
-    config = _smaller(model, family, kept[0])
+    config = _smaller(model, family, kept)
     made = Transformer(config, model.accelerated) if isinstance(model, Transformer) else type(model)(config)
     made.to(next(model.parameters()).dtype).load_state_dict(_sliced(model, family, kept))
+    if hasattr(model, "generation_config"):  # where a text begins and ends, and what the checkpoint came with
+        made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 
@@ -166,9 +167,13 @@ def _best(importance, count):
 
 def _smaller(model, family, kept):
     """The config that says so."""
-    sizes = {family.fields["layers"]: len(kept.layers), family.fields["feed"]: len(kept.channels[0])}
-    if family.attentions and len(kept.heads[0][0]) < _key_heads(model, family):
-        groups = len(kept.heads[0][0])
+    sizes = {}
+    for stack, one in zip(family.stacks, kept, strict=True):
+        sizes[family.field("layers", stack)] = len(one.layers)
+        sizes[family.field("feed", stack)] = len(one.channels[0])
+    first = kept[0]
+    if family.attentions and len(first.heads[0][0]) < _key_heads(model, family):
+        groups = len(first.heads[0][0])
         many, few = (getattr(model.config, family.fields[name]) for name in ("heads", "kv_heads"))
         sizes[family.fields["heads"]] = groups * (many // (few or many))
         sizes[family.fields["kv_heads"]] = groups
@@ -179,7 +184,7 @@ def _smaller(model, family, kept):
     for name, size in sizes.items():
         setattr(config, name, size)
     if getattr(config, "layer_types", None):
-        config.layer_types = [model.config.layer_types[n] for n in kept.layers]
+        config.layer_types = [model.config.layer_types[n] for n in first.layers]
     return config
 
 

@@ -44,10 +44,7 @@ class Seq2Seq(Task):
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model, batch):
-        if is_ours(model):
-            given = dict(source=batch["tokens"], source_mask=batch["mask"], targets=batch["labels"])
-            return model(batch["begun"], **given)
-        return model(**theirs(batch)).loss
+        return loss_of(model, batch)
 
     def loss_sum(self, model, batch):
         """On the kernels the logits are never all in memory, but for models of transformers that do more to their
@@ -124,6 +121,14 @@ class Seq2Seq(Task):
             return found
         found |= translation.over(ranks).scores() | rouge.over(ranks).scores()
         return found | dict(examples=few(shown, ranks))
+
+
+def loss_of(model, batch):
+    """The mean cross-entropy of a batch's targets."""
+    if is_ours(model):
+        given = dict(source=batch["tokens"], source_mask=batch["mask"], targets=batch["labels"])
+        return model(batch["begun"], **given)
+    return model(**theirs(batch)).loss
 
 
 def theirs(batch) -> dict:
