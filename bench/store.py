@@ -27,7 +27,7 @@ def git() -> dict:
 
 
 def commit_line(git: dict) -> str:
-    """", commit 0123456", or nothing where there is none."""
+    """A comma and the commit, or nothing where there is none."""
     if not git["commit"]:
         return ""
     return f", commit {git['commit'][:7]}" + (" with changes" if git["dirty"] else "")
