@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, TrainerCallback, masking_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
 
 from fastllm import hf_loss, hf_rope, patch, swap  # noqa: F401, the first two register their matchers
 from fastllm.ops.attention import attention
@@ -183,6 +184,7 @@ def attention_forward(
     boolean or additive mask [B, 1, T, S], or none, which means causal (top-left) where the module or is_causal says
     so; cu_seq_lens_*, a mask of packed sequences, or one row whose position_ids begin again, go to
     `fastllm.attention_varlen`. Returns (o [B, T, H, Dv], None).
+    Where the caller wants probabilities (output_attentions), the model's own eager attention returns them with o.
     Raises ValueError for continuous batching's paged cache.
     """
     if cache is not None:
@@ -190,6 +192,10 @@ def attention_forward(
     rows = getattr(module, "_fastllm", None)
     if rows and "attention" in rows and not torch.compiler.is_compiling():
         rows["attention"].calls += 1
+    if eager := _eager_of(module, kwargs):
+        told = dict(dropout=dropout, scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+        told = {name: x for name, x in (told | dict(position_bias=position_bias)).items() if x is not None}
+        return eager(module, query, key, value, _added(attention_mask, query, key, module, is_causal), **told, **kwargs)
     if not query.dtype == key.dtype == value.dtype:  # rotary embeddings in fp32; autocast casts by itself
         query, key = query.to(value.dtype), key.to(value.dtype)
     T, S = query.shape[2], key.shape[2]
@@ -229,6 +235,25 @@ def attention_forward(
             bias = given if bias is None else bias + given
     o = attention(query, key, value, causal=causal, window=window, q_offset=q_offset, mask=mask, bias=bias, **options)
     return o.transpose(1, 2).contiguous(), None
+
+
+def _eager_of(module, kwargs):
+    """The eager attention of the module's file, where the caller wants its probabilities; else None."""
+    if not kwargs.get("output_attentions"):
+        collected = None if torch.compiler.is_compiling() else output_capturing._active_collector.get()
+        if not collected or not any("attentions" in name for name in collected):
+            return None
+    return inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+
+
+def _added(mask, query, key, module, causal):
+    """`mask` as eager attention takes it: to add to scores."""
+    T, S = query.shape[2], key.shape[2]
+    if mask is None and T > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or isinstance(mask, Mask) or mask.dtype != torch.bool:
+        return mask  # a Mask adds itself
+    return torch.zeros((), dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
 
 
 def _begins_again(position_ids, query):
@@ -345,7 +370,8 @@ patch.AFTER.append(_give_attention_back)
 
 
 class Callback(TrainerCallback):
-    """`accelerate(model, **options)` while a transformers.Trainer, or one derived from it, trains.
+    """`accelerate(model, **options)` from when a transformers.Trainer, or one derived from it, is made until it has
+    trained: a Trainer in bf16 or fp16 then takes the model's forward method into a wrapper of its own.
 
     >>> Trainer(model, args, train_dataset=data, callbacks=[fastllm.hf.Callback()])
     """
@@ -353,8 +379,13 @@ class Callback(TrainerCallback):
     def __init__(self, **options):
         self.options, self.report = options, None
 
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None:
+            self.report = patch.accelerate(model, **self.options)
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.report = patch.accelerate(model, **self.options)
+        if not patch.is_accelerated(model):
+            self.report = patch.accelerate(model, **self.options)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         patch.restore(model)

@@ -56,12 +56,25 @@ class Fused:
     """One forward pass whose head hands on hidden states, so that head and loss are one."""
 
     def __init__(self, head):
-        self.head, self.hidden, self.done = head, None, False
+        self.head, self.hidden, self.done, self.made = head, None, False, None
+
+    def logits(self):
+        """What the head makes of its input, for who reads them all the same; made once, with gradients."""
+        if self.made is None:
+            device, dtype = self.autocast
+            with torch.enable_grad(), torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+                self.made = self.head(self.hidden)
+        return self.made
+
+    def __reduce_ex__(self, protocol):
+        return type(None), ()  # a copy of the loss it hangs on is a number
 
     def loss(self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs):
         if logits is not self.hidden:
             raise _Changed
         self.done = True
+        device = logits.device.type
+        self.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         labels = _shifted(labels, shift_labels, ignore_index).to(logits.device)
         hidden = logits.reshape(-1, logits.shape[-1])
         loss = functools.partial(self._loss, self.head.weight, self.head.bias)
@@ -76,14 +89,14 @@ class _Changed(Exception):
     """The model does something to its logits between head and loss."""
 
 
-def _head_forward(self, plain, x):
+def _head_forward(self, plain, input):
     fused = None if torch.compiler.is_compiling() else getattr(_pass, "fused", None)
     if fused is None or fused.head is not self:
-        return plain(self, x)
+        return plain(self, input)
     if "linear" in self._fastllm:
         self._fastllm["linear"].calls += 1
-    fused.hidden = x
-    return x
+    fused.hidden = input
+    return input
 
 
 def _loss_function(self):
@@ -104,7 +117,8 @@ FUSED = "linear_cross_entropy in training, else cross_entropy"
 
 
 def _model_forward(self, plain, *args, skip_logits=None, **kwargs):
-    """skip_logits, as Liger has it: False keeps the logits in training, True leaves them out in eval() too."""
+    """skip_logits, as Liger has it: False keeps the logits in training, True leaves them out in eval() too. Left out,
+    they are made where somebody reads them, a loss of the user's own or a metric."""
     if torch.compiler.is_compiling() or not _can_fuse(self, kwargs, skip_logits):
         return plain(self, *args, **kwargs)
     fused = _pass.fused = Fused(self.get_output_embeddings())
@@ -114,9 +128,31 @@ def _model_forward(self, plain, *args, skip_logits=None, **kwargs):
         self._fastllm["loss"].runs = "cross_entropy: the model changes its logits before the loss"
     finally:
         _pass.fused = None
-    if fused.done:
-        return type(found)(**{name: value for name, value in found.items() if name != "logits"})
-    return plain(self, *args, **kwargs)
+    if not fused.done:
+        return plain(self, *args, **kwargs)
+    found.loss._fastllm_head = fused
+    return _without_logits(type(found))(**{name: value for name, value in found.items() if name != "logits"})
+
+
+@functools.cache
+def _without_logits(output_type):
+    """The subclass of a ModelOutput whose logits are no item of it, and are made where somebody reads them. The loss
+    leads to them: it stays the same object where another library makes the output anew."""
+
+    def logits(self):
+        given = vars(self).get("logits")
+        fused = getattr(vars(self).get("loss"), "_fastllm_head", None)
+        return fused.logits() if given is None and fused is not None else given
+
+    def item(self, key):
+        return self.logits if key == "logits" else output_type.__getitem__(self, key)
+
+    def reduce(self):
+        return output_type, tuple(vars(self).get(name) for name in self.__dataclass_fields__)
+
+    members = {"__module__": output_type.__module__, "__qualname__": output_type.__qualname__, "__reduce__": reduce}
+    members["logits"] = property(logits, lambda self, value: vars(self).__setitem__("logits", value))
+    return type(output_type.__name__, (output_type,), members | {"__getitem__": item})
 
 
 def _can_fuse(model, kwargs, skip_logits):

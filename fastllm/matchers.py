@@ -26,8 +26,11 @@ def _autocast_to_fp32(x):
     return x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64 else x
 
 
-def _layer_norm_forward(self, plain, x):
-    return flat_norm(self, layer_norm, _autocast_to_fp32(x), (self.weight, self.bias), self.eps)
+# Arguments have torch's names: a caller may use them.
+
+
+def _layer_norm_forward(self, plain, input):
+    return flat_norm(self, layer_norm, _autocast_to_fp32(input), (self.weight, self.bias), self.eps)
 
 
 def _rms_norm_forward(self, plain, x):
@@ -64,7 +67,7 @@ def match_written_norm(module, row):
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or any(w.ndim != 1 for w in weights.values()):
         return
     inputs = list(inspect.signature(forward_of(module)).parameters.values())[1:]
-    if sum(p.default is p.empty and p.kind != p.VAR_KEYWORD for p in inputs) != 1:
+    if len([p for p in inputs if p.kind != p.VAR_KEYWORD]) != 1:  # an optional one too: Mamba 2's norm has a gate
         raise Unsupported("its forward takes more than one tensor")
     swap(module, row, _written_norm(eps, *_try_norm(module, eps)))
 
@@ -104,7 +107,10 @@ def _try_norm(module, eps):
 def _written_norm(eps, op, offset, rule):
     plus_one = bool(offset)  # Dynamo, which sees many models through one function, would take a float for a variable
 
-    def forward(self, plain, x):
+    def forward(self, plain, *args, **kwargs):
+        if len(args) != 1 or kwargs:  # by its own name for it
+            return plain(self, *args, **kwargs)
+        (x,) = args
         weight, dtype = self.weight, x.dtype
         if rule == "the wider" or (rule == "the weight's" and weight.dtype.itemsize > dtype.itemsize):
             x = x.to(torch.promote_types(dtype, weight.dtype))
@@ -245,8 +251,8 @@ def match_linear(module, row):
         swap(module, row, _linear_forward)
 
 
-def _linear_forward(self, plain, x):
-    return linear(x, self.weight, self.bias)
+def _linear_forward(self, plain, input):
+    return linear(input, self.weight, self.bias)
 
 
 _linear_forward.runs = "linear"

@@ -188,6 +188,8 @@ def match_experts(module, row):
     inputs = inspect.signature(forward_of(module)).parameters
     if len(stacks) < 2 or len({len(p) for p in stacks}) > 1 or len(stacks[0]) < 2 or len(inputs) < 3:
         return
+    if len({p.shape for p in stacks}) == 1:  # one matrix a head: RecurrentGemma's gates
+        return
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     runs = f"transformers' {chosen!r} runs" if chosen not in (None, "eager") else "its own loop over the experts runs"
     raise Unsupported(f"no kernel takes experts in one stack of weights; {runs}")

@@ -110,3 +110,20 @@ def test_generate(family, how):
     with fastllm.accelerated(model) as report:
         assert torch.equal(generate(model, family, **HOW[how]), expected)
     assert not report.never_called
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss", "gpt2", "bert", "modernbert", "t5", "bart"])
+def test_attention_probabilities(family):
+    """Whoever asks for them gets those of the model's own attention, through which gradients go."""
+    model, batch = make(family), inputs(family)
+    kept = batch["attention_mask"].bool()
+    expected = model(**batch, output_attentions=True)
+    fastllm.accelerate(model)
+    found = model(**batch, output_attentions=True)
+    names = [name for name in expected if "attentions" in name]
+    for name in names:
+        for got, peer in zip(found[name], expected[name], strict=True):
+            if got.shape[2] == kept.shape[1] and not name.startswith(("decoder", "cross")):
+                got, peer = got.transpose(1, 2)[kept], peer.transpose(1, 2)[kept]
+            torch.testing.assert_close(got, peer)
+    assert names and found[names[0]][0].requires_grad

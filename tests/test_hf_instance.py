@@ -10,7 +10,7 @@ import fastllm
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
-from hf_models import OTHERS, assert_same, inputs, make, run  # noqa: E402
+from hf_models import GQA, OTHERS, V, assert_same, inputs, make, run  # noqa: E402
 
 import fastllm.hf  # noqa: E402
 
@@ -95,6 +95,34 @@ def test_experts_are_reported(family, blocks, chosen):
     assert {row.kind for row in report.left_alone} == {"mlp"} and all(runs in row.reason for row in report.left_alone)
     assert_same(run(model, batch), expected)
     assert not fastllm.accelerate(model, mlp=False).left_alone
+
+
+HYBRIDS = {
+    "mamba 2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        dict(hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    ),
+    "recurrent gemma": (
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        {**GQA, "num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_recurrent_layers_beside_accelerated_ones(family):
+    """A norm that may get a gate stays as it is; matrices of a gate per head are no experts."""
+    cls, config, options = HYBRIDS[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(getattr(transformers, config)(**options | dict(vocab_size=V))).eval()
+    batch = dict(input_ids=inputs("llama")["input_ids"])
+    batch["labels"] = batch["input_ids"]
+    expected = run(model, batch)
+    report = fastllm.accelerate(model)
+    assert {row.module for row in report.left_alone} == ({"MambaRMSNormGated"} if family == "mamba 2" else set())
+    assert_same(run(model, batch), expected)
 
 
 def test_bloom_by_name_is_right_all_the_same():

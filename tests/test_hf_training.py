@@ -115,6 +115,41 @@ def test_head_and_loss_are_one_in_training(family):
     assert "logits" in model(**batch)
 
 
+@pytest.mark.parametrize("again", ["as it is", "in a copy of the output"])
+def test_logits_are_made_where_they_are_read(again):
+    """By a loss of the user's own, whose gradients they have, or a metric; in the dtype that the head gave them. Of a
+    copy too: accelerate's mixed precision makes the output anew."""
+    model, batch = without_dropout(make("llama")).train(), inputs("llama")
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+
+    def gradients(found):
+        model.zero_grad()
+        (found.loss + found.logits.square().mean()).backward()
+        return found.logits.detach(), found.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    expected = gradients(model(**batch))
+    fastllm.accelerate(model)
+    found = model(**batch)
+    if again != "as it is":
+        found = type(found)(dict(found.items()))
+    assert "logits" not in found
+    assert_same(gradients(found), expected)
+    assert found["logits"] is found.logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**batch)
+    assert found.logits.dtype == torch.bfloat16
+
+
+def test_an_output_without_logits_is_stored_as_a_plain_one(tmp_path):
+    model, batch = make("llama").train(), inputs("llama")
+    fastllm.accelerate(model)
+    found = model(**batch)
+    torch.save((found.loss, found), tmp_path / "found.pt")
+    loss, other = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert torch.equal(loss, found.loss) and torch.equal(other.loss, found.loss) and other.logits is None
+    assert type(other) is transformers.modeling_outputs.CausalLMOutputWithPast
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_loss_of_a_part_of_a_batch(training):
     """num_items_in_batch is the divisor, as Trainer gives it for accumulated gradients; labels may come shifted."""
@@ -175,14 +210,23 @@ def test_lora():
     assert_same(found[2], found[0])
 
 
-def test_trainer_callback(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_callback(tmp_path, bf16):
+    """In bf16 too, where Trainer puts a wrapper around the model's forward method before it begins."""
     pytest.importorskip("accelerate", reason="the extra hf is not installed")
     losses = []
     rows = [dict(input_ids=tokens, labels=tokens) for tokens in torch.randint(3, V, (16, 12)).tolist()]
     for callback in (None, fastllm.hf.Callback()):
         model = make("llama")
         arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=4, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", seed=1
+            tmp_path,
+            max_steps=4,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            seed=1,
+            bf16=bf16,
         )
         collate = transformers.DataCollatorWithFlattening(return_tensors="pt")
         trainer = transformers.Trainer(
@@ -190,6 +234,6 @@ def test_trainer_callback(tmp_path):
         )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert callback.report.accelerated and not callback.report.never_called
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=2**-8 if bf16 else 1e-5)
+    assert callback.report.accelerated and not callback.report.never_called and not callback.report.left_alone
     assert not fastllm.explain(model, **inputs("llama")).calls, "taken out again at the end"

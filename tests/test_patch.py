@@ -123,6 +123,10 @@ def test_what_is_no_norm_is_left_alone():
         def forward(self, x, gate):
             return super().forward(x) * gate
 
+    class MayBeGated(WrittenNorm):  # Mamba 2's
+        def forward(self, x, gate=None):
+            return super().forward(x if gate is None else x * F.silu(gate))
+
     class Broken(WrittenNorm):
         def forward(self, x):
             raise NotImplementedError("on this device")
@@ -134,15 +138,27 @@ def test_what_is_no_norm_is_left_alone():
     model = nn.ModuleDict(
         dict(sigmoid=WrittenNorm(order="?"), gated=Gated(), broken=Broken(), own=Own(D), batch=nn.BatchNorm1d(D))
     )
+    model["gate"] = MayBeGated()
     reasons = {row.name: row.reason for row in fastllm.accelerate(model).left_alone}
     assert reasons == {
         "sigmoid": "its forward is neither layer norm nor RMS norm",
         "gated": "its forward takes more than one tensor",
+        "gate": "its forward takes more than one tensor",
         "broken": "its forward could not be tried: on this device",
         "own": "its class has a forward of its own",
     }
     x = torch.randn(3, D)
     assert torch.equal(model["own"](x), F.layer_norm(x, (D,), model["own"].weight, model["own"].bias) * 2)
+
+
+def test_arguments_by_name():
+    model = nn.ModuleDict(dict(layer=nn.LayerNorm(D), rms=nn.RMSNorm(D), linear=nn.Linear(D, 3), written=WrittenNorm()))
+    calls = dict(layer="input", rms="x", linear="input", written="x")
+    x = torch.randn(2, D)
+    expected = {name: model[name](**{argument: x}) for name, argument in calls.items()}
+    fastllm.accelerate(model)
+    for name, argument in calls.items():
+        torch.testing.assert_close(model[name](**{argument: x}), expected[name])
 
 
 def test_weights_without_memory_are_left_alone():
