@@ -1,8 +1,8 @@
 """Models trained on real text, each by one command, scored on its test set beside a plain baseline.
 
 `python -m fastllm.bench.llm translation` fetches the data, trains, evaluates on test and keeps what the README shows in
-bench/results/llm.json; `--time` also trains the first steps on plain PyTorch and on the kernels, in turn. A run that is
-there already is not trained again.
+bench/results/llm.json; `--seeds N` trains N times, from other random numbers, and keeps every score; `--time` also
+trains the first steps on plain PyTorch and on the kernels, in turn. A run that is there already is not trained again.
 """
 
 import argparse
@@ -117,11 +117,35 @@ def baseline(recipe: Recipe) -> float:
     return metric.scores()[recipe.score]
 
 
+def trained(recipe: Recipe, out: Path, options=""):
+    """Train and score it, unless that is done."""
+    if not (out / "result.json").exists():
+        fastllm(command(recipe, out) + options + " --resume" * out.exists())
+    if recipe.evaluate and not (out / "test" / "result.json").exists():
+        fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'} --fresh")
+
+
+def tested(recipe: Recipe, out: Path) -> dict:
+    """The test scores of a finished run."""
+    folder = out / "test" if recipe.evaluate else out
+    return json.loads((folder / "result.json").read_text())["scores" if recipe.evaluate else "test"]
+
+
+def of_seeds(name: str, count: int, first: float) -> list[float]:
+    """The test scores of seeds 0, which is `first`, to count - 1: what is chance in them shows."""
+    recipe, found = RECIPES[name], [first]
+    for seed in range(1, count):
+        out = RUNS / f"{name}-seed-{seed}"
+        trained(recipe, out, f" --seed {seed}")
+        scores = tested(recipe, out)
+        found.append(scores.get("transformer", scores)[recipe.score])
+    return found
+
+
 def collect(name: str) -> dict:
     """What the README shows of a finished run."""
     recipe, out = RECIPES[name], RUNS / name
-    result = json.loads((out / "result.json").read_text())
-    scores = json.loads((out / "test" / "result.json").read_text())["scores"] if recipe.evaluate else result["test"]
+    result, scores = json.loads((out / "result.json").read_text()), tested(recipe, out)
     own = scores.get("transformer", scores)
     if recipe.beside in scores:
         beside = (recipe.beside, scores[recipe.beside][recipe.score])
@@ -176,8 +200,9 @@ def main():
         type=float,
         default=0,
         metavar="SECONDS",
-        help="plain PyTorch against the kernels; results that are there stay",
+        help="plain PyTorch against the kernels",
     )
+    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="train with seeds 0 to N - 1")
     parser.add_argument("--out", type=Path, default=Path("bench/results/llm.json"))
     args = parser.parse_args()
     unknown = set(args.names) - set(RECIPES)
@@ -189,12 +214,12 @@ def main():
         entry = report["results"].get(name, {})
         if not Path("data", recipe.data).exists():
             fastllm(f"data {recipe.data}")
-        if not (args.time and entry):
-            if not (out / "result.json").exists():
-                fastllm(command(recipe, out) + " --resume" * out.exists())
-            if recipe.evaluate and not (out / "test" / "result.json").exists():
-                fastllm(f"evaluate {out} data/{recipe.data} --out {out / 'test'} --fresh")
+        if not ((args.time or args.seeds) and entry):  # with these, a result that is there stays
+            trained(recipe, out)
             entry |= collect(name)
+            entry.pop("of_seeds", None)  # of another first run
+        if args.seeds:
+            entry["of_seeds"] = of_seeds(name, args.seeds, entry["test"][recipe.score])
         if args.time:
             entry["time"] = timed(name, args.time) | dict(machine=store.machine(store.environment()))
         report["results"][name] = entry

@@ -6,6 +6,7 @@ from the reports that are committed under bench/results, one folder per machine.
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from fastllm import info
@@ -148,16 +149,32 @@ def llm_block(kept: dict) -> str:
     """Markdown of bench/results/llm.json, which `python -m fastllm.bench.llm` writes, and what is worse than beside."""
     lines, worse = [], []
     for name, found in kept["results"].items():
-        ours, beside = found["test"][found["score"]], found["beside"]
+        seeds, beside = found.get("of_seeds", [found["test"][found["score"]]]), found["beside"]
+        ours = statistics.mean(seeds)
+        spread = f" ± {statistics.stdev(seeds):.4f} ({len(seeds)} seeds)" if len(seeds) > 1 else ""
         score = SCORES.get(found["score"], found["score"])
         if (ours > beside["value"]) == (found["score"] in LOWER_IS_BETTER):
             worse.append(f"`{name}`")
         timed = found.get("time")
         speed = f"{timed['ratios'][0]:.2f} to {timed['ratios'][-1]:.2f}" if timed else "not measured"
         lines.append(
-            [f"`{name}`: {found['title']}", score, f"{ours:.4g}", f"{beside['value']:.4g}", beside["name"], speed]
+            [
+                f"`{name}`: {found['title']}",
+                score,
+                f"{ours:.4g}{spread}",
+                f"{beside['value']:.4g}",
+                beside["name"],
+                speed,
+            ]
         )
-    header = ["", "on test", "ours", "beside", "which is", "time a step, plain PyTorch's over ours"]
+    header = [
+        "",
+        "on test",
+        "ours: one run, or mean and standard deviation",
+        "beside",
+        "which is",
+        "time a step, plain PyTorch's over ours",
+    ]
     said = ["", f"Below what it stands beside: {', '.join(worse)}."] if worse else []
     return "\n".join(markdown(header, lines) + said)
 

@@ -277,6 +277,14 @@ def test_readme_takes_figures_and_tables_from_committed_reports(tmp_path):
     assert readme.bench_block({}) == "No report is committed yet; `make bench` measures yours."
 
 
+def test_what_several_seeds_reach_is_a_mean_and_a_deviation():
+    """And the mean, not the first run, is what is held against the other."""
+    kept = dict(title="T", score="accuracy", test={"accuracy": 0.9}, beside=dict(name="B", value=0.85))
+    assert "| 0.9 | 0.85 | B |" in readme.llm_block({"results": {"t": kept}})
+    block = readme.llm_block({"results": {"t": kept | dict(of_seeds=[0.9, 0.8, 0.82])}})
+    assert "| 0.84 ± 0.0529 (3 seeds) | 0.85 | B |" in block and block.endswith("Below what it stands beside: `t`.")
+
+
 def test_the_readme_says_what_the_committed_reports_say():
     """`make readme-figures` writes it."""
     pytest.importorskip("jinja2")
