@@ -323,7 +323,7 @@ def lacks(op: str, name: str, unsupported=None) -> str | None:
     """Why backend `name`, where it is there, has no kernel for this call of `op`, or None."""
     if name == "cuda" and op not in CUDA_OPS:
         return f"{op} has no CUDA C++ kernel"
-    return unsupported(name) if unsupported and name != "reference" else None
+    return None if unsupported is None or name == "reference" else unsupported(name)
 
 
 def _why_not(name: str, x: torch.Tensor) -> str | None:

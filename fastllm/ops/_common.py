@@ -62,6 +62,12 @@ def autocast(*tensors):
     return [x.to(low) if isinstance(x, torch.Tensor) and x.dtype in LOWERED else x for x in tensors]
 
 
+def in_dtype(x, dtype):
+    """What the forward pass of an autograd.Function returns: `x` itself where it has that dtype. A conversion that does
+    nothing gives torch.compile in PyTorch 2.11 one result under two names, of which the other one gets the gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def promoted(x, y):
     """x and y as they are, or under autocast in the wider of their dtypes: there one may come from a product in low
     precision and the other not, and PyTorch adds and multiplies them. Without autocast that is a mistake."""

@@ -6,7 +6,7 @@ import torch
 
 from fastllm import reference
 from fastllm.dispatch import Op, choose, cpu_op, differentiable_again, direct, is_free
-from fastllm.ops._common import FLOATS, check_tensor, gradients_through, is_autocast, no_fp64, wants_gradient
+from fastllm.ops._common import FLOATS, check_tensor, gradients_through, in_dtype, is_autocast, no_fp64, wants_gradient
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -68,7 +68,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(x, target, weight, lse)
         ctx.mark_non_differentiable(right)
         ctx.options, ctx.dtype, ctx.backend = options, dtype, backend
-        return loss.to(dtype), right
+        return in_dtype(loss, dtype), right
 
     @staticmethod
     def backward(ctx, dloss, _):

@@ -4,7 +4,7 @@ import torch
 
 from fastllm.dispatch import Composite, Op, choose, direct, is_free
 from fastllm.ops import _tuned
-from fastllm.ops._common import autocast, check_tensor, gradients_through, wants_gradient
+from fastllm.ops._common import autocast, check_tensor, gradients_through, in_dtype, wants_gradient
 from fastllm.ops.cross_entropy import (
     REDUCTIONS,
     check_loss,
@@ -186,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:  # what save_for_backward keeps cannot be given away: a parameter would have to copy its gradient
             ctx.save_for_backward(*inputs)
             ctx.gradients = gradients if ctx.early else None
-        return loss.to(dtype), right
+        return in_dtype(loss, dtype), right
 
     @staticmethod
     def backward(ctx, dloss, _):
