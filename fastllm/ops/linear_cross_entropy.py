@@ -253,7 +253,7 @@ def linear_cross_entropy(
         if loss is not None:
             return loss
     op = "linear_cross_entropy"
-    if isinstance(input, torch.Tensor) and torch.amp.is_autocast_available(input.device.type):
+    if isinstance(input, torch.Tensor) and (input.is_cpu or torch.amp.is_autocast_available(input.device.type)):
         dtype = loss_dtype(input)
         input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     else:

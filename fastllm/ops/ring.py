@@ -295,7 +295,7 @@ def ring_attention(
     Error: at most 1.1 times that of torch's scaled_dot_product_attention in q's dtype (tests/test_ring.py).
     Source: Liu, Zaharia and Abbeel 2023, arXiv:2310.01889; zigzag: Llama team 2024, arXiv:2407.21783, section 3.3.2.
     """
-    if isinstance(q, torch.Tensor) and torch.amp.is_autocast_available(q.device.type):
+    if isinstance(q, torch.Tensor) and (q.is_cpu or torch.amp.is_autocast_available(q.device.type)):
         q, k, v = autocast(q, k, v)
     _check(q, k, v)
     shards = Shards(group, sharding)
