@@ -80,16 +80,24 @@ FLATTENED void cross_entropy_row_fwd(const CrossEntropy& a, int64_t row) {
   if (a.right) a.right[row] = is_largest<V>(x, t, a.V);
 }
 
-template <class V, class S>
-void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    if (a.target[row] == a.ignore_index) {
-      a.loss[row] = a.lse[row] = 0;
-      if (a.right) a.right[row] = 0;
-    } else {
-      a.softcap ? cross_entropy_row_fwd<V, S, true>(a, row) : cross_entropy_row_fwd<V, S, false>(a, row);
-    }
-  }
+// What of a row's gradient is made in double. The target's own is a difference of its own, made before the row may be
+// overwritten; elsewhere it is exp(z - T(lse)) factor + flat w[c].
+struct TargetGradient {
+  double gradient, factor, flat;
+};
+// e^x, without the library's for an x that is no more than a rounding: the next term is below 2e-13.
+inline double exp_of_rounding(double x) { return x * x < 1e-8 ? 1 + x * (1 + 0.5 * x) : ::exp(x); }
+// `share` is s / V, once for many rows.
+template <class T, class S, bool kCapped>
+inline TargetGradient target_gradient(const CrossEntropy& a, int64_t row, double share) {
+  const int64_t t = a.target[row];
+  const double s = a.label_smoothing, lse = a.lse[row], w = class_weight<T>(a, t), dloss = a.dloss[row];
+  const double total = (1 - s) * w + share * a.weight_sum + 2 * a.z_loss * lse;
+  const double zt = softcapped(double(widen(((const S*)a.x)[row * a.V + t])), a.softcap);
+  double dt = dloss * (::exp(zt - lse) * total - share * w - (1 - s) * w);
+  if (kCapped) dt *= 1 - zt / a.softcap * (zt / a.softcap);
+  // exp(z - lse) = exp(z - high) exp(high - lse): the rounding of lse to T goes into the factor.
+  return {dt, dloss * total * exp_of_rounding(double(T(lse)) - lse), -dloss * share};
 }
 
 template <class V, class S, bool kCapped>
@@ -98,22 +106,11 @@ FLATTENED void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
   const S* x = (const S*)a.x + row * a.V;
   S* dx = (S*)a.dx + row * a.V;
   const T* weight = (const T*)a.weight;
-  const int64_t t = a.target[row];
-  const double s = a.label_smoothing, lse = a.lse[row], w = class_weight<T>(a, t);
-  const double total = (1 - s) * w + s / double(a.V) * a.weight_sum + 2 * a.z_loss * lse;
-
-  // The target's own gradient is a difference of its own, made in double before the row may be overwritten.
-  const double zt = softcapped(double(widen(x[t])), a.softcap);
-  double dt = a.dloss[row] * (::exp(zt - lse) * total - s / double(a.V) * w - (1 - s) * w);
-  if (kCapped) dt *= 1 - zt / a.softcap * (zt / a.softcap);
-
-  // exp(z - lse) = exp(z - high) exp(high - lse): the rounding of lse to T goes into the factor.
-  const T high = T(lse);
-  const V lse_high = V::set(high), one = V::set(1), zero = V::set(0);
-  const V each = V::set(T(a.dloss[row] * total * ::exp(double(high) - lse))),
-          flat = V::set(T(-a.dloss[row] * s / double(a.V)));
+  const TargetGradient g = target_gradient<T, S, kCapped>(a, row, a.label_smoothing / double(a.V));
+  const V lse_high = V::set(T(a.lse[row])), one = V::set(1), zero = V::set(0);
+  const V each = V::set(T(g.factor)), flat = V::set(T(g.flat));
   const V inverse_cap = V::set(T(kCapped ? 1 / a.softcap : 0));
-  const bool smooth = s != 0;
+  const bool smooth = a.label_smoothing != 0;
   const double softcap = a.softcap;
   for_vectors<V>(a.V, [&](int64_t i, int64_t n) {
     V z = load<V>(x + i, n);
@@ -128,11 +125,45 @@ FLATTENED void cross_entropy_row_bwd(const CrossEntropy& a, int64_t row) {
     }
     store(d, dx + i, n);
   });
-  narrow(T(dt), dx[t]);
+  narrow(T(g.gradient), dx[a.target[row]]);
+}
+
+#include "cross_entropy_few.inl"
+
+constexpr int64_t kFewGradients = kFewColumns / 2;  // in backward the way back to rows costs more
+
+template <class V, class S>
+void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  if (a.V <= kFewColumns) {
+    using One = typename SingleOf<V>::type;
+    for (int64_t row = begin; row < end; row += One::L) {
+      const int64_t rows = end - row < One::L ? end - row : One::L;
+      a.softcap ? cross_entropy_few_fwd<One, S, true>(a, row, rows)
+                : cross_entropy_few_fwd<One, S, false>(a, row, rows);
+    }
+    return;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    if (a.target[row] == a.ignore_index) {
+      a.loss[row] = a.lse[row] = 0;
+      if (a.right) a.right[row] = 0;
+    } else {
+      a.softcap ? cross_entropy_row_fwd<V, S, true>(a, row) : cross_entropy_row_fwd<V, S, false>(a, row);
+    }
+  }
 }
 
 template <class V, class S>
 void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  if (a.V <= kFewGradients) {
+    using One = typename SingleOf<V>::type;
+    for (int64_t row = begin; row < end; row += One::L) {
+      const int64_t rows = end - row < One::L ? end - row : One::L;
+      a.softcap ? cross_entropy_few_bwd<One, S, true>(a, row, rows)
+                : cross_entropy_few_bwd<One, S, false>(a, row, rows);
+    }
+    return;
+  }
   for (int64_t row = begin; row < end; ++row) {
     if (a.target[row] == a.ignore_index)
       memset((S*)a.dx + row * a.V, 0, a.V * sizeof(S));

@@ -25,11 +25,15 @@ Total total_of(const char* op, const Tensor& target, const void* weight, Type t,
     if (c == ignore_index) continue;
     CHECK(c >= 0 && c < V, op, ": target ", c, " of row ", i, " is not one of the ", V,
           " classes, nor ignore_index=", ignore_index);
-    total.weights += class_weight(weight, t, c);
+    if (weight) total.weights += class_weight(weight, t, c);
     total.rows += 1;
   }
+  if (!weight) total.weights = total.rows;
   return total;
 }
+
+constexpr int64_t kTogether = 2048;  // elements of rows that are taken forward and backward together
+constexpr int64_t kOfRow = 16;       // elements: what a row takes beside its own, for its logarithm and its target
 
 // One call: the kernel's arguments, the class weights in the compute type, and what the mean divides by.
 struct Loss {
@@ -70,15 +74,16 @@ struct Loss {
     const int64_t n = dloss.numel();
     CHECK(dloss.is_contiguous() && (n == N || n == 1), op, ": dloss must be contiguous [N] or []");
     const Type from = type_of(dloss, op);
+    const double divisor = mean ? total.weights : 1.0;
+    if (n == 1) return std::vector<double>(N, element(dloss.data_ptr(), from, 0) / divisor);
     std::vector<double> rows(N);
-    for (int64_t i = 0; i < N; ++i)
-      rows[i] = element(dloss.data_ptr(), from, n == 1 ? 0 : i) / (mean ? total.weights : 1.0);
+    for (int64_t i = 0; i < N; ++i) rows[i] = element(dloss.data_ptr(), from, i) / divisor;
     return rows;
   }
 
   template <class F>
   void for_rows(F f) const {
-    for_range(N, kGrain / V + 1, f);
+    for_range(N, kGrain / (V + kOfRow) + 1, f);
   }
 };
 
@@ -164,10 +169,12 @@ std::tuple<Tensor, Tensor> cross_entropy_rows(Tensor x, Tensor target, MaybeTens
     a.dx = x.data_ptr();
   }
   const CrossEntropyKernels& table = *kernels().cross_entropy;
+  const int64_t step = kTogether / loss.V + 1;
   loss.for_rows([&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {  // both passes while the row is in the cache
-      table.fwd[loss.t](a, row, row + 1);
-      if (a.dloss) table.bwd[loss.t](a, row, row + 1);
+    for (int64_t row = begin; row < end; row += step) {  // both passes while the rows are in the cache
+      const int64_t next = std::min(end, row + step);
+      table.fwd[loss.t](a, row, next);
+      if (a.dloss) table.bwd[loss.t](a, row, next);
     }
   });
   return {rows, right};
