@@ -208,8 +208,8 @@ def write_autograd_ninja(folder: Path) -> dict:
         "  deps = gcc",
         "rule link",
         f"  command = {compiler()} {link} $in -o $out -L{torch / 'lib'} {libraries}",
-        *(f"build {name}.o: cc {ROOT / 'csrc' / name}.cpp" for name in ("autograd", "direct")),
-        "build _autograd.so: link autograd.o direct.o",
+        *(f"build {name}.o: cc {ROOT / 'csrc' / name}.cpp" for name in ("autograd", "direct", "products")),
+        "build _autograd.so: link autograd.o direct.o products.o",
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)

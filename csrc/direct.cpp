@@ -7,7 +7,6 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/linear.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -18,6 +17,7 @@
 #include <utility>
 
 #include "autograd.h"
+#include "products.h"
 
 namespace fastllm {
 namespace {
@@ -141,33 +141,39 @@ struct CrossEntropy {  // input, target, ignore_index, reduction, label_smoothin
   }
 };
 
-std::optional<Tensor> maybe(const IValue& x) { return x.isTensor() ? x.toTensor() : std::optional<Tensor>(); }
-
-// x W^T + bias where it is known whose product is the choice: PyTorch's in fp64 and, of fewer rows than `rows`, in
-// fp32; ours in those 16-bit types that `own` has a bit for (fastllm/ops/_tuned.py).
-Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t rows, int64_t own,
+// activation(x W^T + bias) where it is known whose products are the choice: PyTorch's in fp64 and, of fewer rows than
+// `rows`, in fp32; ours in those 16-bit types that `own` has a bit for; else what `chosen` says
+// (fastllm/ops/_tuned.py).
+Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t activation, int64_t rows, int64_t own,
                const char* called = nullptr) {
   const bool autocast = is_autocast() && x.scalar_type() != at::kDouble;
   const auto dtype = autocast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
   if (!x.dim() || weight.dim() != 2 || x.size(-1) != weight.size(1) || !is_real(x) || !is_real(weight)) return {};
   if (bias.isTensor() && (bias.toTensor().dim() != 1 || bias.toTensor().size(0) != weight.size(0))) return {};
   if (bias.isTensor() && !is_real(bias.toTensor())) return {};
+  if (activation != kNoActivation && (!x.numel() || !weight.numel())) return {};
   if (own & (dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : 0)) {
     const auto given = [&](const Tensor& t) { return autocast && t.scalar_type() != at::kDouble ? t.to(dtype) : t; };
-    const Tensor w = given(weight);
-    const IValue b = bias.isTensor() ? given(bias.toTensor()).contiguous() : IValue();
-    static const Family& linear = family("linear");
-    return plain(linear, {given(x).contiguous(), w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous(), b}, called);
+    const Tensor b = bias.isTensor() ? given(bias.toTensor()) : Tensor();
+    return multiplied(given(x), given(weight), b, activation, kAllOurs, called);
   }
-  if (dtype != at::kDouble && (dtype != at::kFloat || x.numel() >= rows * weight.size(1))) return {};
-  if (is_autocast() || weight.scalar_type() != dtype) return {};
+  if (is_autocast() || weight.scalar_type() != dtype || (dtype != at::kDouble && dtype != at::kFloat)) return {};
   if (bias.isTensor() && bias.toTensor().scalar_type() != dtype) return {};
-  return at::linear(x, weight, maybe(bias));
+  const int64_t K = weight.size(1);
+  int whose = 0;
+  if (dtype == at::kFloat && K && x.numel() >= rows * K) {
+    const std::optional<int> found = chosen(x.numel() / K, weight.size(0), K);
+    if (!found) return {};
+    whose = *found;
+  }
+  return multiplied(x, weight, bias.isTensor() ? bias.toTensor() : Tensor(), activation, whose, called);
 }
 
-struct Linear {  // x, weight, bias, rows and own of `product`
-  static constexpr const char *kOp = nullptr, *kArguments = "tt?ii";
-  static Result run(const Stack& a) { return product(tensor(a, 0), tensor(a, 1), a[2], a[3].toInt(), a[4].toInt()); }
+struct Linear {  // x, weight, bias, activation, rows and own of `product`
+  static constexpr const char *kOp = nullptr, *kArguments = "tt?iii";
+  static Result run(const Stack& a) {
+    return product(tensor(a, 0), tensor(a, 1), a[2], a[3].toInt(), a[4].toInt(), a[5].toInt());
+  }
 };
 
 // input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing, rows and own of `product`. The
@@ -181,7 +187,7 @@ struct LinearCrossEntropy {
     if (target.numel() * weight.size(0) > kSmallLogits || target.numel() >= a[7].toInt()) return {};
     if (!flat && !a[5].toInt()) return {};  // a loss for each row, of the targets' shape
     const Tensor rows = flat ? x : x.reshape({target.numel(), x.size(-1)});
-    const Result logits = product(rows, weight, a[3], a[7].toInt(), a[8].toInt(), kCalled);
+    const Result logits = product(rows, weight, a[3], kNoActivation, a[7].toInt(), a[8].toInt(), kCalled);
     if (!logits) return {};
     Stack given{*logits, flat ? target : target.reshape(-1), a[4], a[5], a[6]};
     return CrossEntropy::run(family, given, kCalled);
@@ -231,12 +237,18 @@ PyObject* watch_from_python(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
+PyObject* choose_from_python(PyObject*, PyObject* function) {
+  choose(function);
+  Py_RETURN_NONE;
+}
+
 template <class Op>
 PyMethodDef method(const char* name) {
   return {name, (PyCFunction)(void (*)())&call<Op>, METH_FASTCALL, nullptr};
 }
 PyMethodDef methods[] = {method<Attention>("attention"),
                          method<BiasGelu>("bias_gelu"),
+                         {"choose", choose_from_python, METH_O, "Ask (M, N, K) for whose products are faster in fp32."},
                          method<CrossEntropy>("cross_entropy"),
                          method<Geglu>("geglu"),
                          method<LayerNorm>("layer_norm"),

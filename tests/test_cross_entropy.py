@@ -47,6 +47,34 @@ def test_sizes(backend, N, V, dtype):
     check(backend, x, target, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [1, 2, 3, 8, 10, 16, 31, 32, 33, 63, 64])
+@pytest.mark.parametrize("N", [8, 37])
+def test_few_classes(backend, N, V, dtype):
+    """Rows that share a vector on CPU."""
+    x, target, _ = make(N, V, backend, ignored=2)
+    check(backend, x, target, dtype)
+
+
+@needs_extension
+@pytest.mark.parametrize("options", [dict(), dict(softcap=3.0, label_smoothing=0.1)], ids=["plain", "options"])
+@pytest.mark.parametrize("V", [2, 10, 40, 64])
+def test_rows_of_few_classes_are_no_concern_of_their_neighbours(V, options):
+    """The same bits wherever a row stands; an ignored one, whatever it holds, has a gradient of 0."""
+    x, target, _ = make(23, V, "cpu")
+    target[5], x[5] = -100, float("nan")
+
+    def losses(rows):
+        leaf = x[rows].requires_grad_()
+        loss = fastllm.cross_entropy(leaf, target[rows], reduction="none", **options)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    loss, dx = losses(slice(None))
+    assert not dx[5].any() and loss[5] == 0 and loss.isfinite().all() and dx.isfinite().all()
+    for rows in (slice(3, 4), slice(4, 7), slice(1, 18), slice(22, None)):
+        assert all(map(torch.equal, losses(rows), (loss[rows], dx[rows])))
+
+
 OPTIONS = {
     "weight": dict(weight=True),
     "ignore_index": dict(ignore_index=3),

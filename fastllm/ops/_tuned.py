@@ -122,6 +122,21 @@ def _linear_kernels(key, dtype, M, N, K):
 _remembered = functools.lru_cache(4096)(_linear_kernels)
 
 
+def forget() -> None:
+    """What was looked up in the table: to be called where the table, the CPU or the instruction set is another one."""
+    _remembered.cache_clear()
+    _fewest_rows.cache_clear()
+    dispatch.direct("choose")(_bits)
+
+
+def _bits(M, N, K):
+    """linear_kernels in fp32, as csrc/products.h has them."""
+    return sum(own << i for i, own in enumerate(linear_kernels(M, N, K)))
+
+
+forget()
+
+
 def _corners(grid, sizes):
     """The measured points around `sizes`: ours must win at all of them. None below the grid; past it, its last."""
     around = []

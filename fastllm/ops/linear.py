@@ -143,8 +143,8 @@ def linear(x, weight, bias=None, *, activation=None):
     linear --tune` measures). In bf16 and fp16, and under autocast to them, ours is the choice on CPUs where oneDNN has
     no such product (x86 without AVX-512), PyTorch's elsewhere. Ours sums in fp32 (fp64) up to 192 products at a time,
     adds those sums in order, so that y has the same bits for any number of threads, and rounds to 16 bits once; bias
-    and activation are applied to a block of y while that is in the cache. On CPU, where every product is PyTorch's, so
-    is the activation. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
+    and activation are applied to a block of y while that is in the cache. Behind PyTorch's product on a CPU the
+    activation is a kernel of ours. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
     chip; a product that activates what it has summed runs where it was measured to be faster (`FUSED`), or with
     backend("triton"). What is sparse or nested is PyTorch's.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
@@ -152,12 +152,13 @@ def linear(x, weight, bias=None, *, activation=None):
     Error: at most 1.1 times that of torch.nn.functional.linear in x's dtype (tests/test_linear.py).
     Source of the blocking: Goto and van de Geijn 2008, doi:10.1145/1356052.1356053.
     """
-    if activation is None and is_free():
-        y = _at_once(x, weight, bias, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
+    if is_free():
+        number = -1 if activation is None else ACTIVATIONS.get(activation)
+        y = _at_once(x, weight, bias, number, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
         if y is not None:
             return y
-    if (activation is None or activation in ACTIVATIONS) and _is_pytorchs(x, weight, bias):
-        return reference.linear(x, weight, bias, activation)
+    if activation is None and _is_pytorchs(x, weight, bias):
+        return reference.linear(x, weight, bias)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation must be None, {', '.join(ACTIVATIONS)}, got {activation!r}")
     if any(isinstance(t, torch.Tensor) and not is_dense(t) for t in (x, weight)):
@@ -203,7 +204,7 @@ def own_products(dtype, M, N, K) -> tuple[bool, bool, bool]:
 
 
 def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, bool, bool] | None:
-    """own_products of x W^T; None where PyTorch makes all three, and the activation too."""
+    """own_products of x W^T; None where PyTorch makes all there is."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
     dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
     kernels = None
@@ -218,7 +219,7 @@ def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, b
             kernels = _fused(x, K), False, False
             return "float64: the GPU kernels compute in fp32" if dtype == torch.float64 else None
         kernels = own_products(dtype, M, weight.shape[0], K)
-        return None if any(kernels) else why_pytorchs(dtype)
+        return None if any(kernels) or activation is not None else why_pytorchs(dtype)
 
     return None if choose(op, x, unsupported, optional=True) == "reference" else kernels
 
