@@ -6,6 +6,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <c10/core/GradMode.h>
@@ -56,7 +58,7 @@ std::optional<int> ask(int64_t M, int64_t N, int64_t K) {
 }
 
 template <class... Arguments>
-Stack called(const char* op, Arguments&&... arguments) {
+Stack result_of(const char* op, Arguments&&... arguments) {
   const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "");
   Stack stack{IValue(std::forward<Arguments>(arguments))...};
   const at::AutoDispatchBelowAutograd below;
@@ -72,17 +74,17 @@ struct Forward {
 Forward forward(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t activation, int whose, bool keep) {
   const bool ours = whose & kOurForward;
   if (activation == kNoActivation) {
-    if (ours) return {called("fastllm::linear_fwd", x, weight, maybe(bias))[0].toTensor(), {}};
+    if (ours) return {result_of("fastllm::linear_fwd", x, weight, maybe(bias))[0].toTensor(), {}};
     return {at::linear(x, weight, optional(bias)), {}};
   }
   const bool sign = activation == kRelu;
   Tensor y, z;
   if (ours) {
-    const Stack found = called("fastllm::linear_act_fwd", x, weight, maybe(bias), activation, keep && !sign);
+    const Stack found = result_of("fastllm::linear_act_fwd", x, weight, maybe(bias), activation, keep && !sign);
     y = found[0].toTensor(), z = found[1].toTensor();
   } else {
     z = at::linear(x, weight, optional(bias));
-    y = called("fastllm::bias_act_fwd", z, IValue(), activation)[0].toTensor();
+    y = result_of("fastllm::bias_act_fwd", z, IValue(), activation)[0].toTensor();
   }
   return {y, sign ? y : z};
 }
@@ -135,14 +137,14 @@ class Mixed : public torch::autograd::Function<Mixed> {
     dy = dy.contiguous();
     bool sum = needs_dbias;
     if (activation != kNoActivation) {
-      const Stack found = called("fastllm::bias_act_bwd", dy, saved[3], IValue(), activation, needs_dbias);
+      const Stack found = result_of("fastllm::bias_act_bwd", dy, saved[3], IValue(), activation, needs_dbias);
       dy = found[0].toTensor();
       if (needs_dbias) dbias = found[1].toTensor();
       sum = false;
     }
     const bool our_dx = needs_dx && (whose & kOurDx), our_dweight = needs_dweight && (whose & kOurDweight);
     if (our_dx || our_dweight || sum) {
-      const Stack found = called("fastllm::linear_bwd", dy, x, weight, our_dx, our_dweight, sum);
+      const Stack found = result_of("fastllm::linear_bwd", dy, x, weight, our_dx, our_dweight, sum);
       if (our_dx) dx = found[0].toTensor();
       if (our_dweight) dweight = found[1].toTensor();
       if (sum) dbias = found[2].toTensor();
@@ -183,7 +185,13 @@ void choose(PyObject* function) {
 Tensor multiplied(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t activation, int whose,
                   const char* called) {
   const bool plainly = activation == kNoActivation;
-  if (plainly && !whose) return at::linear(x, weight, optional(bias));
+  if (!whose) {
+    const Tensor z = at::linear(x, weight, optional(bias));
+    if (activation == kRelu) return at::relu(z);
+    if (activation == kSilu) return at::silu(z);
+    static const Family& gelu = family("bias_gelu");
+    return plainly ? z : plain(gelu, {z, IValue(), activation == kGeluTanh}, called);
+  }
   const Tensor given = x.contiguous(), b = bias.defined() ? bias.contiguous() : bias;
   const Tensor w = weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
   if (plainly && whose == kAllOurs) {

@@ -238,9 +238,9 @@ def test_small_products_are_pytorchs_at_once(dtype):
     x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 5), (7, 5), (7,)))
     target = torch.tensor([[0, 6, -100], [1, 1, 2]])
     linear, loss = dispatch.direct("linear"), dispatch.direct("linear_cross_entropy")
-    assert torch.equal(linear(x, w, b, 64, 0), F.linear(x, w, b))
-    assert linear(x, w, b, 64, 0).grad_fn.name() == F.linear(x, w, b).grad_fn.name()
-    assert (linear(x, w, b, 6, 0) is None) == (dtype == torch.float32)  # as many rows as ours may be better for
+    assert torch.equal(linear(x, w, b, -1, 64, 0), F.linear(x, w, b))
+    assert linear(x, w, b, -1, 64, 0).grad_fn.name() == F.linear(x, w, b).grad_fn.name()
+    assert linear(x, w, b, 1, 64, 0).grad_fn.name() == "fastllm::bias_gelu_bwd"
     assert loss(x, w, target, b, -100, 1, 0.0, 6, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 7, 0) is not None
     assert loss(x, w, target, b, -100, 1, 0.0, 64, 0).grad_fn.name() == "fastllm::cross_entropy_bwd"
     refused = [
@@ -254,7 +254,7 @@ def test_small_products_are_pytorchs_at_once(dtype):
         (x[0, 0, 0], w, None),
     ]
     for given in refused:
-        assert linear(*given, 64, 0) is None
+        assert linear(*given, -1, 64, 0) is None
         assert loss(*given[:2], target, given[2], -100, 1, 0.0, 64, 0) is None
     for given in ((x, w, target[0], b), (x, w, target.int(), b), (x, w, target.T, b), (x, w[:0], target, None)):
         assert loss(*given, -100, 1, 0.0, 64, 0) is None
@@ -265,7 +265,35 @@ def test_small_products_are_pytorchs_at_once(dtype):
         x, many[1:], target, None, -100, 1, 0.0, 64, 0
     )
     with torch.autocast("cpu"):
-        assert linear(x, w, b, 64, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 64, 0) is None
+        assert linear(x, w, b, -1, 64, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 64, 0) is None
+
+
+@pytest.mark.parametrize("whose", range(8))
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+def test_products_are_chosen_one_by_one_and_remembered(activation, whose):
+    """Ours forward, dx and dweight as bits; forward, backward, and what can be differentiated again."""
+    number = -1 if activation is None else ["relu", "gelu", "gelu_tanh", "silu"].index(activation)
+    asked, linear = [], dispatch.direct("linear")
+    dispatch.direct("choose")(lambda *size: (asked.append(size), whose)[1])
+    try:
+        given = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 20), (33, 20), (33,))]
+        dy = torch.randn(2, 3, 33)
+        truth = [t.detach().double().requires_grad_() for t in given]
+        found = []
+        for leaves in (given, truth):
+            at_once = leaves is given
+            y = linear(*leaves, number, 1, 0) if at_once else reference.linear(*leaves, activation)
+            first = torch.autograd.grad(y, leaves, dy.to(y.dtype), create_graph=True)
+            second = torch.autograd.grad(first[0].square().sum(), leaves[1])
+            plain = reference.linear(*leaves, activation) if not at_once else linear(*leaves, number, 1, 0)
+            found.append([y, *torch.autograd.grad(plain, leaves, dy.to(y.dtype)), *first, *second])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert torch.equal(linear(*given, number, 1, 0), found[0][0])
+        assert asked == [(6, 33, 20)]
+    finally:
+        _tuned.forget()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -276,7 +304,7 @@ def test_products_that_are_always_ours_are_made_at_once(dtype, bit, autocast, mo
     monkeypatch.setattr(_tuned, "_linear_kernels", lambda *size: (True,) * 3)
     monkeypatch.setattr(_tuned, "_remembered", lambda *size: (True,) * 3)
     monkeypatch.setattr(_tuned, "ALWAYS_OWN", bit)
-    _tuned._fewest_rows.cache_clear()
+    _tuned.forget()
     found = []
     for x_wants, w_wants in ((True, True), (False, True), (True, False)):
         for at_once in (True, False):
@@ -293,7 +321,7 @@ def test_products_that_are_always_ours_are_made_at_once(dtype, bit, autocast, mo
             assert at_once or [call.backend for call in calls] == ["cpu"]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found.append([y, *torch.autograd.grad(y, wanted, torch.randn(y.shape).to(y.dtype))])
-    _tuned._fewest_rows.cache_clear()
+    _tuned.forget()
     for ours, long_way in zip(found[::2], found[1::2], strict=True):
         assert all(map(torch.equal, ours, long_way))
 

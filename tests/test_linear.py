@@ -226,7 +226,7 @@ class TestActivation:
     def test_where_all_is_pytorchs(self, name, dtype, monkeypatch):
         """No table has an entry for so small a product."""
         monkeypatch.setattr(_tuned, "unmeasured", lambda dtype: False)
-        _tuned._remembered.cache_clear()
+        _tuned.forget()
         for leading in ((9,), (2, 3), ()):
             x, w, b = torch.randn(*leading, 20), torch.randn(33, 20), torch.randn(33)
             compare(*activated(name), [x, w, b], [torch.randn(*leading, 33)], dtype)
@@ -308,10 +308,10 @@ class TestTable:
         torch.set_num_threads(1)
         passes = {"forward": ratios(0.5, 2.0), "dx": ratios(2.0, 2.0), "dweight": ratios(1.01, 1.01)}
         monkeypatch.setattr(_tuned, "TABLE", {_tuned.key(): {"linear": {"grid": self.GRID, **passes}}})
-        _tuned._remembered.cache_clear()
+        _tuned.forget()
         yield
         torch.set_num_threads(before)
-        _tuned._remembered.cache_clear()
+        _tuned.forget()
 
     @pytest.mark.parametrize(
         "sizes, forward",
@@ -381,12 +381,9 @@ def onednn(request, monkeypatch):
     """A CPU of which nothing was measured, where oneDNN multiplies 16-bit matrices, or does not."""
     monkeypatch.setattr(_tuned, "TABLE", {})
     monkeypatch.setattr(_tuned, "onednn_multiplies", lambda dtype: request.param)
-    caches = _tuned._remembered, _tuned._fewest_rows
-    for cache in caches:
-        cache.cache_clear()
+    _tuned.forget()
     yield request.param
-    for cache in caches:
-        cache.cache_clear()
+    _tuned.forget()
 
 
 @needs_extension

@@ -3,6 +3,7 @@
 #include "lanes.inl"
 
 constexpr int64_t kColumnsRoom = (kFewColumns + 15) / 16 * 16;  // in whole vectors of any instruction set
+constexpr int64_t kSide = 4;                                    // columns whose terms are summed side by side
 
 template <class V, class S, bool kCapped>
 FLATTENED void cross_entropy_few_fwd(const CrossEntropy& a, int64_t first, int64_t rows) {
@@ -12,24 +13,20 @@ FLATTENED void cross_entropy_few_fwd(const CrossEntropy& a, int64_t first, int64
   const V zero = V::set(0), lowest = V::set(-INFINITY);
   V z[kColumnsRoom];
   load_columns(x, rows, a.V, z);
-  if (a.V & 1) z[a.V] = lowest;  // two columns at a time; there is room, as a vector has an even number of lanes
-  V m = lowest, other = lowest;
-  for (int64_t c = 0; c < a.V; c += 2) {
-    if (kCapped) {
-      z[c] = softcapped(z[c], a.softcap);
-      if (c + 1 < a.V) z[c + 1] = softcapped(z[c + 1], a.softcap);
-    }
-    m = max(m, z[c]), other = max(other, z[c + 1]);
+  const int64_t padded = (a.V + kSide - 1) / kSide * kSide;  // there is room
+  for (int64_t c = a.V; c < padded; ++c) z[c] = lowest;
+  V m = lowest, sums[kSide];
+  for (int64_t c = 0; c < a.V; ++c) {
+    if (kCapped) z[c] = softcapped(z[c], a.softcap);
+    m = max(m, z[c]);
   }
-  m = max(m, other);
   const V shift = select_lt(lowest, m, m, zero);  // -inf - -inf would be NaN
-  V sum = zero, sum_of_others = zero;
-  for (int64_t c = 0; c < a.V; c += 2) {
-    sum = sum + exp_of_term(z[c] - shift);
-    sum_of_others = sum_of_others + exp_of_term(z[c + 1] - shift);
-  }
+  UNROLLED for (int64_t u = 0; u < kSide; ++u) sums[u] = zero;
+  for (int64_t c = 0; c < padded; c += kSide)
+    UNROLLED for (int64_t u = 0; u < kSide; ++u) sums[u] = sums[u] + exp_of_term(z[c + u] - shift);
+  const V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   T largest[V::L], total[V::L], centre[V::L], weighted[V::L];
-  keep(m, largest), keep(sum + sum_of_others, total);
+  keep(m, largest), keep(sum, total);
   const double s = a.label_smoothing;
   if (s) {  // sum_c w[c] (z[c] - centre), centred as in cross_entropy_row_fwd
     const V middle = select_lt(shift, V::set(INFINITY), shift, zero);

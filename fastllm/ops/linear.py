@@ -143,8 +143,8 @@ def linear(x, weight, bias=None, *, activation=None):
     linear --tune` measures). In bf16 and fp16, and under autocast to them, ours is the choice on CPUs where oneDNN has
     no such product (x86 without AVX-512), PyTorch's elsewhere. Ours sums in fp32 (fp64) up to 192 products at a time,
     adds those sums in order, so that y has the same bits for any number of threads, and rounds to 16 bits once; bias
-    and activation are applied to a block of y while that is in the cache. Behind PyTorch's product on a CPU the
-    activation is a kernel of ours. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
+    and activation are applied to a block of y while that is in the cache. Behind PyTorch's product on a CPU a
+    gelu is ours, as bias_gelu has it. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
     chip; a product that activates what it has summed runs where it was measured to be faster (`FUSED`), or with
     backend("triton"). What is sparse or nested is PyTorch's.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
@@ -204,7 +204,7 @@ def own_products(dtype, M, N, K) -> tuple[bool, bool, bool]:
 
 
 def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, bool, bool] | None:
-    """own_products of x W^T; None where PyTorch makes all there is."""
+    """own_products of x W^T; None where PyTorch makes all three, and the activation too."""
     K, M = x.shape[-1], math.prod(x.shape[:-1])
     dtype = torch.get_autocast_dtype(x.device.type) if autocast and x.dtype != torch.float64 else x.dtype
     kernels = None
@@ -219,7 +219,7 @@ def kernels_for(op, x, weight, autocast=False, activation=None) -> tuple[bool, b
             kernels = _fused(x, K), False, False
             return "float64: the GPU kernels compute in fp32" if dtype == torch.float64 else None
         kernels = own_products(dtype, M, weight.shape[0], K)
-        return None if any(kernels) or activation is not None else why_pytorchs(dtype)
+        return None if any(kernels) else why_pytorchs(dtype)
 
     return None if choose(op, x, unsupported, optional=True) == "reference" else kernels
 
