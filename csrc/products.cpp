@@ -1,6 +1,7 @@
 #include "products.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/gelu_backward.h>
@@ -8,7 +9,7 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/threshold_backward.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/pybind11.h>
@@ -96,8 +97,10 @@ Tensor through(const Tensor& dy, const Tensor& z, int64_t activation) {
   switch (activation) {
     case kRelu:
       return at::threshold_backward(dy, z, 0);
-    case kSilu:
-      return at::silu_backward(dy, z);
+    case kSilu: {  // silu_backward has no derivative
+      const Tensor s = at::sigmoid(z);
+      return dy * s * (1 + z * (1 - s));
+    }
     case kGelu:
       return at::gelu_backward(dy, z, "none");
     case kGeluTanh:

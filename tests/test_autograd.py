@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
-from fastllm import dispatch
+from fastllm import dispatch, reference
 from fastllm.ops import _tuned
 
 LABELS = torch.tensor([1, -100, 3])
@@ -304,7 +304,7 @@ def test_products_that_are_always_ours_are_made_at_once(dtype, bit, autocast, mo
     monkeypatch.setattr(_tuned, "_linear_kernels", lambda *size: (True,) * 3)
     monkeypatch.setattr(_tuned, "_remembered", lambda *size: (True,) * 3)
     monkeypatch.setattr(_tuned, "ALWAYS_OWN", bit)
-    _tuned.forget()
+    _tuned._fewest_rows.cache_clear()
     found = []
     for x_wants, w_wants in ((True, True), (False, True), (True, False)):
         for at_once in (True, False):
@@ -321,7 +321,7 @@ def test_products_that_are_always_ours_are_made_at_once(dtype, bit, autocast, mo
             assert at_once or [call.backend for call in calls] == ["cpu"]
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found.append([y, *torch.autograd.grad(y, wanted, torch.randn(y.shape).to(y.dtype))])
-    _tuned.forget()
+    _tuned._fewest_rows.cache_clear()
     for ours, long_way in zip(found[::2], found[1::2], strict=True):
         assert all(map(torch.equal, ours, long_way))
 

@@ -144,7 +144,7 @@ def linear(x, weight, bias=None, *, activation=None):
     no such product (x86 without AVX-512), PyTorch's elsewhere. Ours sums in fp32 (fp64) up to 192 products at a time,
     adds those sums in order, so that y has the same bits for any number of threads, and rounds to 16 bits once; bias
     and activation are applied to a block of y while that is in the cache. Behind PyTorch's product on a CPU a
-    gelu is ours, as bias_gelu has it. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
+    gelu is ours. On GPUs the activation is a Triton kernel, whose gradient sums that of the bias while it is on
     chip; a product that activates what it has summed runs where it was measured to be faster (`FUSED`), or with
     backend("triton"). What is sparse or nested is PyTorch's.
     Saves x for the backward pass, and with an activation x W^T + bias (for relu y), as PyTorch does, and nothing else.
