@@ -20,7 +20,7 @@ from fastllm.bench import store, timing
 from fastllm.ops import _tuned
 from fastllm.ops.linear import linear_bwd, linear_fwd
 
-GRID = {"M": [4, 16, 64, 256, 1024], "N": [64, 128, 512, 3072], "K": [64, 128, 512, 3072]}
+GRID = {"M": [4, 16, 64, 256, 1024], "N": [64, 128, 256, 512, 1024, 3072], "K": [64, 128, 256, 512, 1024, 3072]}
 ROUNDS = 15
 BLOCK_S = 2e-3
 PATIENCE_S = 1.0

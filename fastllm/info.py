@@ -75,10 +75,12 @@ def _linear() -> str:
 
 
 def _linear_in(dtype):
-    if _tuned.linear_entry(dtype) in _tuned.TABLE.get(_tuned.key(), {}):
-        points = _tuned.points(_tuned.key(), dtype)
+    entry = _tuned.entry_of(_tuned.key())
+    if _tuned.linear_entry(dtype) in _tuned.TABLE.get(entry, {}):
+        points = _tuned.points(entry, dtype)
         won = sum(any(_tuned.linear_kernels(*size, dtype)) for size in points)
-        return f"ours in {won} of {len(points)} measured sizes"
+        where = "" if entry == _tuned.key() else f" (on {entry})"
+        return f"ours in {won} of {len(points)} measured sizes{where}"
     if dtype == torch.float32:
         return "PyTorch's, as nobody has measured"
     return "ours, as oneDNN has none here" if _tuned.unmeasured(dtype) else "PyTorch's"

@@ -332,6 +332,20 @@ class TestTable:
         monkeypatch.setattr(_tuned, "cpu", lambda: "an unknown CPU")
         assert _tuned.linear_kernels(64, 64, 64) == (False, False, False)
 
+    def test_zen5_has_the_entry_of_zen4(self, measured, monkeypatch):
+        zen4, zen5 = (
+            "AuthenticAMD family {}, avx512, {} threads".format(*x) for x in (("25 model 17", 2), ("26 model 2", 4))
+        )
+        (entry,) = _tuned.TABLE.values()
+        monkeypatch.setattr(_tuned, "TABLE", {zen4: entry})
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        assert _tuned.entry_of(zen4) == _tuned.entry_of(zen5) == zen4
+        assert _tuned._linear_kernels(zen5, torch.float32, 64, 64, 64) == (True, True, False)
+        others = zen5.replace("26", "27"), zen5.replace("avx512", "avx2"), zen5.replace("4", "64")
+        assert not any(map(_tuned.entry_of, others))
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        assert _tuned.entry_of(zen5) is None
+
     @needs_extension
     def test_it_decides_and_is_explained(self, measured):
         large, small = tensors(64, 64, 64), tensors(8, 8, 8)
