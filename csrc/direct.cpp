@@ -29,7 +29,7 @@ using c10::IValue;
 using torch::jit::Stack;
 using Result = std::optional<Tensor>;
 
-constexpr int64_t kSmallLogits = 1 << 19;  // that linear_cross_entropy keeps for backward: 2 MiB in fp32
+constexpr int64_t kSmallLogits = 1 << 20;  // that linear_cross_entropy keeps for backward: 4 MiB in fp32
 
 bool within(DispatchKeySet keys, DispatchKeySet others) { return !(keys.raw_repr() & ~others.raw_repr()); }
 

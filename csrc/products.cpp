@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -13,12 +14,14 @@
 #include <ATen/ops/threshold_backward.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <array>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "autograd.h"
 
@@ -42,6 +45,8 @@ struct HashOfSize {
   }
 };
 constexpr size_t kRemembered = 4096;
+constexpr int64_t kWorthMixing =
+    1 << 22;  // multiplications: a node that mixes products takes 10 us more than PyTorch's
 
 std::mutex mutex;
 std::unordered_map<Size, int, HashOfSize> remembered;
@@ -54,7 +59,12 @@ std::optional<int> ask(int64_t M, int64_t N, int64_t K) {
   PyObject* const found = PyObject_CallFunction(function.ptr(), "LLL", (long long)M, (long long)N, (long long)K);
   const long bits = found ? PyLong_AsLong(found) : -1;
   Py_XDECREF(found);
-  if (PyErr_Occurred()) return PyErr_Clear(), std::nullopt;  // the long way asks again, and says it
+  if (PyErr_Occurred()) {
+    if (PyErr_ExceptionMatches(PyExc_Exception)) return PyErr_Clear(), std::nullopt;  // the long way asks again
+    python_error interrupt;
+    interrupt.persist();
+    throw interrupt;
+  }
   return int(bits);
 }
 
@@ -69,6 +79,16 @@ Stack result_of(const char* op, Arguments&&... arguments) {
 IValue maybe(const Tensor& x) { return x.defined() ? IValue(x) : IValue(); }
 std::optional<Tensor> optional(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
 
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+
+// PyTorch's x W^T + bias, of a contiguous x; no view, which a Function's caller could not modify in place.
+Tensor pytorchs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  if (x.dim() == 2) return at::linear(x, weight, optional(bias));
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return at::_unsafe_view(at::linear(flat(x), weight, optional(bias)), shape);
+}
+
 struct Forward {
   Tensor y, kept;  // what backward needs of the activation: x W^T + bias, or for relu, of which the sign is enough, y
 };
@@ -76,7 +96,7 @@ Forward forward(const Tensor& x, const Tensor& weight, const Tensor& bias, int64
   const bool ours = whose & kOurForward;
   if (activation == kNoActivation) {
     if (ours) return {result_of("fastllm::linear_fwd", x, weight, maybe(bias))[0].toTensor(), {}};
-    return {at::linear(x, weight, optional(bias)), {}};
+    return {pytorchs(x, weight, bias), {}};
   }
   const bool sign = activation == kRelu;
   Tensor y, z;
@@ -84,13 +104,11 @@ Forward forward(const Tensor& x, const Tensor& weight, const Tensor& bias, int64
     const Stack found = result_of("fastllm::linear_act_fwd", x, weight, maybe(bias), activation, keep && !sign);
     y = found[0].toTensor(), z = found[1].toTensor();
   } else {
-    z = at::linear(x, weight, optional(bias));
+    z = pytorchs(x, weight, bias);
     y = result_of("fastllm::bias_act_fwd", z, IValue(), activation)[0].toTensor();
   }
   return {y, sign ? y : z};
 }
-
-Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 // dy as it comes through the activation of z, by PyTorch, which can differentiate it.
 Tensor through(const Tensor& dy, const Tensor& z, int64_t activation) {
@@ -112,9 +130,11 @@ Tensor through(const Tensor& dy, const Tensor& z, int64_t activation) {
 
 class Mixed : public torch::autograd::Function<Mixed> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
+  // `given` may not be an undefined tensor: a Function takes the size of every tensor it is given.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& given,
                         int64_t activation, int64_t whose) {
     const at::AutoDispatchBelowAutograd below;
+    const Tensor bias = given.value_or(Tensor());
     const Forward found = fastllm::forward(x, weight, bias, activation, int(whose), true);
     ctx->save_for_backward({x, weight, bias, found.kept});
     ctx->saved_data["activation"] = activation;
@@ -188,6 +208,9 @@ void choose(PyObject* function) {
 Tensor multiplied(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t activation, int whose,
                   const char* called) {
   const bool plainly = activation == kNoActivation;
+  const bool differentiable =
+      c10::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(weight) || wants_gradient(bias));
+  if (differentiable && whose != kAllOurs && x.numel() * weight.size(0) < kWorthMixing) whose = 0;
   if (!whose) {
     const Tensor z = at::linear(x, weight, optional(bias));
     if (activation == kRelu) return at::relu(z);
@@ -201,8 +224,7 @@ Tensor multiplied(const Tensor& x, const Tensor& weight, const Tensor& bias, int
     static const Family& linear = family("linear");
     return plain(linear, {given, w, maybe(b)}, called);
   }
-  if (c10::GradMode::is_enabled() && (wants_gradient(x) || wants_gradient(weight) || wants_gradient(bias)))
-    return Mixed::apply(given, w, b, activation, int64_t(whose));
+  if (differentiable) return Mixed::apply(given, w, optional(b), activation, int64_t(whose));
   const at::AutoDispatchBelowAutograd below;
   return forward(given, w, b, activation, whose, false).y;
 }

@@ -371,7 +371,8 @@ patch.AFTER.append(_give_attention_back)
 
 class Callback(TrainerCallback):
     """`accelerate(model, **options)` from when a transformers.Trainer, or one derived from it, is made until it has
-    trained: a Trainer in bf16 or fp16 then takes the model's forward method into a wrapper of its own.
+    trained: a Trainer in bf16 or fp16 then takes the model's forward method into a wrapper of its own. A Trainer that
+    only evaluates leaves it accelerated; fastllm.restore(model) undoes that.
 
     >>> Trainer(model, args, train_dataset=data, callbacks=[fastllm.hf.Callback()])
     """

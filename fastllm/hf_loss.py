@@ -61,10 +61,22 @@ class Fused:
     def logits(self):
         """What the head makes of its input, for who reads them all the same; made once, with gradients."""
         if self.made is None:
-            device, dtype = self.autocast
-            with torch.enable_grad(), torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+            if self.versions != self._versions():
+                raise RuntimeError(
+                    "logits: the head's weight has changed since the forward pass, which left them out; read .logits"
+                    " before optimizer.step(), or call the model with skip_logits=False"
+                )
+            grad, inference, (device, dtype) = self.modes
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(grad),
+                torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None),
+            ):
                 self.made = self.head(self.hidden)
         return self.made
+
+    def _versions(self):
+        return [t._version for t in (self.head.weight, self.head.bias) if t is not None and not t.is_inference()]
 
     def __reduce_ex__(self, protocol):
         return type(None), ()  # a copy of the loss it hangs on is a number
@@ -74,7 +86,9 @@ class Fused:
             raise _Changed
         self.done = True
         device = logits.device.type
-        self.autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+        self.versions = self._versions()
         labels = _shifted(labels, shift_labels, ignore_index).to(logits.device)
         hidden = logits.reshape(-1, logits.shape[-1])
         loss = functools.partial(self._loss, self.head.weight, self.head.bias)

@@ -23,12 +23,12 @@ def accelerate(
 
     model: any Hugging Face or PyTorch model. The keywords choose what is accelerated. Only this model's modules change:
     its parameters, state dict, dtype, device, hooks and what copies and pickles hold stay as they are. Calling it again
-    decides anew. In training, the loss of a causal language model leaves the logits out of the output, which makes them
-    where `.logits` is read, unless the model is called with skip_logits=False, as Liger has it; evaluation has them.
-    Encoders like BERT take real tokens alone through their layers; their hidden states are 0 where there was padding
-    behind a sequence, unless the model's own loss reads them there (of spans, or of labels that are not -100).
-    Attention gives 0 to positions that see nothing, like padding in front of a sequence; transformers' sdpa does too,
-    its eager attention gives them the mean of all values.
+    decides anew. In training, the loss of a causal language model leaves the logits out of the output, which makes
+    them where `.logits` is read before the next optimizer step, unless the model is called with skip_logits=False, as
+    Liger has it; evaluation has them. Encoders like BERT take real tokens alone through their layers; their hidden
+    states are 0 where there was padding behind a sequence, unless the model's own loss reads them there (of spans, or
+    of labels that are not -100). Attention gives 0 to positions that see nothing, like padding in front of a
+    sequence; transformers' sdpa does too, its eager attention gives them the mean of all values.
     Two threads may run the model meanwhile: each module changes in one step, and both ways are right. strict=True
     raises RuntimeError, with the model as it was, where something of the chosen kinds is left alone. Raises TypeError
     where model is not a torch.nn.Module.

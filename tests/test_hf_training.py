@@ -140,6 +140,21 @@ def test_logits_are_made_where_they_are_read(again):
     assert found.logits.dtype == torch.bfloat16
 
 
+def test_logits_are_those_of_their_forward_pass():
+    """Not of weights that an optimizer has changed since; without gradients where the pass had none."""
+    model, batch = make("llama").train(), inputs("llama")
+    fastllm.accelerate(model)
+    found = model(**batch)
+    found.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    with pytest.raises(RuntimeError, match=r"before optimizer\.step"):
+        found.logits  # noqa: B018
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = model.eval()(**batch, skip_logits=True)
+        assert not found.logits.requires_grad and found.logits.is_inference() == (mode is torch.inference_mode)
+
+
 def test_an_output_without_logits_is_stored_as_a_plain_one(tmp_path):
     model, batch = make("llama").train(), inputs("llama")
     fastllm.accelerate(model)

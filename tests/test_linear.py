@@ -357,14 +357,14 @@ class TestTable:
     @needs_extension
     def test_passes_mix(self, measured):
         """dweight is PyTorch's here, bit for bit, and dx ours."""
-        x, w, b = tensors(64, 64, 64)
-        dy = torch.randn(64, 64)
+        x, w, b = tensors(64, 256, 256)
+        dy = torch.randn(64, 256)
         _, (dx, dw, _) = run(fastllm.linear, [x, w, b], [dy])
         assert torch.equal(dw, dy.T @ x)
         assert torch.equal(dx, ops.linear_bwd.dispatched(dy, x, w, True, False, False)[0])
 
     @needs_extension
-    @pytest.mark.parametrize("size", [(64, 64, 64), (8, 8, 8)], ids=str)
+    @pytest.mark.parametrize("size", [(64, 256, 256), (8, 8, 8)], ids=str)
     def test_compiles_in_one_graph(self, measured, size):
         x, w, b = tensors(*size)
         dy, compiled = torch.randn(size[:2]), torch.compile(fastllm.linear, fullgraph=True)

@@ -118,7 +118,12 @@ class _Linear(torch.autograd.Function):
 
 def product(x, weight, bias, kernels):
     """x W^T + bias, by our kernel where kernels_for has chosen it."""
-    return linear_fwd("cpu", x, weight, bias) if kernels and kernels[0] else F.linear(x, weight, bias)
+    if kernels and kernels[0]:
+        return linear_fwd("cpu", x, weight, bias)
+    if x.ndim <= 2 or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    # No view, which the caller of an autograd.Function could not modify in place.
+    return torch.ops.aten._unsafe_view(F.linear(x.flatten(0, -2), weight, bias), (*x.shape[:-1], weight.shape[0]))
 
 
 def activated(x, weight, bias, activation, kernels, backend, keep=False):
@@ -129,7 +134,7 @@ def activated(x, weight, bias, activation, kernels, backend, keep=False):
     if kernels[0]:
         y, z = linear_act_fwd(backend, x, weight, bias, number, keep and not sign)
     else:
-        z = F.linear(x, weight, bias)
+        z = product(x, weight, bias, None)
         y = bias_act_fwd(backend, z, None, number)
     return y, y if sign else z
 

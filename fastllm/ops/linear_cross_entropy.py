@@ -240,7 +240,7 @@ def linear_cross_entropy(
     forward and backward are three products as in torch; for "none" and for fp16, backward makes the logits again.
     Beside inputs, outputs and gradients 128 x V numbers are allocated (tested), and in bf16 and fp16, by oneDNN, a copy
     of an operand for the time of its product. The gradient of linear_weight is rounded there once per chunk of rows.
-    On CPU up to 2^19 logits (2 MiB in fp32) are kept until backward instead: one product is faster than one for every
+    On CPU up to 2^20 logits (4 MiB in fp32) are kept until backward instead: one product is faster than one for every
     128 rows, and fusing saves little there.
     Raises what `fastllm.cross_entropy` raises, and TypeError or ValueError for weights that do not fit input.
     Error: at most 1.1 times that of torch's linear and cross_entropy (tests/test_linear_cross_entropy.py).
