@@ -141,10 +141,9 @@ struct CrossEntropy {  // input, target, ignore_index, reduction, label_smoothin
   }
 };
 
-// activation(x W^T + bias) where it is known whose products are the choice: PyTorch's in fp64 and, of fewer rows than
-// `rows`, in fp32; ours in those 16-bit types that `own` has a bit for; else what `chosen` says
-// (fastllm/ops/_tuned.py).
-Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t activation, int64_t rows, int64_t own,
+// activation(x W^T + bias) where it is known whose products are the choice: PyTorch's in fp64; ours in those 16-bit
+// types that `own` has a bit for; in fp32 what `chosen` says (fastllm/ops/_tuned.py).
+Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_t activation, int64_t own,
                const char* called = nullptr) {
   const bool autocast = is_autocast() && x.scalar_type() != at::kDouble;
   const auto dtype = autocast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
@@ -161,7 +160,7 @@ Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_
   if (bias.isTensor() && bias.toTensor().scalar_type() != dtype) return {};
   const int64_t K = weight.size(1);
   int whose = 0;
-  if (dtype == at::kFloat && K && x.numel() >= rows * K) {
+  if (dtype == at::kFloat && K) {
     const std::optional<int> found = chosen(x.numel() / K, weight.size(0), K);
     if (!found) return {};
     whose = *found;
@@ -169,17 +168,15 @@ Result product(const Tensor& x, const Tensor& weight, const IValue& bias, int64_
   return multiplied(x, weight, bias.isTensor() ? bias.toTensor() : Tensor(), activation, whose, called);
 }
 
-struct Linear {  // x, weight, bias, activation, rows and own of `product`
-  static constexpr const char *kOp = nullptr, *kArguments = "tt?iii";
-  static Result run(const Stack& a) {
-    return product(tensor(a, 0), tensor(a, 1), a[2], a[3].toInt(), a[4].toInt(), a[5].toInt());
-  }
+struct Linear {  // x, weight, bias, activation and own of `product`
+  static constexpr const char *kOp = nullptr, *kArguments = "tt?ii";
+  static Result run(const Stack& a) { return product(tensor(a, 0), tensor(a, 1), a[2], a[3].toInt(), a[4].toInt()); }
 };
 
-// input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing, rows and own of `product`. The
+// input, linear_weight, target, linear_bias, ignore_index, reduction, label_smoothing and own of `product`. The
 // few logits of a small call are kept.
 struct LinearCrossEntropy {
-  static constexpr const char *kOp = "cross_entropy", *kArguments = "ttt?iifii", *kCalled = "linear_cross_entropy";
+  static constexpr const char *kOp = "cross_entropy", *kArguments = "ttt?iifi", *kCalled = "linear_cross_entropy";
   static Result run(const Family& family, Stack& a) {
     const Tensor &x = tensor(a, 0), &weight = tensor(a, 1), &target = tensor(a, 2);
     if (x.dim() != target.dim() + 1 || x.sizes().slice(0, target.dim()) != target.sizes() || !weight.numel()) return {};
@@ -187,7 +184,7 @@ struct LinearCrossEntropy {
     if (target.numel() * weight.size(0) > kSmallLogits) return {};
     if (!flat && !a[5].toInt()) return {};  // a loss for each row, of the targets' shape
     const Tensor rows = flat ? x : x.reshape({target.numel(), x.size(-1)});
-    const Result logits = product(rows, weight, a[3], kNoActivation, a[7].toInt(), a[8].toInt(), kCalled);
+    const Result logits = product(rows, weight, a[3], kNoActivation, a[7].toInt(), kCalled);
     if (!logits) return {};
     Stack given{*logits, flat ? target : target.reshape(-1), a[4], a[5], a[6]};
     return CrossEntropy::run(family, given, kCalled);

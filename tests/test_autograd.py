@@ -239,10 +239,10 @@ def test_small_products_are_pytorchs_at_once(dtype):
     x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 5), (7, 5), (7,)))
     target = torch.tensor([[0, 6, -100], [1, 1, 2]])
     linear, loss = dispatch.direct("linear"), dispatch.direct("linear_cross_entropy")
-    assert torch.equal(linear(x, w, b, -1, 64, 0), F.linear(x, w, b))
-    assert linear(x, w, b, -1, 64, 0).grad_fn.name() == F.linear(x, w, b).grad_fn.name()
-    assert linear(x, w, b, 1, 64, 0).grad_fn.name() == "fastllm::bias_gelu_bwd"
-    assert loss(x, w, target, b, -100, 1, 0.0, 64, 0).grad_fn.name() == "fastllm::cross_entropy_bwd"
+    assert torch.equal(linear(x, w, b, -1, 0), F.linear(x, w, b))
+    assert linear(x, w, b, -1, 0).grad_fn.name() == F.linear(x, w, b).grad_fn.name()
+    assert linear(x, w, b, 1, 0).grad_fn.name() == "fastllm::bias_gelu_bwd"
+    assert loss(x, w, target, b, -100, 1, 0.0, 0).grad_fn.name() == "fastllm::cross_entropy_bwd"
     refused = [
         (x, w.half(), b),
         (x.half(), w.half(), b.half()),
@@ -254,18 +254,16 @@ def test_small_products_are_pytorchs_at_once(dtype):
         (x[0, 0, 0], w, None),
     ]
     for given in refused:
-        assert linear(*given, -1, 64, 0) is None
-        assert loss(*given[:2], target, given[2], -100, 1, 0.0, 64, 0) is None
+        assert linear(*given, -1, 0) is None
+        assert loss(*given[:2], target, given[2], -100, 1, 0.0, 0) is None
     for given in ((x, w, target[0], b), (x, w, target.int(), b), (x, w, target.T, b), (x, w[:0], target, None)):
-        assert loss(*given, -100, 1, 0.0, 64, 0) is None
-    assert loss(x, w, target, b, -100, 0, 0.0, 64, 0) is None  # a loss for each row of another shape
-    assert loss(x, w, target, b, -100, 1, 1.5, 64, 0) is None and loss(x, w, target + 7, b, -100, 1, 0.0, 64, 0) is None
+        assert loss(*given, -100, 1, 0.0, 0) is None
+    assert loss(x, w, target, b, -100, 0, 0.0, 0) is None  # a loss for each row of another shape
+    assert loss(x, w, target, b, -100, 1, 1.5, 0) is None and loss(x, w, target + 7, b, -100, 1, 0.0, 0) is None
     many = torch.zeros(2**20 // 6 + 1, 5, dtype=dtype)
-    assert loss(x, many, target, None, -100, 1, 0.0, 64, 0) is None and loss(
-        x, many[1:], target, None, -100, 1, 0.0, 64, 0
-    )
+    assert loss(x, many, target, None, -100, 1, 0.0, 0) is None and loss(x, many[1:], target, None, -100, 1, 0.0, 0)
     with torch.autocast("cpu"):
-        assert linear(x, w, b, -1, 64, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 64, 0) is None
+        assert linear(x, w, b, -1, 0) is None and loss(x, w, target, b, -100, 1, 0.0, 0) is None
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -283,7 +281,7 @@ def test_products_are_chosen_one_by_one_and_remembered(activation, whose, bias):
         plain = partial(reference.linear, activation=activation)
         truth = [None if t is None else t.detach().double().requires_grad_() for t in given]
         found = []
-        for arguments, run in ((given, lambda *of: linear(*of, number, 1, 0)), (given, plain), (truth, plain)):
+        for arguments, run in ((given, lambda *of: linear(*of, number, 0)), (given, plain), (truth, plain)):
             leaves = [t for t in arguments if t is not None]
             y, again = run(*arguments), run(*arguments)
             assert y is not None
@@ -296,7 +294,7 @@ def test_products_are_chosen_one_by_one_and_remembered(activation, whose, bias):
         for i, (got, peer, expected) in enumerate(zip(*found, strict=True)):
             assert_as_accurate(got, peer, expected, f"result {i}")
         with torch.no_grad():
-            assert torch.equal(linear(*given, number, 1, 0), found[0][0])
+            assert torch.equal(linear(*given, number, 0), found[0][0])
         assert asked == [(122, 70, 520)]
     finally:
         _tuned.forget()

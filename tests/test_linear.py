@@ -383,11 +383,12 @@ def test_the_committed_table_is_whole():
         assert all(list(torch.tensor(measured[name]).shape) == sizes for name in _tuned.PASSES)
 
 
-def test_a_table_without_fp32_tells_how_few_rows_are_pytorchs():
+def test_a_table_without_fp32_leaves_fp32_to_pytorch(monkeypatch):
     """As `bench linear --tune --dtype bfloat16` writes it on a CPU that had no entry."""
-    entry = {"grid": {"M": [16], "N": [64], "K": [64]}}
-    assert _tuned._fewest_rows_of_any({}) == _tuned._fewest_rows_of_any({"a": {"linear bfloat16": entry}}) == 64
-    assert _tuned._fewest_rows_of_any({"a": {"linear bfloat16": entry}, "b": {"linear": entry}}) == 16
+    entry = {"grid": {"M": [16], "N": [64], "K": [64]}} | {name: [[[2.0]]] for name in _tuned.PASSES}
+    monkeypatch.setattr(_tuned, "TABLE", {_tuned.key(): {"linear bfloat16": entry}})
+    assert _tuned._linear_kernels(_tuned.key(), torch.bfloat16, 64, 64, 64) == (True,) * 3
+    assert _tuned._linear_kernels(_tuned.key(), torch.float32, 64, 64, 64) == (False,) * 3
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])

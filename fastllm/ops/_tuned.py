@@ -35,15 +35,6 @@ def cpu() -> str:
 TABLE = json.loads(PATH.read_text())
 
 
-def _fewest_rows_of_any(table) -> int:
-    """With fewer rows of x in fp32 our linear kernel is the choice on no CPU of `table`; in some entries no fp32 was
-    measured."""
-    return min((entry["linear"]["grid"]["M"][0] for entry in table.values() if "linear" in entry), default=64)
-
-
-FEWEST_ROWS = _fewest_rows_of_any(TABLE)
-
-
 def assume_constant_result(function):
     """torch.compiler's, which would import torch._dynamo: that takes as long as all of PyTorch."""
     function._dynamo_marked_constant = True

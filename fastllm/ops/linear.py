@@ -159,7 +159,7 @@ def linear(x, weight, bias=None, *, activation=None):
     """
     if is_free():
         number = -1 if activation is None else ACTIVATIONS.get(activation)
-        y = _at_once(x, weight, bias, number, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
+        y = _at_once(x, weight, bias, number, _tuned.ALWAYS_OWN)
         if y is not None:
             return y
     if activation is None and _is_pytorchs(x, weight, bias):

@@ -249,7 +249,7 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     if weight is None and softcap == z_loss == 0 and not return_token_accuracy and is_free():
         numbers = ignore_index, reduction_number(reduction), label_smoothing
-        loss = _at_once(input, linear_weight, target, linear_bias, *numbers, _tuned.FEWEST_ROWS, _tuned.ALWAYS_OWN)
+        loss = _at_once(input, linear_weight, target, linear_bias, *numbers, _tuned.ALWAYS_OWN)
         if loss is not None:
             return loss
     op = "linear_cross_entropy"
